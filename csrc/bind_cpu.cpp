@@ -1,0 +1,21 @@
+// segops._C: the CPU kernels. Schemas live in Python (segops/*/op.py); this file adds implementations only.
+#include "pac/pac.h"
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+STABLE_TORCH_LIBRARY_IMPL(segops, CPU, m) {
+  m.impl("pac_shift_gather", TORCH_BOX(&segops::pac_shift_gather_cpu));
+  m.impl("pac_shift_scatter", TORCH_BOX(&segops::pac_shift_scatter_cpu));
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "segops kernels for the CPU";
+  m.def("build_info", [] {
+    pybind11::dict info;
+    info["compiler"] = SEGOPS_COMPILER;
+    info["flags"] = SEGOPS_FLAGS;
+    return info;
+  });
+}

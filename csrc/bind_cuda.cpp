@@ -1,0 +1,28 @@
+// segops._C_cuda: the CUDA kernels. Schemas live in Python (segops/*/op.py); this file adds implementations only.
+#include "pac/pac.h"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <sstream>
+#include <string>
+#include <vector>
+
+STABLE_TORCH_LIBRARY_IMPL(segops, CUDA, m) {
+  m.impl("pac_shift_gather", TORCH_BOX(&segops::pac_shift_gather_cuda));
+  m.impl("pac_shift_scatter", TORCH_BOX(&segops::pac_shift_scatter_cuda));
+}
+
+PYBIND11_MODULE(_C_cuda, m) {
+  m.doc() = "segops kernels for CUDA";
+  m.def("build_info", [] {
+    std::vector<std::string> architectures;
+    std::istringstream list(SEGOPS_ARCHITECTURES);
+    for (std::string name; list >> name;) architectures.push_back(name);
+    pybind11::dict info;
+    info["compiler"] = SEGOPS_COMPILER;
+    info["flags"] = SEGOPS_FLAGS;
+    info["architectures"] = architectures;
+    return info;
+  });
+}

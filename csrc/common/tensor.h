@@ -1,0 +1,19 @@
+// What every kernel file needs of torch's stable ABI.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace segops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+}  // namespace segops

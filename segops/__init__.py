@@ -1,0 +1,18 @@
+"""segops: hand-written kernels for semantic segmentation, as PyTorch ops.
+
+    segops.pyramid_atrous_conv2d    one filter at several dilation rates, for the arithmetic of one convolution
+    segops.nn                       the same as modules
+    segops.models                   networks that use them (needs timm: pip install segops[models])
+    segops.backend                  choose between native (C++, CUDA), triton and reference kernels
+
+`python -m segops info` tells which kernels run on this machine.
+"""
+
+from importlib.metadata import version
+
+from . import nn
+from .backend import backend
+from .pac import pyramid_atrous_conv2d
+
+__version__ = version("segops")
+__all__ = ["__version__", "backend", "nn", "pyramid_atrous_conv2d"]

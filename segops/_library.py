@@ -1,0 +1,26 @@
+"""The torch.library namespace `segops`, and what every op's file needs to put an op into it."""
+
+import torch
+
+LIBRARY = torch.library.Library("segops", "FRAGMENT")
+
+
+def memory_format(tensor):
+    """The format that a 4-d tensor's strides suggest, by PyTorch's own rule: also right for slices of larger buffers."""
+    sizes, strides = tensor.shape, tensor.stride()
+    if strides[1] == 0:
+        return torch.contiguous_format
+    least = 0
+    for dim in (1, 3, 2, 0):
+        if sizes[dim] == 0 or strides[dim] < least or (dim == 0 and least == strides[1]):
+            return torch.contiguous_format
+        least = strides[dim]
+        if sizes[dim] > 1:
+            least = least * sizes[dim]
+    return torch.channels_last
+
+
+def autocast_dtype(tensor):
+    """The dtype that autocast asks for on the tensor's device, or None where it is off."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -1,0 +1,100 @@
+"""The shift kernels in Triton; csrc/pac/pac.h gives their arguments and mathematics.
+
+A program owns a tile of pixels and channels and sums its reads in float32. Geometry comes in as 64-bit strides where a
+product could pass 2^31; the rates are compile-time constants, so the loops over taps and rates are unrolled.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+MAX_CHANNELS_PER_PROGRAM = 128
+PIXELS_PER_PROGRAM = 32
+
+
+@triton.jit
+def _gather(
+    planes, bias, out, pixels, height, width, channels, out_pixel_stride, out_group_stride,
+    kernel_h: tl.constexpr, kernel_w: tl.constexpr, rates: tl.constexpr, rates_per_group: tl.constexpr, sign: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    p = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    group = tl.program_id(2)
+    x, y = p % width, p // width % height
+    valid_p, valid_c = p < pixels, c < channels
+    mask = valid_p[:, None] & valid_c[None, :]
+    taps: tl.constexpr = kernel_h * kernel_w
+
+    here = planes + (p[:, None] * taps) * channels + c[None, :]
+    acc = tl.load(here + (taps // 2) * channels, mask=mask, other=0.0).to(tl.float32) * rates_per_group
+    for r in tl.static_range(len(rates)):
+        in_group = group == r // rates_per_group
+        for t in tl.static_range(taps):
+            if t != taps // 2:
+                dy: tl.constexpr = sign * rates[r] * (t // kernel_w - kernel_h // 2)
+                dx: tl.constexpr = sign * rates[r] * (t % kernel_w - kernel_w // 2)
+                inside = in_group & (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width)
+                step = ((dy * width + dx).to(tl.int64) * taps + t) * channels
+                acc += tl.load(here + step, mask=mask & inside[:, None], other=0.0).to(tl.float32)
+    if bias is not None:
+        acc += tl.load(bias + c, mask=valid_c, other=0.0).to(tl.float32)[None, :] * rates_per_group
+    tl.store(out + p[:, None] * out_pixel_stride + group * out_group_stride + c[None, :], acc, mask=mask)
+
+
+@triton.jit
+def _scatter(
+    source, out, first_pixel, pixels, height, width, channels,
+    kernel_h: tl.constexpr, kernel_w: tl.constexpr, rates: tl.constexpr, groups: tl.constexpr, sign: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    p = row + first_pixel
+    x, y = p % width, p // width % height
+    valid_p, valid_c = row < pixels, c < channels
+    mask = valid_p[:, None] & valid_c[None, :]
+    taps: tl.constexpr = kernel_h * kernel_w
+
+    here = source + (p[:, None] * groups) * channels + c[None, :]
+    for t in tl.static_range(taps):
+        acc = tl.zeros((PIXELS, CHANNELS), tl.float32)
+        for r in tl.static_range(len(rates)):
+            dy: tl.constexpr = sign * rates[r] * (t // kernel_w - kernel_h // 2)
+            dx: tl.constexpr = sign * rates[r] * (t % kernel_w - kernel_w // 2)
+            group: tl.constexpr = r * groups // len(rates)
+            inside = (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width)
+            step = ((dy * width + dx).to(tl.int64) * groups + group) * channels
+            acc += tl.load(here + step, mask=mask & inside[:, None], other=0.0).to(tl.float32)
+        tl.store(out + (row[:, None] * taps + t) * channels + c[None, :], acc, mask=mask)
+
+
+def _tile(channels):
+    return {"PIXELS": PIXELS_PER_PROGRAM, "CHANNELS": min(MAX_CHANNELS_PER_PROGRAM, triton.next_power_of_2(channels))}
+
+
+def shift_gather(planes, bias, out, kernel_size, rates, sign):
+    n, h, w, groups, channels = out.shape
+    tile = _tile(channels)
+    grid = (triton.cdiv(n * h * w, tile["PIXELS"]), triton.cdiv(channels, tile["CHANNELS"]), groups)
+    with _device(out):
+        _gather[grid](
+            planes, bias, out, n * h * w, h, w, channels, out.stride(2), out.stride(3),
+            *kernel_size, tuple(rates), len(rates) // groups, sign, **tile,
+        )  # fmt: skip
+
+
+def shift_scatter(source, out, first_row, kernel_size, rates, sign):
+    _, h, w, groups, channels = source.shape
+    rows = out.shape[0]
+    tile = _tile(channels)
+    grid = (triton.cdiv(rows * w, tile["PIXELS"]), triton.cdiv(channels, tile["CHANNELS"]))
+    with _device(out):
+        _scatter[grid](
+            source, out, first_row * w, rows * w, h, w, channels, *kernel_size, tuple(rates), groups, sign, **tile
+        )
+
+
+def _device(tensor):
+    """Triton launches on the current device: make it the tensor's. A CPU tensor is the interpreter's."""
+    return torch.cuda.device_of(tensor)
