@@ -23,4 +23,5 @@ def memory_format(tensor):
 def autocast_dtype(tensor):
     """The dtype that autocast asks for on the tensor's device, or None where it is off."""
     device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    enabled = device != "meta" and torch.is_autocast_enabled(device)  # it raises for meta, which has no autocast
+    return torch.get_autocast_dtype(device) if enabled else None

@@ -1,11 +1,14 @@
 """The ops of segops as modules."""
 
+import math
+
 import torch
 
 from .pac import pyramid_atrous_conv2d
+from .pac.op import check_settings
 
 
-class PyramidAtrousConv2d(torch.nn.Conv2d):
+class PyramidAtrousConv2d(torch.nn.Module):
     """Pyramid atrous convolution: one filter at several dilation rates, summed or concatenated.
 
     The module of `segops.pyramid_atrous_conv2d` (Yu, section 3.3). Weights are initialised as by `torch.nn.Conv2d`, and
@@ -28,14 +31,26 @@ class PyramidAtrousConv2d(torch.nn.Conv2d):
     def __init__(
         self, in_channels, out_channels, kernel_size=3, rates=(1, 3, 5, 7, 9), merge="sum", bias=True, device=None, dtype=None
     ):
-        check_settings(kernel_size, rates, merge)
-        super().__init__(in_channels, out_channels, kernel_size, bias=bias, device=device, dtype=dtype)
-        self.rates = tuple(rates)
+        super().__init__()
+        self.rates = check_settings(kernel_size, kernel_size, rates, merge)
         self.merge = merge
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if not isinstance(channels, int) or channels < 1:
+                raise ValueError(f"{name} must be a positive int; got {channels!r}")
+        self.weight = torch.nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size, device=device, dtype=dtype))
+        self.bias = torch.nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Draws weight and bias as `torch.nn.Conv2d` does."""
+        torch.nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.weight[0].numel())
+            torch.nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, input):
         return pyramid_atrous_conv2d(input, self.weight, self.bias, rates=self.rates, merge=self.merge)
 
     def extra_repr(self):
-        bias = "" if self.bias is not None else ", bias=False"
-        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size[0]}, rates={self.rates}, merge={self.merge!r}{bias}"
+        c_out, c_in, k, _ = self.weight.shape
+        return f"{c_in}, {c_out}, kernel_size={k}, rates={self.rates}, merge={self.merge!r}, bias={self.bias is not None}"

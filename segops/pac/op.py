@@ -87,12 +87,17 @@ def _validate(input, weight, bias, rates, merge):
         raise ValueError(f"input must have shape (N, Cin, H, W); got {tuple(input.shape)}")
     if weight.dim() != 4:
         raise ValueError(f"weight must have shape (Cout, Cin, k, k); got {tuple(weight.shape)}")
-    if weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
-        raise ValueError(f"weight must have a square kernel of odd size; got {weight.shape[2]}x{weight.shape[3]}")
     if weight.shape[1] != input.shape[1]:
         raise ValueError(f"weight must have input's {input.shape[1]} channels in dimension 1; got shape {tuple(weight.shape)}")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
         raise ValueError(f"bias must have shape ({weight.shape[0]},), weight's output channels; got {tuple(bias.shape)}")
+    return check_settings(*weight.shape[2:], rates, merge)
+
+
+def check_settings(kernel_h, kernel_w, rates, merge):
+    """Raises on a bad kernel size, rates or merge; returns the rates as a tuple."""
+    if kernel_h != kernel_w or kernel_h % 2 == 0:
+        raise ValueError(f"kernel_size (weight's last two dimensions) must be square and odd; got {kernel_h}x{kernel_w}")
     if not isinstance(rates, (tuple, list)):
         raise TypeError(f"rates must be a tuple or list of positive ints; got {type(rates).__name__}")
     for rate in rates:

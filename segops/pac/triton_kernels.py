@@ -1,7 +1,7 @@
 """The shift kernels in Triton; csrc/pac/pac.h gives their arguments and mathematics.
 
-A program owns a tile of pixels and channels and sums its reads in float32. Geometry comes in as 64-bit strides where a
-product could pass 2^31; the rates are compile-time constants, so the loops over taps and rates are unrolled.
+A program owns a tile of pixels and channels and sums its reads in float32. Offsets are 64-bit; the
+rates are compile-time constants, so the loops over taps and rates are unrolled.
 """
 
 import torch
@@ -25,6 +25,7 @@ def _gather(
     valid_p, valid_c = p < pixels, c < channels
     mask = valid_p[:, None] & valid_c[None, :]
     taps: tl.constexpr = kernel_h * kernel_w
+    row = tl.full((), width, tl.int64)
 
     here = planes + (p[:, None] * taps) * channels + c[None, :]
     acc = tl.load(here + (taps // 2) * channels, mask=mask, other=0.0).to(tl.float32) * rates_per_group
@@ -35,11 +36,12 @@ def _gather(
                 dy: tl.constexpr = sign * rates[r] * (t // kernel_w - kernel_h // 2)
                 dx: tl.constexpr = sign * rates[r] * (t % kernel_w - kernel_w // 2)
                 inside = in_group & (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width)
-                step = ((dy * width + dx).to(tl.int64) * taps + t) * channels
+                step = ((dy * row + dx) * taps + t) * channels
                 acc += tl.load(here + step, mask=mask & inside[:, None], other=0.0).to(tl.float32)
     if bias is not None:
         acc += tl.load(bias + c, mask=valid_c, other=0.0).to(tl.float32)[None, :] * rates_per_group
-    tl.store(out + p[:, None] * out_pixel_stride + group * out_group_stride + c[None, :], acc, mask=mask)
+    to = out + p[:, None] * out_pixel_stride + group * out_group_stride + c[None, :]
+    tl.store(to, acc.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -48,13 +50,14 @@ def _scatter(
     kernel_h: tl.constexpr, kernel_w: tl.constexpr, rates: tl.constexpr, groups: tl.constexpr, sign: tl.constexpr,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    q = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    p = row + first_pixel
+    p = q + first_pixel
     x, y = p % width, p // width % height
-    valid_p, valid_c = row < pixels, c < channels
+    valid_p, valid_c = q < pixels, c < channels
     mask = valid_p[:, None] & valid_c[None, :]
     taps: tl.constexpr = kernel_h * kernel_w
+    row = tl.full((), width, tl.int64)
 
     here = source + (p[:, None] * groups) * channels + c[None, :]
     for t in tl.static_range(taps):
@@ -64,9 +67,10 @@ def _scatter(
             dx: tl.constexpr = sign * rates[r] * (t % kernel_w - kernel_w // 2)
             group: tl.constexpr = r * groups // len(rates)
             inside = (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width)
-            step = ((dy * width + dx).to(tl.int64) * groups + group) * channels
+            step = ((dy * row + dx) * groups + group) * channels
             acc += tl.load(here + step, mask=mask & inside[:, None], other=0.0).to(tl.float32)
-        tl.store(out + (row[:, None] * taps + t) * channels + c[None, :], acc, mask=mask)
+        to = out + (q[:, None] * taps + t) * channels + c[None, :]
+        tl.store(to, acc.to(out.dtype.element_ty), mask=mask)
 
 
 def _tile(channels):

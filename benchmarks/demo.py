@@ -1,0 +1,192 @@
+"""`make demo`: what segops is, in five minutes. Info, a gate and a race against plain PyTorch, then a network that trains.
+
+    python -m benchmarks.demo                                  synthetic scenes
+    python -m benchmarks.demo --data DIR --classes 11 --void 11    DIR/images/{train,val}/ID.jpg, DIR/labels/{train,val}/ID.png
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+import segops
+import segops.models
+from segops.__main__ import info
+from segops.train import FolderDataset, SyntheticScenes
+
+from . import baselines, bench_pac, measure
+
+
+def race():
+    """Checks pyramid atrous convolution against its reference, then times it beside plain PyTorch."""
+    print(f"\n{'pyramid_atrous_conv2d, five rates':<36}{'pass':<9}{'error/bound':>12}{'PyTorch ms':>12}{'segops ms':>11}{'ratio':>7}")
+    for case in (
+        bench_pac.Case((2, 2048, 33, 33), 256),
+        bench_pac.Case((2, 2048, 33, 33), 256, dtype=torch.bfloat16),
+        bench_pac.Case((2, 256, 65, 65), 256),
+        bench_pac.Case((1, 64, 129, 129), 64),
+    ):
+        error = bench_pac.gate(case)
+        if not error <= 1:
+            raise SystemExit(f"{case}: wrong by {error:.2f} times the bound")
+        for kind in ("forward", "full"):
+            functions = {"plain": baselines.pac(case.rates, case.merge, "cpu")["eager"], "segops": bench_pac.backends()["segops"](case)}
+            calls = {}
+            for memory_format in bench_pac.FORMATS.values():
+                tensors = bench_pac.arguments(case, memory_format)
+                for name, function in functions.items():
+                    calls[name, memory_format] = bench_pac.timed_call(function, tensors, kind)
+            times = measure.compare(calls, bench_pac.DEVICE, seconds=0.5, least_rounds=3)
+            plain, ours = (min(t["median"] for (name, _), t in times.items() if (name == "segops") == mine) for mine in (False, True))
+            print(f"{case!s:<36}{kind:<9}{error:>12.2f}{plain:>12.2f}{ours:>11.2f}{plain / ours:>7.2f}")
+    print("best of both memory formats for each; error/bound: largest error of output and gradients over its bound, must be <= 1\n")
+
+
+def datasets(options):
+    """The training and validation sets, and the number of classes."""
+    if options.data is None:
+        scenes = [SyntheticScenes(length, options.size or (128, 128), seed) for length, seed in ((400, options.seed), (100, options.seed + 1))]
+        return *scenes, len(SyntheticScenes.classes)
+    sets = [FolderDataset(options.data, split, options.classes, options.void, options.size or (180, 240)) for split in ("train", "val")]
+    return *sets, options.classes
+
+
+class InMemory(torch.utils.data.Dataset):
+    """A data set read once, images as bytes. In training every other pass over an image sees it mirrored, at random."""
+
+    def __init__(self, dataset, name, mirror):
+        self.mirror = mirror
+        self.samples = [((image * 255).byte(), label.byte()) for image, label in tqdm(dataset, desc=f"reading {name}", leave=False)]
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        image, label = self.samples[index]
+        image, label = image.float() / 255, label.long()
+        if self.mirror and torch.rand(()) < 0.5:
+            image, label = image.flip(2), label.flip(1)
+        return (image - 0.45) / 0.25, label
+
+
+def evaluate(model, loader, num_classes, device, autocast):
+    """(mIoU over the classes that occur in truth or prediction, per-class IoU), from one confusion matrix."""
+    model.eval()
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    for images, labels in loader:
+        with autocast():
+            predicted = model.predict(images.to(device)).cpu()
+        valid = labels < num_classes
+        confusion += torch.bincount(labels[valid] * num_classes + predicted[valid], minlength=num_classes**2).view(num_classes, -1)
+    union = confusion.sum(0) + confusion.sum(1) - confusion.diag()
+    iou = confusion.diag() / union.where(union > 0, torch.nan)
+    return iou.nanmean().item(), iou
+
+
+def train(options):
+    """Trains pacnet and returns what was measured."""
+    torch.manual_seed(options.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    train_set, val_set, num_classes = datasets(options)
+    train_loader = torch.utils.data.DataLoader(InMemory(train_set, "train", True), options.batch, shuffle=True, drop_last=len(train_set) > options.batch)
+    val_loader = torch.utils.data.DataLoader(InMemory(val_set, "val", False), options.batch)
+
+    model = segops.models.create_model("pacnet", num_classes, backbone=options.backbone, channels=options.channels)
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    steps = options.epochs * len(train_loader)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
+    half = device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+    def autocast():
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=half)
+
+    print(f"pacnet, {options.backbone} from random weights, {num_classes} classes: {len(train_set)} training images, {len(val_set)} to validate, "
+          f"{options.epochs} epochs of {len(train_loader)} steps, {'bfloat16 autocast' if half else 'float32'}")  # fmt: skip
+    history, start = [], time.perf_counter()
+    with tqdm(total=steps, unit="step") as bar:
+        for epoch in range(options.epochs):
+            model.train()
+            total = 0.0
+            for images, labels in train_loader:
+                images = images.to(device, memory_format=torch.channels_last)
+                with autocast():
+                    logits = model(images)
+                logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=False)
+                loss = F.cross_entropy(logits, labels.to(device), ignore_index=255)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                total += loss.item()
+                bar.update()
+                bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}")
+            miou, iou = evaluate(model, val_loader, num_classes, device, autocast)
+            history.append({"epoch": epoch + 1, "loss": total / len(train_loader), "miou": miou})
+            bar.write(f"epoch {epoch + 1:3d}   loss {history[-1]['loss']:.4f}   val mIoU {miou:.4f}")
+    seconds = time.perf_counter() - start
+    names = getattr(train_set, "classes", range(num_classes))
+    print("IoU per class: " + ", ".join(f"{name} {value:.3f}" for name, value in zip(names, iou.tolist(), strict=True)))
+    print(f"loss {history[-1]['loss']:.4f}   mIoU {miou:.4f} (mean over classes that occur, void ignored)   {seconds:.0f} s")
+    overlays(model, val_loader.dataset, num_classes, device, options.out)
+    return {"history": history, "iou": iou.tolist(), "seconds": seconds, "classes": num_classes, "environment": measure.environment(device)}
+
+
+def overlays(model, dataset, num_classes, device, folder, count=8):
+    """Writes image | truth | prediction, classes laid over the image, void left as it is, for images spread over the set."""
+    hues = np.random.default_rng(1).permutation(num_classes) / num_classes
+    palette = np.array([np.array(Image.new("HSV", (1, 1), (int(255 * hue), 220, 255)).convert("RGB"))[0, 0] for hue in hues])
+    for stale in folder.glob("overlay_*.png"):
+        stale.unlink()
+    indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
+    model.eval()
+    for index in indices:
+        image, label = dataset[index]
+        predicted = model.predict(image[None].to(device))[0].cpu().numpy()
+        picture = dataset.samples[index][0].permute(1, 2, 0).numpy()
+        panels = [picture]
+        for classes in (label.numpy(), predicted):
+            known = (classes < num_classes)[..., None]
+            painted = (picture * 0.4 + palette[np.minimum(classes, num_classes - 1)] * 0.6).astype(np.uint8)
+            panels.append(np.where(known, painted, picture))
+        gap = np.full((picture.shape[0], 4, 3), 255, np.uint8)
+        Image.fromarray(np.concatenate([panels[0], gap, panels[1], gap, panels[2]], axis=1)).save(folder / f"overlay_{index:03d}.png")
+    print(f"overlays (image, truth, prediction): {folder}/overlay_*.png")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of images and labels; without it, synthetic scenes are drawn")
+    parser.add_argument("--classes", type=int, default=11, help="classes in --data (default: 11, CamVid)")
+    parser.add_argument("--void", type=int, default=11, help="label in --data that is not scored, besides 255 (default: 11, CamVid)")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="image size (default: 128 128, with --data 180 240)")
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the training images (default: 10)")
+    parser.add_argument("--batch", type=int, default=8, help="images a step (default: 8)")
+    parser.add_argument("--backbone", default="resnet18", help="any timm feature backbone (default: resnet18)")
+    parser.add_argument("--channels", type=int, default=256, help="width of pacnet's three branches (default: 256)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-race", action="store_true", help="leave out the timing")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for overlays and results.json (default: runs/demo)")
+    options = parser.parse_args()
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        info()
+        if not options.no_race:
+            race()
+        results = train(options)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"demo: {error}") from error
+    unfinished = options.out / "results.json.part"
+    unfinished.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(unfinished, options.out / "results.json")
+
+
+if __name__ == "__main__":
+    main()

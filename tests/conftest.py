@@ -1,0 +1,25 @@
+import os
+
+import torch
+
+# Without a GPU the Triton kernels run under Triton's interpreter. It is chosen when kernels are defined: before any import.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+import segops
+
+
+@pytest.fixture(autouse=True)
+def automatic_backend():
+    """Every test starts on "auto", whatever the environment or the test before asked for."""
+    with segops.backend("auto"):
+        yield
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "cuda" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

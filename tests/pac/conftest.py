@@ -1,0 +1,102 @@
+"""What the tests of pyramid atrous convolution share: inputs, the float64 truth, the bounds of the contract."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import segops
+from segops.pac import reference
+
+CUDA = pytest.mark.cuda
+# (device, backend): every implementation that this machine can run. The Triton interpreter serves where there is no GPU.
+TARGETS = [
+    pytest.param(("cpu", "native"), id="cpu-native"),
+    pytest.param(("cuda", "native"), id="cuda-native", marks=CUDA),
+    pytest.param(("cuda", "triton"), id="cuda-triton", marks=CUDA),
+]
+if not torch.cuda.is_available():
+    TARGETS.append(pytest.param(("cpu", "triton"), id="interpreted-triton"))
+
+
+@pytest.fixture(params=TARGETS)
+def target(request):
+    """(device, backend), with the backend forced for the test."""
+    device, backend = request.param
+    with segops.backend(backend):
+        yield device, backend
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: tuple
+    channels: int
+    rates: tuple = (1, 3, 5, 7, 9)
+    merge: str = "sum"
+    kernel_size: int = 3
+    channels_last: bool = False
+
+    def tensors(self, dtype=torch.float64, device="cpu", seed=0):
+        """Input, weight and bias, the same numbers in every dtype as far as it can hold them."""
+        generator = torch.Generator().manual_seed(seed)
+        n, c, h, w = self.shape
+        k = self.kernel_size
+        weight = torch.randn(self.channels, c, k, k, generator=generator) / (c * k * k) ** 0.5
+        drawn = torch.randn(n, c, h, w, generator=generator), weight, torch.randn(self.channels, generator=generator)
+        x, weight, bias = (t.to(torch.bfloat16).to(dtype) for t in drawn)  # representable in all of the dtypes under test
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return [t.to(device).requires_grad_() for t in (x, weight, bias)]
+
+    def op(self, x, weight, bias=None):
+        return segops.pyramid_atrous_conv2d(x, weight, bias, rates=self.rates, merge=self.merge)
+
+    def plain(self, x, weight, bias=None):
+        return reference.pyramid_atrous_conv2d(x, weight, bias, self.rates, self.merge)
+
+
+# Odd sizes, both sides of Cin < Cout, a rate beyond the map, tails of every vector width, several strips and blocks.
+CASES = [
+    Case((2, 40, 13, 17), 24),
+    Case((2, 24, 13, 17), 40, channels_last=True),
+    Case((1, 21, 9, 31), 70, rates=(1, 2, 4)),
+    Case((3, 70, 5, 4), 21, rates=(2, 6, 12), channels_last=True),
+    Case((1, 32, 1, 9), 32, rates=(1, 2, 3)),
+    Case((2, 33, 12, 11), 33, merge="concat"),
+    Case((1, 64, 8, 8), 17, rates=(1, 5), merge="concat", channels_last=True),
+    Case((1, 34, 11, 10), 19, rates=(1, 2, 3), kernel_size=5),
+    Case((1, 66, 7, 7), 20, rates=(2, 3), kernel_size=1),
+]
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request):
+    return request.param
+
+
+def outputs_and_gradients(function, tensors, seed=1):
+    out = function(*tensors)
+    generator = torch.Generator().manual_seed(seed)
+    grad = torch.randn(out.shape, generator=generator).to(torch.bfloat16).to(out)
+    return [out.detach(), *torch.autograd.grad(out, tensors, grad)]
+
+
+def relative_error(value, truth):
+    return ((value.double().cpu() - truth).norm() / truth.norm()).item()
+
+
+def assert_accurate(case, dtype, device):
+    """SPEC 8, in relative norm against float64; "plain" is the sequential sum of F.conv2d in the same dtype."""
+    truth = outputs_and_gradients(case.plain, case.tensors())
+    values = outputs_and_gradients(case.op, case.tensors(dtype, device))
+    plain = outputs_and_gradients(case.plain, case.tensors(dtype, device))
+    for name, value, by_plain, exact in zip(("output", "input", "weight", "bias"), values, plain, truth, strict=True):
+        assert value.dtype == dtype and value.shape == exact.shape
+        error, plain_error = relative_error(value, exact), relative_error(by_plain, exact)
+        if dtype == torch.float64:
+            bound = 1e-12
+        elif dtype == torch.float32:
+            bound = min(1e-5, max(1e-6, 2 * plain_error))
+        else:
+            bound = 1.5 * plain_error
+        assert error <= bound, f"{name}: {error:.2e}, plain PyTorch {plain_error:.2e}, bound {bound:.2e}"
