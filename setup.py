@@ -99,7 +99,7 @@ def cuda_extension():
         ["csrc/bind_cuda.cpp", "csrc/pac/pac_cuda.cu"],
         include_dirs=[pybind11.get_include()],
         define_macros=definitions(nvcc, NVCC_FLAGS, SEGOPS_ARCHITECTURES=built_architectures()),
-        extra_compile_args={"cxx": CXX_FLAGS + ["-DUSE_CUDA"], "nvcc": NVCC_FLAGS},
+        extra_compile_args={"cxx": [*CXX_FLAGS, "-DUSE_CUDA"], "nvcc": NVCC_FLAGS},
     )
 
 

@@ -14,7 +14,9 @@ HERE = Path(__file__).parent
 def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("-k", dest="select", default="", help="only the benchmarks that match, as pytest -k")
-    parser.add_argument("--out", default=HERE / "results", type=Path, help="folder for the results (default: benchmarks/results)")
+    parser.add_argument(
+        "--out", default=HERE / "results", type=Path, help="folder for the results (default: benchmarks/results)"
+    )
     parser.add_argument("--name", default="pac-cpu", help="name of the result files (default: pac-cpu)")
     parser.add_argument("--report", type=Path, metavar="RAW.json", help="only render what pytest --benchmark-json wrote")
     options = parser.parse_args()

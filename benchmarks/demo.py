@@ -1,7 +1,7 @@
 """`make demo`: what segops is, in five minutes. Info, a gate and a race against plain PyTorch, then a network that trains.
 
-    python -m benchmarks.demo                                  synthetic scenes
-    python -m benchmarks.demo --data DIR --classes 11 --void 11    DIR/images/{train,val}/ID.jpg, DIR/labels/{train,val}/ID.png
+python -m benchmarks.demo                                  synthetic scenes
+python -m benchmarks.demo --data DIR --classes 11 --void 11    DIR/images/{train,val}/ID.jpg, DIR/labels/{train,val}/ID.png
 """
 
 import argparse
@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import segops.models
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
 import segops
-import segops.models
 from segops.__main__ import info
 from segops.train import FolderDataset, SyntheticScenes
 
@@ -26,7 +26,9 @@ from . import baselines, bench_pac, measure
 
 def race():
     """Checks pyramid atrous convolution against its reference, then times it beside plain PyTorch."""
-    print(f"\n{'pyramid_atrous_conv2d, five rates':<36}{'pass':<9}{'error/bound':>12}{'PyTorch ms':>12}{'segops ms':>11}{'ratio':>7}")
+    print(
+        f"\n{'pyramid_atrous_conv2d, five rates':<36}{'pass':<9}{'error/bound':>12}{'PyTorch ms':>12}{'segops ms':>11}{'ratio':>7}"
+    )
     for case in (
         bench_pac.Case((2, 2048, 33, 33), 256),
         bench_pac.Case((2, 2048, 33, 33), 256, dtype=torch.bfloat16),
@@ -37,24 +39,37 @@ def race():
         if not error <= 1:
             raise SystemExit(f"{case}: wrong by {error:.2f} times the bound")
         for kind in ("forward", "full"):
-            functions = {"plain": baselines.pac(case.rates, case.merge, "cpu")["eager"], "segops": bench_pac.backends()["segops"](case)}
+            functions = {
+                "plain": baselines.pac(case.rates, case.merge, "cpu")["eager"],
+                "segops": bench_pac.backends()["segops"](case),
+            }
             calls = {}
             for memory_format in bench_pac.FORMATS.values():
                 tensors = bench_pac.arguments(case, memory_format)
                 for name, function in functions.items():
                     calls[name, memory_format] = bench_pac.timed_call(function, tensors, kind)
             times = measure.compare(calls, bench_pac.DEVICE, seconds=0.5, least_rounds=3)
-            plain, ours = (min(t["median"] for (name, _), t in times.items() if (name == "segops") == mine) for mine in (False, True))
+            plain, ours = (
+                min(t["median"] for (name, _), t in times.items() if (name == "segops") == mine) for mine in (False, True)
+            )
             print(f"{case!s:<36}{kind:<9}{error:>12.2f}{plain:>12.2f}{ours:>11.2f}{plain / ours:>7.2f}")
-    print("best of both memory formats for each; error/bound: largest error of output and gradients over its bound, must be <= 1\n")
+    print(
+        "best of both memory formats for each; error/bound: largest error of output and gradients over its bound, must be <= 1\n"
+    )
 
 
 def datasets(options):
     """The training and validation sets, and the number of classes."""
     if options.data is None:
-        scenes = [SyntheticScenes(length, options.size or (128, 128), seed) for length, seed in ((400, options.seed), (100, options.seed + 1))]
+        scenes = [
+            SyntheticScenes(length, options.size or (128, 128), seed)
+            for length, seed in ((400, options.seed), (100, options.seed + 1))
+        ]
         return *scenes, len(SyntheticScenes.classes)
-    sets = [FolderDataset(options.data, split, options.classes, options.void, options.size or (180, 240)) for split in ("train", "val")]
+    sets = [
+        FolderDataset(options.data, split, options.classes, options.void, options.size or (180, 240))
+        for split in ("train", "val")
+    ]
     return *sets, options.classes
 
 
@@ -63,7 +78,9 @@ class InMemory(torch.utils.data.Dataset):
 
     def __init__(self, dataset, name, mirror):
         self.mirror = mirror
-        self.samples = [((image * 255).byte(), label.byte()) for image, label in tqdm(dataset, desc=f"reading {name}", leave=False)]
+        self.samples = [
+            ((image * 255).byte(), label.byte()) for image, label in tqdm(dataset, desc=f"reading {name}", leave=False)
+        ]
 
     def __len__(self):
         return len(self.samples)
@@ -84,7 +101,9 @@ def evaluate(model, loader, num_classes, device, autocast):
         with autocast():
             predicted = model.predict(images.to(device)).cpu()
         valid = labels < num_classes
-        confusion += torch.bincount(labels[valid] * num_classes + predicted[valid], minlength=num_classes**2).view(num_classes, -1)
+        confusion += torch.bincount(labels[valid] * num_classes + predicted[valid], minlength=num_classes**2).view(
+            num_classes, -1
+        )
     union = confusion.sum(0) + confusion.sum(1) - confusion.diag()
     iou = confusion.diag() / union.where(union > 0, torch.nan)
     return iou.nanmean().item(), iou
@@ -95,7 +114,9 @@ def train(options):
     torch.manual_seed(options.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     train_set, val_set, num_classes = datasets(options)
-    train_loader = torch.utils.data.DataLoader(InMemory(train_set, "train", True), options.batch, shuffle=True, drop_last=len(train_set) > options.batch)
+    train_loader = torch.utils.data.DataLoader(
+        InMemory(train_set, "train", True), options.batch, shuffle=True, drop_last=len(train_set) > options.batch
+    )
     val_loader = torch.utils.data.DataLoader(InMemory(val_set, "val", False), options.batch)
 
     model = segops.models.create_model("pacnet", num_classes, backbone=options.backbone, channels=options.channels)
@@ -136,7 +157,13 @@ def train(options):
     print("IoU per class: " + ", ".join(f"{name} {value:.3f}" for name, value in zip(names, iou.tolist(), strict=True)))
     print(f"loss {history[-1]['loss']:.4f}   mIoU {miou:.4f} (mean over classes that occur, void ignored)   {seconds:.0f} s")
     overlays(model, val_loader.dataset, num_classes, device, options.out)
-    return {"history": history, "iou": iou.tolist(), "seconds": seconds, "classes": num_classes, "environment": measure.environment(device)}
+    return {
+        "history": history,
+        "iou": iou.tolist(),
+        "seconds": seconds,
+        "classes": num_classes,
+        "environment": measure.environment(device),
+    }
 
 
 def overlays(model, dataset, num_classes, device, folder, count=8):
@@ -157,23 +184,33 @@ def overlays(model, dataset, num_classes, device, folder, count=8):
             painted = (picture * 0.4 + palette[np.minimum(classes, num_classes - 1)] * 0.6).astype(np.uint8)
             panels.append(np.where(known, painted, picture))
         gap = np.full((picture.shape[0], 4, 3), 255, np.uint8)
-        Image.fromarray(np.concatenate([panels[0], gap, panels[1], gap, panels[2]], axis=1)).save(folder / f"overlay_{index:03d}.png")
+        Image.fromarray(np.concatenate([panels[0], gap, panels[1], gap, panels[2]], axis=1)).save(
+            folder / f"overlay_{index:03d}.png"
+        )
     print(f"overlays (image, truth, prediction): {folder}/overlay_*.png")
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, help="folder of images and labels; without it, synthetic scenes are drawn")
     parser.add_argument("--classes", type=int, default=11, help="classes in --data (default: 11, CamVid)")
-    parser.add_argument("--void", type=int, default=11, help="label in --data that is not scored, besides 255 (default: 11, CamVid)")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="image size (default: 128 128, with --data 180 240)")
+    parser.add_argument(
+        "--void", type=int, default=11, help="label in --data that is not scored, besides 255 (default: 11, CamVid)"
+    )
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("H", "W"), help="image size (default: 128 128, with --data 180 240)"
+    )
     parser.add_argument("--epochs", type=int, default=10, help="passes over the training images (default: 10)")
     parser.add_argument("--batch", type=int, default=8, help="images a step (default: 8)")
     parser.add_argument("--backbone", default="resnet18", help="any timm feature backbone (default: resnet18)")
     parser.add_argument("--channels", type=int, default=256, help="width of pacnet's three branches (default: 256)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-race", action="store_true", help="leave out the timing")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for overlays and results.json (default: runs/demo)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="folder for overlays and results.json (default: runs/demo)"
+    )
     options = parser.parse_args()
     try:
         options.out.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
 """Reference networks for semantic segmentation, built on timm backbones and the ops of segops.
 
-    model = segops.models.create_model("pacnet", num_classes=21, backbone="resnet101", pretrained=True)
-    logits = model(images)                    # (N, num_classes, h, w), at the network's own resolution
-    logits = model(images, upsample=True)     # (N, num_classes, H, W)
-    classes = model.predict(images)           # (N, H, W), int64
+model = segops.models.create_model("pacnet", num_classes=21, backbone="resnet101", pretrained=True)
+logits = model(images)                    # (N, num_classes, h, w), at the network's own resolution
+logits = model(images, upsample=True)     # (N, num_classes, H, W)
+classes = model.predict(images)           # (N, H, W), int64
 """
 
 import difflib

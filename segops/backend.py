@@ -64,7 +64,10 @@ def requested():
 def _load(module):
     """The binary, or why it is not here. Never raises: segops works without a compiler, nvcc or a GPU."""
     if importlib.util.find_spec(f"segops.{module}") is None:
-        return None, f"segops.{module} was not built (no compiler{' or no nvcc' if module == '_C_cuda' else ''} at installation)"
+        return (
+            None,
+            f"segops.{module} was not built (no compiler{' or no nvcc' if module == '_C_cuda' else ''} at installation)",
+        )
     try:
         return importlib.import_module(f"segops.{module}"), None
     except Exception as error:  # an undefined symbol, a missing libcudart: whatever it is, the other backends still run

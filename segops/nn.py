@@ -37,7 +37,9 @@ class PyramidAtrousConv2d(torch.nn.Module):
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
             if not isinstance(channels, int) or channels < 1:
                 raise ValueError(f"{name} must be a positive int; got {channels!r}")
-        self.weight = torch.nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size, device=device, dtype=dtype))
+        self.weight = torch.nn.Parameter(
+            torch.empty(out_channels, in_channels, kernel_size, kernel_size, device=device, dtype=dtype)
+        )
         self.bias = torch.nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 

@@ -14,6 +14,7 @@ import segops
 @pytest.fixture(autouse=True)
 def automatic_backend():
     """Every test starts on "auto", whatever the environment or the test before asked for."""
+    torch.compiler.reset()  # or compilations of one function in many tests add up to the recompilation limit
     with segops.backend("auto"):
         yield
 

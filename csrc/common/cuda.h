@@ -15,13 +15,25 @@ namespace segops {
 
 constexpr int kThreads = 256;
 
-__device__ inline float widen(float x) { return x; }
-__device__ inline float widen(__half x) { return __half2float(x); }
-__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float widen(float x) {
+  return x;
+}
+__device__ inline float widen(__half x) {
+  return __half2float(x);
+}
+__device__ inline float widen(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
 
-__device__ inline void narrow(float x, float& y) { y = x; }
-__device__ inline void narrow(float x, __half& y) { y = __float2half(x); }
-__device__ inline void narrow(float x, __nv_bfloat16& y) { y = __float2bfloat16(x); }
+__device__ inline void narrow(float x, float& y) {
+  y = x;
+}
+__device__ inline void narrow(float x, __half& y) {
+  y = __float2half(x);
+}
+__device__ inline void narrow(float x, __nv_bfloat16& y) {
+  y = __float2bfloat16(x);
+}
 
 // V elements that are loaded and stored at once; V * sizeof(T) is the alignment that the addresses must have.
 template <typename T, int V>
@@ -71,10 +83,14 @@ class Launch {
 template <typename F>
 void dispatch_cuda(const Tensor& tensor, const char* op, const F& fn) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return fn(float{});
-    case ScalarType::Half: return fn(__half{});
-    case ScalarType::BFloat16: return fn(__nv_bfloat16{});
-    default: STD_TORCH_CHECK(false, op, ": the CUDA kernel takes float32, float16 or bfloat16");
+    case ScalarType::Float:
+      return fn(float{});
+    case ScalarType::Half:
+      return fn(__half{});
+    case ScalarType::BFloat16:
+      return fn(__nv_bfloat16{});
+    default:
+      STD_TORCH_CHECK(false, op, ": the CUDA kernel takes float32, float16 or bfloat16");
   }
 }
 

@@ -1,5 +1,6 @@
-// Vectors of float or double accumulators, with loads and stores that convert from the storage type. Written with the compiler's vector extension, so that one source serves SSE2, AVX2,
-// AVX-512 and NEON; SEGOPS_MULTIVERSION picks the widest of them when the library is loaded.
+// Vectors of float or double accumulators, with loads and stores that convert from the storage type. Written with the
+// compiler's vector extension, so that one source serves SSE2, AVX2, AVX-512 and NEON; SEGOPS_MULTIVERSION picks the widest of
+// them when the library is loaded.
 #pragma once
 
 #include <cstdint>

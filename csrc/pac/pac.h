@@ -26,8 +26,8 @@ struct ShiftShape {
 // Raises unless the tensors have the shapes and strides below; returns the shape of the work.
 //   gather:  planes (N, H, W, kh*kw, C) contiguous, bias (C) or none, out (N, H, W, G, C) with dense pixels rows and channels
 inline ShiftShape check_gather(
-    const Tensor& planes, const std::optional<Tensor>& bias, const Tensor& out,
-    const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& rates, int64_t sign) {
+    const Tensor& planes, const std::optional<Tensor>& bias, const Tensor& out, const std::vector<int64_t>& kernel_size,
+    const std::vector<int64_t>& rates, int64_t sign) {
   STD_TORCH_CHECK(kernel_size.size() == 2 && (sign == 1 || sign == -1), "pac_shift_gather: bad kernel_size or sign");
   const ShiftShape s{out.size(0), out.size(1), out.size(2), out.size(3), out.size(4), kernel_size[0], kernel_size[1], sign};
   STD_TORCH_CHECK(
@@ -37,8 +37,7 @@ inline ShiftShape check_gather(
   STD_TORCH_CHECK(
       out.stride(4) == 1 && out.stride(1) == s.width * out.stride(2) && out.stride(0) == s.height * out.stride(1),
       "pac_shift_gather: out must be pixel-major");
-  STD_TORCH_CHECK(
-      s.groups == 1 || s.groups == int64_t(rates.size()), "pac_shift_gather: out must have 1 or len(rates) groups");
+  STD_TORCH_CHECK(s.groups == 1 || s.groups == int64_t(rates.size()), "pac_shift_gather: out must have 1 or len(rates) groups");
   STD_TORCH_CHECK(planes.scalar_type() == out.scalar_type(), "pac_shift_gather: planes and out differ in dtype");
   if (bias.has_value()) {
     STD_TORCH_CHECK(
@@ -50,11 +49,11 @@ inline ShiftShape check_gather(
 
 //   scatter: source (N, H, W, G, C) contiguous, out (rows, W, kh*kw, C) contiguous: image rows first_row .. first_row + rows
 inline ShiftShape check_scatter(
-    const Tensor& source, const Tensor& out, int64_t first_row,
-    const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& rates, int64_t sign) {
+    const Tensor& source, const Tensor& out, int64_t first_row, const std::vector<int64_t>& kernel_size,
+    const std::vector<int64_t>& rates, int64_t sign) {
   STD_TORCH_CHECK(kernel_size.size() == 2 && (sign == 1 || sign == -1), "pac_shift_scatter: bad kernel_size or sign");
-  const ShiftShape s{source.size(0), source.size(1), source.size(2), source.size(3), source.size(4),
-                     kernel_size[0], kernel_size[1], sign};
+  const ShiftShape s{source.size(0), source.size(1), source.size(2), source.size(3),
+                     source.size(4), kernel_size[0], kernel_size[1], sign};
   STD_TORCH_CHECK(source.dim() == 5 && source.is_contiguous(), "pac_shift_scatter: source must be contiguous (N, H, W, G, C)");
   STD_TORCH_CHECK(
       out.dim() == 4 && out.size(1) == s.width && out.size(2) == s.taps() && out.size(3) == s.channels && out.is_contiguous(),
@@ -69,16 +68,14 @@ inline ShiftShape check_scatter(
 
 // The C++ CPU and CUDA kernels share these signatures; `out` is written in full.
 void pac_shift_gather_cpu(
-    Tensor planes, std::optional<Tensor> bias, Tensor out,
-    std::vector<int64_t> kernel_size, std::vector<int64_t> rates, int64_t sign);
+    Tensor planes, std::optional<Tensor> bias, Tensor out, std::vector<int64_t> kernel_size, std::vector<int64_t> rates,
+    int64_t sign);
 void pac_shift_scatter_cpu(
-    Tensor source, Tensor out, int64_t first_row,
-    std::vector<int64_t> kernel_size, std::vector<int64_t> rates, int64_t sign);
+    Tensor source, Tensor out, int64_t first_row, std::vector<int64_t> kernel_size, std::vector<int64_t> rates, int64_t sign);
 void pac_shift_gather_cuda(
-    Tensor planes, std::optional<Tensor> bias, Tensor out,
-    std::vector<int64_t> kernel_size, std::vector<int64_t> rates, int64_t sign);
+    Tensor planes, std::optional<Tensor> bias, Tensor out, std::vector<int64_t> kernel_size, std::vector<int64_t> rates,
+    int64_t sign);
 void pac_shift_scatter_cuda(
-    Tensor source, Tensor out, int64_t first_row,
-    std::vector<int64_t> kernel_size, std::vector<int64_t> rates, int64_t sign);
+    Tensor source, Tensor out, int64_t first_row, std::vector<int64_t> kernel_size, std::vector<int64_t> rates, int64_t sign);
 
 }  // namespace segops

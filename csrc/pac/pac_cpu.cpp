@@ -86,7 +86,8 @@ SEGOPS_INLINE void sum_row(
         for (const Read& read : sum.reads)
           if (interior || (x + read.dx >= 0 && x + read.dx < width)) *next++ = read.offset;
       }
-      sum_pixel<T>(source + x * source_stride, out + x * out_stride + sum.out, bias, bias_weight, sum, first, next - first, channels);
+      sum_pixel<T>(
+          source + x * source_stride, out + x * out_stride + sum.out, bias, bias_weight, sum, first, next - first, channels);
     }
     listed = interior;
   }
@@ -108,15 +109,20 @@ SEGOPS_SUM_ROW(bf16)
 template <typename F>
 void dispatch(const Tensor& tensor, const char* op, const F& fn) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return fn(float{});
-    case ScalarType::Double: return fn(double{});
-    case ScalarType::BFloat16: return fn(bf16{});
-    default: STD_TORCH_CHECK(false, op, ": the CPU kernel takes float32, float64 or bfloat16");
+    case ScalarType::Float:
+      return fn(float{});
+    case ScalarType::Double:
+      return fn(double{});
+    case ScalarType::BFloat16:
+      return fn(bf16{});
+    default:
+      STD_TORCH_CHECK(false, op, ": the CPU kernel takes float32, float64 or bfloat16");
   }
 }
 
 // Adds to `sum` the reads of tap (dy, dx) at `rate` from image row y; `offset` leads to the tap's or group's channels.
-void add_read(Sum& sum, const ShiftShape& s, int64_t y, int64_t dy, int64_t dx, int64_t rate, int64_t source_stride, int64_t offset) {
+void add_read(
+    Sum& sum, const ShiftShape& s, int64_t y, int64_t dy, int64_t dx, int64_t rate, int64_t source_stride, int64_t offset) {
   const int64_t shift_y = s.sign * rate * dy, shift_x = s.sign * rate * dx;
   if (y + shift_y < 0 || y + shift_y >= s.height || std::abs(shift_x) >= s.width) return;
   sum.reads.push_back({(shift_y * s.width + shift_x) * source_stride + offset, shift_x});
@@ -125,8 +131,8 @@ void add_read(Sum& sum, const ShiftShape& s, int64_t y, int64_t dy, int64_t dx, 
 // Runs the sums that list(y) returns over `rows` image rows from `first_row`, in parallel.
 template <typename T, typename List>
 void sum_rows(
-    const T* source, int64_t source_stride, T* out, int64_t out_stride, const T* bias, int64_t bias_weight,
-    const ShiftShape& s, const std::vector<int64_t>& rates, int64_t first_row, int64_t rows, const List& list) {
+    const T* source, int64_t source_stride, T* out, int64_t out_stride, const T* bias, int64_t bias_weight, const ShiftShape& s,
+    const std::vector<int64_t>& rates, int64_t first_row, int64_t rows, const List& list) {
   const int64_t reach = *std::max_element(rates.begin(), rates.end()) * (s.kernel_w / 2);
   const int64_t most_reads = s.taps() * int64_t(rates.size());
   const int64_t grain = std::max<int64_t>(1, 100000 / std::max<int64_t>(1, s.width * s.channels * most_reads));
@@ -144,8 +150,8 @@ void sum_rows(
 }  // namespace
 
 void pac_shift_gather_cpu(
-    Tensor planes, std::optional<Tensor> bias, Tensor out,
-    std::vector<int64_t> kernel_size, std::vector<int64_t> rates, int64_t sign) {
+    Tensor planes, std::optional<Tensor> bias, Tensor out, std::vector<int64_t> kernel_size, std::vector<int64_t> rates,
+    int64_t sign) {
   const ShiftShape s = check_gather(planes, bias, out, kernel_size, rates, sign);
   const int64_t source_stride = s.taps() * s.channels, group_stride = out.stride(3);
   const int64_t rates_per_group = int64_t(rates.size()) / s.groups;
@@ -158,7 +164,9 @@ void pac_shift_gather_cpu(
       for (int64_t t = 0; t < s.taps(); ++t) {
         if (t == s.taps() / 2) continue;
         for (int64_t r = g * rates_per_group; r < (g + 1) * rates_per_group; ++r)
-          add_read(sum, s, y, t / s.kernel_w - s.kernel_h / 2, t % s.kernel_w - s.kernel_w / 2, rates[r], source_stride, t * s.channels);
+          add_read(
+              sum, s, y, t / s.kernel_w - s.kernel_h / 2, t % s.kernel_w - s.kernel_w / 2, rates[r], source_stride,
+              t * s.channels);
       }
       sums.push_back(std::move(sum));
     }
@@ -168,13 +176,13 @@ void pac_shift_gather_cpu(
     using T = decltype(type);
     sum_rows(
         static_cast<const T*>(planes.const_data_ptr()), source_stride, static_cast<T*>(out.mutable_data_ptr()), out.stride(2),
-        bias ? static_cast<const T*>(bias->const_data_ptr()) : nullptr, rates_per_group, s, rates, 0, s.images * s.height, list);
+        bias ? static_cast<const T*>(bias->const_data_ptr()) : nullptr, rates_per_group, s, rates, 0, s.images * s.height,
+        list);
   });
 }
 
 void pac_shift_scatter_cpu(
-    Tensor source, Tensor out, int64_t first_row,
-    std::vector<int64_t> kernel_size, std::vector<int64_t> rates, int64_t sign) {
+    Tensor source, Tensor out, int64_t first_row, std::vector<int64_t> kernel_size, std::vector<int64_t> rates, int64_t sign) {
   const ShiftShape s = check_scatter(source, out, first_row, kernel_size, rates, sign);
   const int64_t source_stride = s.groups * s.channels;
   const int64_t rates_per_group = int64_t(rates.size()) / s.groups;
@@ -188,7 +196,9 @@ void pac_shift_scatter_cpu(
       for (int64_t r = 0; r < int64_t(rates.size()); ++r) {
         const int64_t group = r / rates_per_group;
         if (centre && group == 0) continue;  // counted by the centre's weight
-        add_read(sum, s, y, t / s.kernel_w - s.kernel_h / 2, t % s.kernel_w - s.kernel_w / 2, rates[r], source_stride, group * s.channels);
+        add_read(
+            sum, s, y, t / s.kernel_w - s.kernel_h / 2, t % s.kernel_w - s.kernel_w / 2, rates[r], source_stride,
+            group * s.channels);
       }
       sums.push_back(std::move(sum));
     }
@@ -197,8 +207,8 @@ void pac_shift_scatter_cpu(
   dispatch(out, "pac_shift_scatter", [&](auto type) {
     using T = decltype(type);
     sum_rows<T>(
-        static_cast<const T*>(source.const_data_ptr()), source_stride, static_cast<T*>(out.mutable_data_ptr()), s.taps() * s.channels,
-        nullptr, 0, s, rates, first_row, out.size(0), list);
+        static_cast<const T*>(source.const_data_ptr()), source_stride, static_cast<T*>(out.mutable_data_ptr()),
+        s.taps() * s.channels, nullptr, 0, s, rates, first_row, out.size(0), list);
   });
 }
 

@@ -112,8 +112,8 @@ void launch_gather(
     const Launch& launch, const T* planes, const T* bias, T* out, int64_t pixel_stride, int64_t group_stride,
     const ShiftShape& s, const Rates& rates) {
   const int64_t work = s.images * s.height * s.width * s.groups * (s.channels / V);
-  gather_kernel<T, V><<<Launch::blocks(work), kThreads, 0, launch.stream()>>>(
-      planes, bias, out, pixel_stride, group_stride, s, rates, work);
+  gather_kernel<T, V>
+      <<<Launch::blocks(work), kThreads, 0, launch.stream()>>>(planes, bias, out, pixel_stride, group_stride, s, rates, work);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -121,16 +121,16 @@ template <typename T, int V>
 void launch_scatter(
     const Launch& launch, const T* source, T* out, const ShiftShape& s, const Rates& rates, int64_t first_row, int64_t rows) {
   const int64_t work = rows * s.width * s.kernel_h * s.kernel_w * (s.channels / V);
-  scatter_kernel<T, V><<<Launch::blocks(work), kThreads, 0, launch.stream()>>>(
-      source, out, s, rates, first_row * s.width, work);
+  scatter_kernel<T, V>
+      <<<Launch::blocks(work), kThreads, 0, launch.stream()>>>(source, out, s, rates, first_row * s.width, work);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 }  // namespace
 
 void pac_shift_gather_cuda(
-    Tensor planes, std::optional<Tensor> bias, Tensor out,
-    std::vector<int64_t> kernel_size, std::vector<int64_t> rates, int64_t sign) {
+    Tensor planes, std::optional<Tensor> bias, Tensor out, std::vector<int64_t> kernel_size, std::vector<int64_t> rates,
+    int64_t sign) {
   const ShiftShape s = check_gather(planes, bias, out, kernel_size, rates, sign);
   const Rates packed = pack_rates(rates, s.groups, "pac_shift_gather");
   if (out.numel() == 0) return;
@@ -150,8 +150,7 @@ void pac_shift_gather_cuda(
 }
 
 void pac_shift_scatter_cuda(
-    Tensor source, Tensor out, int64_t first_row,
-    std::vector<int64_t> kernel_size, std::vector<int64_t> rates, int64_t sign) {
+    Tensor source, Tensor out, int64_t first_row, std::vector<int64_t> kernel_size, std::vector<int64_t> rates, int64_t sign) {
   const ShiftShape s = check_scatter(source, out, first_row, kernel_size, rates, sign);
   const Rates packed = pack_rates(rates, s.groups, "pac_shift_scatter");
   if (out.numel() == 0) return;

@@ -11,7 +11,8 @@ maps are copied to that layout and back. On two CPU cores the copies cost at mos
 The planes never exist whole but in blocks of about `WORKSPACE` bytes, which on a CPU stay in cache.
 """
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F

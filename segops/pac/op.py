@@ -120,7 +120,9 @@ LIBRARY.define(
     "pac_weight_grad(Tensor grad, Tensor input, int kernel_size, bool channels_last, int[] rates, str merge, str backend) -> Tensor"
 )
 LIBRARY.define("pac_shift_gather(Tensor planes, Tensor? bias, Tensor(a!) out, int[] kernel_size, int[] rates, int sign) -> ()")
-LIBRARY.define("pac_shift_scatter(Tensor source, Tensor(a!) out, int first_row, int[] kernel_size, int[] rates, int sign) -> ()")
+LIBRARY.define(
+    "pac_shift_scatter(Tensor source, Tensor(a!) out, int first_row, int[] kernel_size, int[] rates, int sign) -> ()"
+)
 
 
 def _kernels(backend):
@@ -198,7 +200,7 @@ torch.library.register_fake("segops::pac_shift_scatter", lambda *args: None, lib
 
 
 def _setup_pac(ctx, inputs, output):
-    input, weight, bias, *ctx.settings = inputs
+    input, weight, _bias, *ctx.settings = inputs
     ctx.save_for_backward(input, weight)
 
 
@@ -249,5 +251,9 @@ def _backward_pac_weight_grad(ctx, gg):
 
 
 torch.library.register_autograd("segops::pac", _backward_pac, setup_context=_setup_pac, lib=LIBRARY)
-torch.library.register_autograd("segops::pac_input_grad", _backward_pac_input_grad, setup_context=_setup_pac_input_grad, lib=LIBRARY)
-torch.library.register_autograd("segops::pac_weight_grad", _backward_pac_weight_grad, setup_context=_setup_pac_weight_grad, lib=LIBRARY)
+torch.library.register_autograd(
+    "segops::pac_input_grad", _backward_pac_input_grad, setup_context=_setup_pac_input_grad, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "segops::pac_weight_grad", _backward_pac_weight_grad, setup_context=_setup_pac_weight_grad, lib=LIBRARY
+)

@@ -1,7 +1,7 @@
 """The shift kernels in Triton; csrc/pac/pac.h gives their arguments and mathematics.
 
-A program owns a tile of pixels and channels and sums its reads in float32. Offsets are 64-bit; the
-rates are compile-time constants, so the loops over taps and rates are unrolled.
+A program owns a tile of pixels and channels and sums its reads in float32. Offsets are 64-bit.
+The rates are compile-time constants and their loop is unrolled; the loop over taps is not, or the code would be a megabyte.
 """
 
 import torch
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 MAX_CHANNELS_PER_PROGRAM = 128
-PIXELS_PER_PROGRAM = 32
+PIXELS_PER_PROGRAM = 16
 
 
 @triton.jit
@@ -28,16 +28,15 @@ def _gather(
     row = tl.full((), width, tl.int64)
 
     here = planes + (p[:, None] * taps) * channels + c[None, :]
-    acc = tl.load(here + (taps // 2) * channels, mask=mask, other=0.0).to(tl.float32) * rates_per_group
-    for r in tl.static_range(len(rates)):
-        in_group = group == r // rates_per_group
-        for t in tl.static_range(taps):
-            if t != taps // 2:
-                dy: tl.constexpr = sign * rates[r] * (t // kernel_w - kernel_h // 2)
-                dx: tl.constexpr = sign * rates[r] * (t % kernel_w - kernel_w // 2)
-                inside = in_group & (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width)
-                step = ((dy * row + dx) * taps + t) * channels
-                acc += tl.load(here + step, mask=mask & inside[:, None], other=0.0).to(tl.float32)
+    acc = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    for t in range(taps):
+        ky = sign * (t // kernel_w - kernel_h // 2)
+        kx = sign * (t % kernel_w - kernel_w // 2)
+        for r in tl.static_range(len(rates)):
+            dy, dx = ky * rates[r], kx * rates[r]
+            inside = (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width) & (group == r // rates_per_group)
+            step = ((dy * row + dx) * taps + t) * channels
+            acc += tl.load(here + step, mask=mask & inside[:, None], other=0.0).to(tl.float32)
     if bias is not None:
         acc += tl.load(bias + c, mask=valid_c, other=0.0).to(tl.float32)[None, :] * rates_per_group
     to = out + p[:, None] * out_pixel_stride + group * out_group_stride + c[None, :]
@@ -60,14 +59,14 @@ def _scatter(
     row = tl.full((), width, tl.int64)
 
     here = source + (p[:, None] * groups) * channels + c[None, :]
-    for t in tl.static_range(taps):
+    for t in range(taps):
+        ky = sign * (t // kernel_w - kernel_h // 2)
+        kx = sign * (t % kernel_w - kernel_w // 2)
         acc = tl.zeros((PIXELS, CHANNELS), tl.float32)
         for r in tl.static_range(len(rates)):
-            dy: tl.constexpr = sign * rates[r] * (t // kernel_w - kernel_h // 2)
-            dx: tl.constexpr = sign * rates[r] * (t % kernel_w - kernel_w // 2)
-            group: tl.constexpr = r * groups // len(rates)
+            dy, dx = ky * rates[r], kx * rates[r]
             inside = (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width)
-            step = ((dy * row + dx) * groups + group) * channels
+            step = ((dy * row + dx) * groups + r * groups // len(rates)) * channels
             acc += tl.load(here + step, mask=mask & inside[:, None], other=0.0).to(tl.float32)
         to = out + (q[:, None] * taps + t) * channels + c[None, :]
         tl.store(to, acc.to(out.dtype.element_ty), mask=mask)
@@ -94,9 +93,7 @@ def shift_scatter(source, out, first_row, kernel_size, rates, sign):
     tile = _tile(channels)
     grid = (triton.cdiv(rows * w, tile["PIXELS"]), triton.cdiv(channels, tile["CHANNELS"]))
     with _device(out):
-        _scatter[grid](
-            source, out, first_row * w, rows * w, h, w, channels, *kernel_size, tuple(rates), groups, sign, **tile
-        )
+        _scatter[grid](source, out, first_row * w, rows * w, h, w, channels, *kernel_size, tuple(rates), groups, sign, **tile)
 
 
 def _device(tensor):

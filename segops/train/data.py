@@ -32,7 +32,9 @@ class FolderDataset(torch.utils.data.Dataset):
         images, labels = Path(root) / "images" / split, Path(root) / "labels" / split
         for folder in (images, labels):
             if not folder.is_dir():
-                raise FileNotFoundError(f"{folder} is not a folder: expected {root}/images/{split}/ID.jpg and {root}/labels/{split}/ID.png")
+                raise FileNotFoundError(
+                    f"{folder} is not a folder: expected {root}/images/{split}/ID.jpg and {root}/labels/{split}/ID.png"
+                )
         files = sorted(path for path in images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
             raise FileNotFoundError(f"{images} holds no {' or '.join(IMAGE_SUFFIXES)} files")
@@ -58,7 +60,9 @@ class FolderDataset(torch.utils.data.Dataset):
         classes[classes == self.void_label] = self.void
         wrong = (classes >= self.num_classes) & (classes != self.void)
         if wrong.any():
-            raise ValueError(f"{label_path} holds label {classes[wrong][0]}: not in [0, {self.num_classes}), and not void ({self.void_label})")
+            raise ValueError(
+                f"{label_path} holds label {classes[wrong][0]}: not in [0, {self.num_classes}), and not void ({self.void_label})"
+            )
         return torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1), torch.from_numpy(classes)
 
 

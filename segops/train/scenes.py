@@ -42,7 +42,9 @@ class SyntheticScenes(torch.utils.data.Dataset):
             for canvas, ink in ((ImageDraw.Draw(image), colour), (ImageDraw.Draw(label), kind)):
                 _draw(canvas, ink, CLASSES[kind], np.random.default_rng((self.seed, index, kind, *colour)), height, width)
         pixels = np.asarray(image, dtype=np.float32) / 255 + rng.normal(0, 0.04, (height, width, 3)).astype(np.float32)
-        return torch.from_numpy(pixels.clip(0, 1)).permute(2, 0, 1).contiguous(), torch.from_numpy(np.array(label, dtype=np.int64))
+        return torch.from_numpy(pixels.clip(0, 1)).permute(2, 0, 1).contiguous(), torch.from_numpy(
+            np.array(label, dtype=np.int64)
+        )
 
 
 def _background(rng, height, width):

@@ -203,7 +203,10 @@ def test_memory_format_follows_the_input(target):
 def test_empty_batch(target):
     device, _ = target
     x = torch.randn(0, 40, 6, 7, device=device, requires_grad=True)
-    weight, bias = torch.randn(24, 40, 3, 3, device=device, requires_grad=True), torch.randn(24, device=device, requires_grad=True)
+    weight, bias = (
+        torch.randn(24, 40, 3, 3, device=device, requires_grad=True),
+        torch.randn(24, device=device, requires_grad=True),
+    )
     for merge, channels in (("sum", 24), ("concat", 120)):
         out = segops.pyramid_atrous_conv2d(x, weight, bias, merge=merge)
         assert out.shape == (0, channels, 6, 7)
@@ -213,7 +216,11 @@ def test_empty_batch(target):
 
 def test_bias_is_part_of_the_shared_filter(target):
     device, _ = target
-    x, weight, bias = torch.zeros(1, 40, 3, 3, device=device), torch.randn(24, 40, 3, 3, device=device), torch.randn(24, device=device)
+    x, weight, bias = (
+        torch.zeros(1, 40, 3, 3, device=device),
+        torch.randn(24, 40, 3, 3, device=device),
+        torch.randn(24, device=device),
+    )
     out = segops.pyramid_atrous_conv2d(x, weight, bias, rates=(1, 2, 3))
     torch.testing.assert_close(out, 3 * bias[None, :, None, None].expand_as(out))
     out = segops.pyramid_atrous_conv2d(x, weight, bias, rates=(1, 2, 3), merge="concat")

@@ -119,8 +119,16 @@ ERRORS = [
     (lambda: segops.pyramid_atrous_conv2d(X, W, rates=3), TypeError, "rates must be a tuple or list of positive ints; got int"),
     (lambda: segops.pyramid_atrous_conv2d(X, W, merge="mean"), ValueError, "merge must be 'sum' or 'concat'; got 'mean'"),
     (lambda: segops.pyramid_atrous_conv2d(X.long(), W), TypeError, r"input must be float32, .* got torch\.int64"),
-    (lambda: segops.pyramid_atrous_conv2d(X, W.double()), TypeError, r"weight must have input's dtype torch\.float32; got torch\.float64"),
-    (lambda: segops.pyramid_atrous_conv2d(X, W, B.half()), TypeError, r"bias must have input's dtype torch\.float32; got torch\.float16"),
+    (
+        lambda: segops.pyramid_atrous_conv2d(X, W.double()),
+        TypeError,
+        r"weight must have input's dtype torch\.float32; got torch\.float64",
+    ),
+    (
+        lambda: segops.pyramid_atrous_conv2d(X, W, B.half()),
+        TypeError,
+        r"bias must have input's dtype torch\.float32; got torch\.float16",
+    ),
     (lambda: segops.pyramid_atrous_conv2d(X, W.to("meta")), ValueError, "weight must be on input's device cpu; got meta"),
     (lambda: segops.pyramid_atrous_conv2d(X.tolist(), W), TypeError, r"input must be a torch\.Tensor; got list"),
     (lambda: segops.nn.PyramidAtrousConv2d(24, 20, kernel_size=4), ValueError, "must be square and odd; got 4x4"),

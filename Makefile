@@ -1,0 +1,34 @@
+# make setup   .venv with everything, segops built and installed editable; a matter of minutes the first time, nothing after
+# make demo    what segops is, in five minutes: DATA=folder trains on images/{train,val}/ID.jpg and labels/{train,val}/ID.png
+# make test    linters and the test suite
+# make bench   the benchmark suite, results under benchmarks/results
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
+
+.PHONY: setup demo test bench clean
+
+setup: $(VENV)/installed
+
+# Two steps: the build needs torch, and without isolation it finds the one that is installed.
+$(VENV)/installed: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt "setuptools>=77" wheel "pybind11>=2.13" ninja numpy torch torchvision
+	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST-$(ARCHITECTURES)}" $(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/python -m benchmarks.demo $(if $(DATA),--data "$(DATA)") $(ARGS)
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -type f)
+	$(BIN)/python -m pytest -q $(ARGS)
+
+bench: setup
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean:
+	rm -rf build dist runs *.egg-info segops/*.so .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Everything that a machine with a GPU can tell, in one go and one folder: build, CUDA tests, memory checker, timings.
+#
+#   bash benchmarks/gpu.sh [FOLDER]      FOLDER defaults to benchmarks/results/gpu
+#
+# Uses the python3 that is active, which must have a CUDA build of torch, and installs segops into it without dependencies.
+# Goes on after a step that fails, so that one run says as much as it can; the last lines name what failed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=$(mkdir -p "${1:-benchmarks/results/gpu}" && cd "${1:-benchmarks/results/gpu}" && pwd)
+failed=()
+
+step() { # step NAME SECONDS COMMAND...: runs it with a limit, keeps its log
+  local name=$1 limit=$2
+  shift 2
+  printf '\n== %s\n' "$name"
+  timeout "$limit" "$@" 2>&1 | tee "$out/$name.log" || failed+=("$name")
+}
+
+export SEGOPS_BUILD_CUDA=1 PYTHONUNBUFFERED=1
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/gpu.csv"
+step build 180 python3 -m pip install --no-build-isolation --no-deps -e .
+step info 60 python3 -m segops info
+step tests 240 python3 -m pytest -q -m cuda -p no:cacheprovider
+if command -v compute-sanitizer > /dev/null; then
+  # Small shapes: the checker slows everything down a hundredfold.
+  small='test_every_element_is_written or test_bias_is_part_of_the_shared_filter or test_memory_format_follows_the_input'
+  for tool in memcheck racecheck; do
+    step "$tool" 180 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+      python3 -m pytest -q -m cuda -p no:cacheprovider tests/pac/test_pac.py -k "$small"
+  done
+fi
+step benchmarks 420 python3 -m benchmarks --out "$out" --name pac-gpu
+
+if ((${#failed[@]})); then
+  printf '\nFAILED: %s (logs in %s)\n' "${failed[*]}" "$out"
+  exit 1
+fi
+printf '\nall steps passed, evidence in %s\n' "$out"
