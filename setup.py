@@ -18,6 +18,7 @@ ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 # psabi: GCC notes that passing wide vectors changed in 4.6; ours are passed between inlined functions only.
 CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-Wno-psabi", STABLE_ABI]
 NVCC_FLAGS = ["-O3", "-std=c++17", STABLE_ABI, "-DUSE_CUDA"]
+FORCED = "segops: SEGOPS_BUILD_CUDA=1, but the CUDA extension cannot be built: {}"
 
 
 def point_to_toolkit():
@@ -117,7 +118,7 @@ def extensions():
             found.append(make())
         except Exception as error:
             if forced:
-                raise SystemExit(f"segops: SEGOPS_BUILD_CUDA=1, but the CUDA extension cannot be built: {error}") from error
+                raise SystemExit(FORCED.format(error)) from error
             print(f"segops: no {make.__name__}: {error}")
     return found
 
@@ -141,9 +142,9 @@ def build_command():
                     super().build_extensions()
                     built.append(extension)
                 except (Exception, SystemExit) as error:
-                    if extension.name == "segops._C_cuda" and os.environ.get("SEGOPS_BUILD_CUDA") == "1":
-                        raise
                     reason = (str(error).strip() or repr(error)).splitlines()[0]
+                    if extension.name == "segops._C_cuda" and os.environ.get("SEGOPS_BUILD_CUDA") == "1":
+                        raise SystemExit(FORCED.format(reason)) from error
                     print(f"segops: {extension.name} was not built, the next backend takes its place: {reason}")
             self.extensions = built
 

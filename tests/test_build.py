@@ -48,6 +48,7 @@ def test_no_nvcc(build, tmp_path):
         "CXX": "no-such-compiler",
         "CC": "no-such-compiler",
         "SEGOPS_BUILD_CUDA": None,
+        "TORCH_CUDA_ARCH_LIST": "9.0",
     }
     done = build(**broken)
     assert done.returncode == 0, done.stdout

@@ -1,5 +1,7 @@
 """Pyramid atrous convolution as a PyTorch op: opcheck, compile, export, autocast, vmap, checkpoint, errors, module."""
 
+import socket
+
 import pytest
 import torch
 
@@ -87,6 +89,28 @@ def test_checkpoint():
     kept = outputs_and_gradients(lambda *t: torch.utils.checkpoint.checkpoint(CASE.op, *t, use_reentrant=False), tensors)
     for a, b in zip(direct, kept, strict=True):
         assert torch.equal(a, b)
+
+
+def test_distributed_data_parallel():
+    """Two processes over gloo: each gradient is the mean of what the two halves of the batch give."""
+    torch.multiprocessing.spawn(_train_half, (_free_port(),), nprocs=2)
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _train_half(rank, port):
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    module, x = segops.nn.PyramidAtrousConv2d(24, 20), torch.randn(2, 24, 9, 10)
+    (expected,) = torch.autograd.grad(module(x).square().mean(), module.weight)
+    parallel = torch.nn.parallel.DistributedDataParallel(module)
+    parallel(x[rank : rank + 1]).square().mean().backward()
+    torch.testing.assert_close(module.weight.grad, expected)
+    torch.distributed.destroy_process_group()
 
 
 def test_backward_runs_where_forward_ran():
