@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml MANIFEST.in constraints.txt $(shell find csrc -type f)
 
 .PHONY: setup demo test bench clean
 
@@ -15,7 +15,7 @@ setup: $(VENV)/installed
 $(VENV)/installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt "setuptools>=77" wheel "pybind11>=2.13" ninja numpy torch torchvision
-	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST-$(ARCHITECTURES)}" $(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e ".[dev]"
 	touch $@
 
 demo: setup
@@ -31,4 +31,4 @@ bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:
-	rm -rf build dist runs *.egg-info segops/*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist runs *.egg-info segops/*.so $(VENV)/installed .pytest_cache .ruff_cache .hypothesis

@@ -153,7 +153,7 @@ def build_command():
 
 point_to_toolkit()
 setup(
-    packages=["segops", "segops.pac", "segops.models"],
+    packages=["segops", "segops.pac", "segops.train", "segops.models"],
     package_dir={"segops.models": "models"},
     ext_modules=extensions(),
     cmdclass=build_command(),

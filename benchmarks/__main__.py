@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from . import report
 
@@ -17,7 +18,8 @@ def main():
     parser.add_argument(
         "--out", default=HERE / "results", type=Path, help="folder for the results (default: benchmarks/results)"
     )
-    parser.add_argument("--name", default="pac-cpu", help="name of the result files (default: pac-cpu)")
+    name = f"pac-{'gpu' if torch.cuda.is_available() else 'cpu'}"
+    parser.add_argument("--name", default=name, help=f"name of the result files (default here: {name})")
     parser.add_argument("--report", type=Path, metavar="RAW.json", help="only render what pytest --benchmark-json wrote")
     options = parser.parse_args()
 

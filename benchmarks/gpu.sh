@@ -3,7 +3,8 @@
 #
 #   bash benchmarks/gpu.sh [FOLDER]      FOLDER defaults to benchmarks/results/gpu
 #
-# Uses the python3 that is active, which must have a CUDA build of torch, and installs segops into it without dependencies.
+# Uses the python3 that is active and installs segops into it without dependencies. It must have a CUDA build of torch, and
+# setuptools, pybind11, ninja, pytest, pytest-benchmark, hypothesis, timm, pillow (pip install ".[dev]" elsewhere has them all).
 # Goes on after a step that fails, so that one run says as much as it can; the last lines name what failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -21,7 +22,7 @@ export SEGOPS_BUILD_CUDA=1 PYTHONUNBUFFERED=1
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/gpu.csv"
 step build 180 python3 -m pip install --no-build-isolation --no-deps -e .
 step info 60 python3 -m segops info
-step tests 240 python3 -m pytest -q -m cuda -p no:cacheprovider
+step tests 240 python3 -m pytest -q -m cuda -p no:cacheprovider tests/pac
 if command -v compute-sanitizer > /dev/null; then
   # Small shapes: the checker slows everything down a hundredfold.
   small='test_every_element_is_written or test_bias_is_part_of_the_shared_filter or test_memory_format_follows_the_input'
@@ -30,7 +31,7 @@ if command -v compute-sanitizer > /dev/null; then
       python3 -m pytest -q -m cuda -p no:cacheprovider tests/pac/test_pac.py -k "$small"
   done
 fi
-step benchmarks 420 python3 -m benchmarks --out "$out" --name pac-gpu
+step benchmarks 420 python3 -m benchmarks --out "$out"
 
 if ((${#failed[@]})); then
   printf '\nFAILED: %s (logs in %s)\n' "${failed[*]}" "$out"

@@ -1,6 +1,7 @@
 """How everything here is measured: interleaved in one process, medians, on inputs whose results were checked first."""
 
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -14,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def compare(functions, device, seconds=1.0, least_rounds=5):
-    """Times the functions in turn, round after round, so that all see the same machine.
+    """Times the functions round after round, in an order drawn anew for each: all see the same machine, in every state that
+    the others leave caches and allocator in.
 
     Returns {name: {"median": ms, "p20": ms, "p80": ms}}. On a GPU times are those of device events.
     """
@@ -22,11 +24,11 @@ def compare(functions, device, seconds=1.0, least_rounds=5):
     for function in functions.values():
         for _ in range(3 if device == "cuda" else 1):
             time_once(function)
-    times = {name: [] for name in functions}
+    times, order = {name: [] for name in functions}, random.Random(0)
     end = time.perf_counter() + seconds * len(functions)
     while len(next(iter(times.values()))) < least_rounds or time.perf_counter() < end:
-        for name, function in functions.items():
-            times[name].append(time_once(function))
+        for name in order.sample(list(functions), len(functions)):
+            times[name].append(time_once(functions[name]))
     return {name: summary(values) for name, values in times.items()}
 
 
@@ -43,7 +45,7 @@ def _time_cpu(function):
 
 def _time_cuda(function):
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(2_000_000)  # the kernels queue up behind it, so that launching them does not count
+    torch.cuda._sleep(20_000_000)  # the kernels queue up behind it, so that launching them does not count
     start.record()
     function()
     end.record()
@@ -79,8 +81,10 @@ def ceilings(device, dtype):
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     source = torch.randn(2**28 if device == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
-    times = compare({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, device, seconds=0.5)
-    flops = 2 * side**3 / times["product"]["median"] * 1e3
+    pixels = a.t().reshape(1, side, side, 1).contiguous(memory_format=torch.channels_last)
+    products = {"mm": lambda: a @ b, "conv2d 1x1": lambda: torch.nn.functional.conv2d(pixels, b[:, :, None, None])}
+    times = compare({**products, "copy": lambda: target.copy_(source)}, device, seconds=0.5)
+    flops = 2 * side**3 / min(times[name]["median"] for name in products) * 1e3
     return {"flops": flops, "bytes": 2 * source.nbytes / times["copy"]["median"] * 1e3}
 
 

@@ -8,6 +8,7 @@
 `python -m segops info` tells which kernels run on this machine.
 """
 
+import importlib
 from importlib.metadata import version
 
 from . import nn
@@ -15,4 +16,13 @@ from .backend import backend
 from .pac import pyramid_atrous_conv2d
 
 __version__ = version("segops")
+
+
+def __getattr__(name):
+    """`segops.models` and `segops.train` need more than torch: they are imported when they are first used."""
+    if name in ("models", "train"):
+        return importlib.import_module(f"segops.{name}")
+    raise AttributeError(f"module 'segops' has no attribute {name!r}")
+
+
 __all__ = ["__version__", "backend", "nn", "pyramid_atrous_conv2d"]

@@ -36,7 +36,8 @@ class backend:
         name: "auto" (default at start, or the environment's SEGOPS_BACKEND), "native", "triton" or "reference".
 
     A forced backend that cannot run where it is needed raises a RuntimeError that names the reason and the
-    alternatives; "auto" takes the first that can run. The choice holds for the whole process, all threads.
+    alternatives; "auto" takes the first that can run. Where a kernel would gain nothing, as an op's documentation says,
+    PyTorch's own ops run under any name. The choice holds for the whole process, all threads.
     A backward pass runs on the backend that its forward pass used.
 
     Raises:
@@ -64,10 +65,7 @@ def requested():
 def _load(module):
     """The binary, or why it is not here. Never raises: segops works without a compiler, nvcc or a GPU."""
     if importlib.util.find_spec(f"segops.{module}") is None:
-        return (
-            None,
-            f"segops.{module} was not built (no compiler{' or no nvcc' if module == '_C_cuda' else ''} at installation)",
-        )
+        return None, f"segops.{module} was not built at installation (pip install -v . says why)"
     try:
         return importlib.import_module(f"segops.{module}"), None
     except Exception as error:  # an undefined symbol, a missing libcudart: whatever it is, the other backends still run
@@ -110,16 +108,21 @@ def why_not(name, device_type, device_index, dtype):
         return None
     if dtype == torch.float64 and device_type != "cpu":
         return f"float64 runs on the CPU and in the reference, not on {device_type}"
+    if device_type not in ("cpu", "cuda") or (device_type == "cuda" and not torch.version.cuda):
+        return f"segops has kernels for the CPU and NVIDIA GPUs, not for {device_type} here"
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device is visible"
     if name == "triton":
         if not _HAS_TRITON:
             return "triton is not installed"
-        if TRITON_INTERPRET or device_type == "cuda":
+        if TRITON_INTERPRET:
             return None
-        return f"Triton does not run on {device_type} (set TRITON_INTERPRET=1 before the start to interpret its kernels)"
+        if device_type == "cpu":
+            return "Triton does not run on cpu (set TRITON_INTERPRET=1 before the start to interpret its kernels)"
+        major, minor = torch.cuda.get_device_capability(device_index)
+        return None if major >= 8 else f"Triton needs a GPU of compute capability 8.0, and this one is {major}.{minor}"
     if device_type == "cpu":
         return _cpu_reason
-    if device_type != "cuda":
-        return f"segops has no native kernels for {device_type}"
     if _cuda is None:
         return _cuda_reason
     capability = torch.cuda.get_device_capability(device_index)

@@ -66,7 +66,10 @@ def test_forced_backend_that_cannot_run():
 
 def test_auto_takes_the_first_that_can_run():
     assert select("op", torch.empty(1)) == "native"
-    assert "native kernels for mps" in why_not("native", "mps", 0, torch.float32)
+    assert why_not("native", "mps", 0, torch.float32) == why_not("triton", "mps", 0, torch.float32)
+    assert "not for mps" in why_not("native", "mps", 0, torch.float32)
+    if not torch.cuda.is_available() and torch.version.cuda:
+        assert why_not("native", "cuda", 0, torch.float32) == "no CUDA device is visible"
     assert "float64" in why_not("native", "cuda", 0, torch.float64)
 
 

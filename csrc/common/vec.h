@@ -66,7 +66,7 @@ struct Vec<bf16, lanes> {
   }
 };
 
-// One lane is a scalar: a vector of one element is not portable.
+// One lane of bfloat16 is converted as a scalar: vectors of a single 16-bit element are not portable.
 template <>
 struct Vec<bf16, 1> {
   using type = float;

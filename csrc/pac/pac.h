@@ -23,12 +23,18 @@ struct ShiftShape {
   int64_t taps() const { return kernel_h * kernel_w; }
 };
 
+inline void check_settings(const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& rates, int64_t sign) {
+  STD_TORCH_CHECK(kernel_size.size() == 2 && (sign == 1 || sign == -1), "pac: kernel_size must be two ints, sign +1 or -1");
+  STD_TORCH_CHECK(!rates.empty(), "pac: rates must hold at least one");
+  for (int64_t rate : rates) STD_TORCH_CHECK(rate > 0, "pac: rates must be positive; got ", rate);
+}
+
 // Raises unless the tensors have the shapes and strides below; returns the shape of the work.
 //   gather:  planes (N, H, W, kh*kw, C) contiguous, bias (C) or none, out (N, H, W, G, C) with dense pixels rows and channels
 inline ShiftShape check_gather(
     const Tensor& planes, const std::optional<Tensor>& bias, const Tensor& out, const std::vector<int64_t>& kernel_size,
     const std::vector<int64_t>& rates, int64_t sign) {
-  STD_TORCH_CHECK(kernel_size.size() == 2 && (sign == 1 || sign == -1), "pac_shift_gather: bad kernel_size or sign");
+  check_settings(kernel_size, rates, sign);
   const ShiftShape s{out.size(0), out.size(1), out.size(2), out.size(3), out.size(4), kernel_size[0], kernel_size[1], sign};
   STD_TORCH_CHECK(
       planes.dim() == 5 && planes.size(0) == s.images && planes.size(1) == s.height && planes.size(2) == s.width &&
@@ -51,7 +57,7 @@ inline ShiftShape check_gather(
 inline ShiftShape check_scatter(
     const Tensor& source, const Tensor& out, int64_t first_row, const std::vector<int64_t>& kernel_size,
     const std::vector<int64_t>& rates, int64_t sign) {
-  STD_TORCH_CHECK(kernel_size.size() == 2 && (sign == 1 || sign == -1), "pac_shift_scatter: bad kernel_size or sign");
+  check_settings(kernel_size, rates, sign);
   const ShiftShape s{source.size(0), source.size(1), source.size(2), source.size(3),
                      source.size(4), kernel_size[0], kernel_size[1], sign};
   STD_TORCH_CHECK(source.dim() == 5 && source.is_contiguous(), "pac_shift_scatter: source must be contiguous (N, H, W, G, C)");

@@ -1,14 +1,17 @@
-"""Pyramid atrous convolution: the public function, and the ops `segops::pac` and `segops::pac_backward` behind it.
+"""Pyramid atrous convolution: the public function, and the ops `segops::pac`, `pac_input_grad` and `pac_weight_grad` behind it.
 
 This file is the worked example of an op. From top to bottom: the public function (validate, pick the backend,
 call the op), the schemas, their implementation and fakes, autograd.
 """
 
 import torch
+from torch.autograd import forward_ad
 
 from .._library import LIBRARY, autocast_dtype, memory_format
 from ..backend import select
 from . import factorised, reference
+
+MAX_RATES = 64  # kMaxRates in csrc/pac/pac_cuda.cu
 
 
 def pyramid_atrous_conv2d(input, weight, bias=None, *, rates=(1, 3, 5, 7, 9), merge="sum"):
@@ -34,7 +37,8 @@ def pyramid_atrous_conv2d(input, weight, bias=None, *, rates=(1, 3, 5, 7, 9), me
         (N, Cout, H, W) for "sum", (N, len(rates) * Cout, H, W) for "concat"; input's dtype and suggested memory
         format. Sums are taken in float32 at least. Differentiable any number of times; deterministic.
 
-    Under autocast floating-point arguments are cast to the autocast dtype first.
+    Under autocast floating-point arguments are cast to the autocast dtype first. With one rate, or too few rates and channels
+    to gain anything, and under `torch.func` transforms or forward-mode differentiation, PyTorch's convolutions run.
 
     Raises:
         TypeError: an argument that is no tensor or no floating-point tensor, mixed dtypes, rates that are not ints.
@@ -45,19 +49,27 @@ def pyramid_atrous_conv2d(input, weight, bias=None, *, rates=(1, 3, 5, 7, 9), me
     input, weight, bias = _autocast(input, weight, bias)
     rates = _validate(input, weight, bias, rates, merge)
     backend = select("pyramid_atrous_conv2d", input)
-    if backend == "reference" or not _pays(weight, rates):
+    if backend == "reference" or not _pays(weight, rates) or _transformed():
         return reference.pyramid_atrous_conv2d(input, weight, bias, rates, merge)
     return torch.ops.segops.pac(input, weight, bias, rates, merge, backend)
 
 
 def _pays(weight, rates):
-    """Whether sharing the arithmetic saves more than shifting costs. Depends on no size of the map, so that exports stay dynamic.
+    """Whether sharing the arithmetic saves more than the shifts cost; if not, plain convolutions do.
 
-    Saved: (rates - 1) * Cin * Cout products a pixel; shifted: the smaller of the two. The bound is where they broke even
-    on two CPU cores; below four input channels PyTorch's convolutions have kernels of their own that win.
+    The bounds are where the two broke even on two CPU cores: four rates always paid, fewer with channels enough. They
+    depend on no size of the map, so that compiled and exported graphs stay dynamic. More than MAX_RATES fit no kernel.
     """
-    c_out, c_in = weight.shape[:2]
-    return c_in >= 4 and (len(rates) - 1) * max(c_in, c_out) >= 64
+    if not 2 <= len(rates) <= MAX_RATES or 0 in weight.shape:
+        return False
+    return max(weight.shape[:2]) >= (2 if len(rates) >= 4 else 64 // (len(rates) - 1))
+
+
+def _transformed():
+    """Whether vmap, jvp, functional grad or forward-mode differentiation look on: they know PyTorch's ops, not ours."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _autocast(*tensors):
@@ -96,7 +108,10 @@ def _validate(input, weight, bias, rates, merge):
 
 def check_settings(kernel_h, kernel_w, rates, merge):
     """Raises on a bad kernel size, rates or merge; returns the rates as a tuple."""
-    if kernel_h != kernel_w or kernel_h % 2 == 0:
+    for side in (kernel_h, kernel_w):
+        if not isinstance(side, int | torch.SymInt) or isinstance(side, bool):
+            raise TypeError(f"kernel_size must be an odd int; got {side!r}")
+    if kernel_h != kernel_w or kernel_h % 2 == 0 or kernel_h < 1:
         raise ValueError(f"kernel_size (weight's last two dimensions) must be square and odd; got {kernel_h}x{kernel_w}")
     if not isinstance(rates, (tuple, list)):
         raise TypeError(f"rates must be a tuple or list of positive ints; got {type(rates).__name__}")

@@ -1,4 +1,4 @@
-"""Data for training segmentation networks (needs numpy and pillow: pip install 'segops[dev]')."""
+"""Data for training segmentation networks (needs pillow: pip install 'segops[train]')."""
 
 from .data import FolderDataset
 from .scenes import SyntheticScenes

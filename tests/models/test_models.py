@@ -1,5 +1,8 @@
 """The reference models: facts of the papers, shapes, training, export."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from segops.models import create_model, list_models
@@ -11,7 +14,7 @@ def small(**options):
 
 
 def test_parameters_of_the_paper():
-    """MODELS.md: 48,285,013 with ResNet-101 and 21 classes."""
+    """48,285,013 with ResNet-101 and 21 classes."""
     with torch.device("meta"):
         model = create_model("pacnet", 21)
     assert sum(p.numel() for p in model.parameters()) == 48_285_013
@@ -143,6 +146,13 @@ def test_in_channels():
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         create_model(**{"name": "pacnet", "num_classes": 5, **options})
+
+
+def test_models_are_imported_when_first_used():
+    program = "import sys, segops; assert 'timm' not in sys.modules; print(segops.models.list_models()); segops.nonsense"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "['pacnet']"
+    assert "module 'segops' has no attribute 'nonsense'" in done.stderr
 
 
 def test_list_models():

@@ -86,7 +86,7 @@ def relative_error(value, truth):
 
 
 def assert_accurate(case, dtype, device):
-    """SPEC 8, in relative norm against float64; "plain" is the sequential sum of F.conv2d in the same dtype."""
+    """Relative norm against float64, bounded by "plain": the sequential sum of F.conv2d in the same dtype."""
     truth = outputs_and_gradients(case.plain, case.tensors())
     values = outputs_and_gradients(case.op, case.tensors(dtype, device))
     plain = outputs_and_gradients(case.plain, case.tensors(dtype, device))

@@ -150,6 +150,13 @@ def test_not_a_convolution_per_rate():
     assert flops((1, 3, 5, 7, 9)) <= 1.05 * one
 
 
+def test_rates_far_beyond_the_map():
+    case = Case((1, 40, 5, 6), 24, rates=(1, 2, 1000, 2**40))
+    x, weight, bias = (t.detach() for t in case.tensors())
+    near = reference.pyramid_atrous_conv2d(x, weight, bias, (1, 2, 50, 60), "sum")
+    torch.testing.assert_close(case.op(x, weight, bias), near, rtol=1e-12, atol=1e-12)
+
+
 def test_taps_outside_the_map_are_skipped():
     weight = torch.randn(8, 8, 3, 3)
     for size, live in (((4, 9), (3, 3)), ((4, 2), (3, 1)), ((1, 1), (1, 1)), ((3, 4), (1, 3))):
@@ -283,11 +290,14 @@ def test_no_synchronisation():
 
 
 @CUDA
-def test_indices_beyond_32_bits():
-    """More than 2^31 elements of planes and of output: the last rows must be right."""
-    x = torch.randn(1, 8, 16384, 16400, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(16, 8, 3, 3, device="cuda", dtype=torch.bfloat16)
-    assert x.numel() * 2 > 2**31
+@pytest.mark.parametrize("c_in, c_out, side", [(8, 16, 16400), (64, 8, 8200)])
+def test_indices_beyond_32_bits(c_in, c_out, side):
+    """More than 2^31 elements, of the output where inputs are shifted, of the planes where products are: the last rows are right."""
+    if torch.cuda.get_device_properties(0).total_memory < 60e9:
+        pytest.skip("needs 60 GB of GPU memory")
+    x = torch.randn(1, c_in, side, side, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(c_out, c_in, 3, 3, device="cuda", dtype=torch.bfloat16)
+    assert max(c_out, 9 * c_out if c_in > c_out else 0) * side**2 > 2**31
     tail = reference.pyramid_atrous_conv2d(x[:, :, -40:], weight, None, (1, 3, 5, 7, 9), "sum")[:, :, 20:]
     for backend in ("native", "triton"):
         with segops.backend(backend):

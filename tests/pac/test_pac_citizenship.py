@@ -77,10 +77,22 @@ def test_autocast_still_validates():
 
 
 def test_vmap():
-    """Served by PyTorch's own loop, which says so in a warning."""
+    """PyTorch's convolutions run, which have a batching rule."""
     x, weight = torch.randn(3, 2, 24, 5, 6), torch.randn(20, 24, 3, 3)
     out = torch.func.vmap(CASE.op, in_dims=(0, None))(x, weight)
     torch.testing.assert_close(out, torch.stack([CASE.op(each, weight) for each in x]))
+
+
+def test_functional_and_forward_mode_differentiation():
+    x, weight, _ = (t.detach() for t in CASE.tensors())
+    tangent = torch.randn_like(x)
+    for op in (CASE.op, lambda x, w: CASE.op(x, w).square()):
+        value, derivative = torch.func.jvp(lambda x, op=op: op(x, weight), (x,), (tangent,))
+        step = 1e-6
+        torch.testing.assert_close(derivative, (op(x + step * tangent, weight) - value) / step, rtol=1e-3, atol=1e-3)
+    grad = torch.func.grad(lambda w: CASE.op(x, w).square().sum())(weight)
+    w = weight.clone().requires_grad_()
+    torch.testing.assert_close(grad, torch.autograd.grad(CASE.op(x, w).square().sum(), w)[0])
 
 
 def test_checkpoint():
@@ -156,6 +168,13 @@ ERRORS = [
     (lambda: segops.pyramid_atrous_conv2d(X, W.to("meta")), ValueError, "weight must be on input's device cpu; got meta"),
     (lambda: segops.pyramid_atrous_conv2d(X.tolist(), W), TypeError, r"input must be a torch\.Tensor; got list"),
     (lambda: segops.nn.PyramidAtrousConv2d(24, 20, kernel_size=4), ValueError, "must be square and odd; got 4x4"),
+    (lambda: segops.nn.PyramidAtrousConv2d(24, 20, kernel_size=-3), ValueError, "must be square and odd; got -3x-3"),
+    (lambda: segops.nn.PyramidAtrousConv2d(24, 20, kernel_size=3.0), TypeError, r"kernel_size must be an odd int; got 3\.0"),
+    (
+        lambda: segops.nn.PyramidAtrousConv2d(24, 20, kernel_size=(3, 3)),
+        TypeError,
+        r"kernel_size must be an odd int; got \(3, 3\)",
+    ),
     (lambda: segops.nn.PyramidAtrousConv2d(24, 20, rates=[]), ValueError, "rates must hold at least one"),
     (lambda: segops.nn.PyramidAtrousConv2d(24, 0), ValueError, "out_channels must be a positive int; got 0"),
 ]
