@@ -128,9 +128,15 @@ def _linear(x, weight, bias=None):
 
 def _accumulate(total, a, b):
     """total + a.T @ b, summed in float32 at least; total is None at first."""
-    if total is None:
-        return (a.t() @ b).to(torch.promote_types(a.dtype, torch.float32))
-    return total.addmm_(a.t(), b) if total.dtype == a.dtype else total.add_(a.t() @ b)
+    wide = torch.promote_types(a.dtype, torch.float32)
+    if a.device.type == "cpu" and a.shape[1] * b.shape[1] < 2048:
+        # The BLAS sums so small a product in one long sequence, and loses a digit to rounding: in pieces it keeps it.
+        product = sum((rows_a.t() @ rows_b).to(wide) for rows_a, rows_b in zip(a.split(512), b.split(512), strict=True))
+    elif total is not None and wide == a.dtype:
+        return total.addmm_(a.t(), b)
+    else:
+        product = (a.t() @ b).to(wide)
+    return product if total is None else total.add_(product)
 
 
 def _compute_dtype(tensor):

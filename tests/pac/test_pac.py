@@ -42,9 +42,12 @@ def test_accuracy(case, dtype, target):
     assert_accurate(case, dtype, device)
 
 
-@pytest.mark.parametrize("shape, channels", [((2, 512, 33, 33), 64), ((1, 24, 129, 65), 96), ((1, 16, 150, 150), 16)])
-def test_accuracy_in_many_blocks(shape, channels):
-    """Maps that are worked off in several strips and channel blocks."""
+@pytest.mark.parametrize(
+    "shape, channels",
+    [((2, 512, 33, 33), 64), ((1, 24, 129, 65), 96), ((1, 16, 150, 150), 16), ((1, 4, 64, 64), 4), ((1, 8, 150, 100), 8)],
+)
+def test_accuracy_of_large_maps(shape, channels):
+    """Several strips and channel blocks; few channels and many pixels, where a careless sum loses a digit."""
     for dtype in (torch.float32, torch.bfloat16):
         assert_accurate(Case(shape, channels), dtype, "cpu")
 
