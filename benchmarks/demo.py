@@ -25,7 +25,8 @@ from . import baselines, bench_pac, measure
 
 
 def race():
-    """Checks pyramid atrous convolution against its reference, then times it beside plain PyTorch."""
+    """Checks pyramid atrous convolution against its reference, then times it beside plain PyTorch. float32 is float32: no TF32."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     print(
         f"\n{'pyramid_atrous_conv2d, five rates':<36}{'pass':<9}{'error/bound':>12}{'PyTorch ms':>12}{'segops ms':>11}{'ratio':>7}"
     )

@@ -76,16 +76,20 @@ def peak_memory(function, device):
 
 
 def ceilings(device, dtype):
-    """The machine's measured rates: {"flops": per second in a large matrix product, "bytes": per second in a large copy}."""
+    """The machine's rates: {"flops": per second in a large matrix product, "bytes": per second in a large copy}.
+
+    A ceiling is what the machine reaches at its best: the fast quintile, and products apart from the copy, which would leave
+    them cold caches.
+    """
     side = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     source = torch.randn(2**28 if device == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
     pixels = a.t().reshape(1, side, side, 1).contiguous(memory_format=torch.channels_last)
     products = {"mm": lambda: a @ b, "conv2d 1x1": lambda: torch.nn.functional.conv2d(pixels, b[:, :, None, None])}
-    times = compare({**products, "copy": lambda: target.copy_(source)}, device, seconds=0.5)
-    flops = 2 * side**3 / min(times[name]["median"] for name in products) * 1e3
-    return {"flops": flops, "bytes": 2 * source.nbytes / times["copy"]["median"] * 1e3}
+    product = min(time["p20"] for time in compare(products, device).values())
+    copy = compare({"copy": lambda: target.copy_(source)}, device)["copy"]["p20"]
+    return {"flops": 2 * side**3 / product * 1e3, "bytes": 2 * source.nbytes / copy * 1e3}
 
 
 def relative_error(value, truth):

@@ -57,7 +57,7 @@ def pyramid_atrous_conv2d(input, weight, bias=None, *, rates=(1, 3, 5, 7, 9), me
 def _pays(weight, rates):
     """Whether sharing the arithmetic saves more than the shifts cost; if not, plain convolutions do.
 
-    The bounds are where the two broke even on two CPU cores: four rates always paid, fewer with channels enough. They
+    The bounds are where the two about broke even on two CPU cores (with fewer than 16 channels a backward pass may lose 10 %). They
     depend on no size of the map, so that compiled and exported graphs stay dynamic. More than MAX_RATES fit no kernel.
     """
     if not 2 <= len(rates) <= MAX_RATES or 0 in weight.shape:
