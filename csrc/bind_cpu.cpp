@@ -1,4 +1,5 @@
 // segops._C: the CPU kernels. Schemas live in Python (segops/*/op.py); this file adds implementations only.
+#include "bal/bal.h"
 #include "pac/pac.h"
 
 #include <pybind11/pybind11.h>
@@ -6,6 +7,10 @@
 #include <string>
 
 STABLE_TORCH_LIBRARY_IMPL(segops, CPU, m) {
+  m.impl("bal_count_edges", TORCH_BOX(&segops::bal_count_edges_cpu));
+  m.impl("bal_blur", TORCH_BOX(&segops::bal_blur_cpu));
+  m.impl("bal_softmax_loss", TORCH_BOX(&segops::bal_softmax_loss_cpu));
+  m.impl("bal_softmax_grad", TORCH_BOX(&segops::bal_softmax_grad_cpu));
   m.impl("pac_shift_gather", TORCH_BOX(&segops::pac_shift_gather_cpu));
   m.impl("pac_shift_scatter", TORCH_BOX(&segops::pac_shift_scatter_cpu));
 }

@@ -1,6 +1,9 @@
 """segops: hand-written kernels for semantic segmentation, as PyTorch ops.
 
     segops.pyramid_atrous_conv2d    one filter at several dilation rates, for the arithmetic of one convolution
+    segops.boundary_aware_loss      cross entropy weighted towards boundaries, for logits at any resolution
+    segops.upsample_cross_entropy   the same with weights of your own, or none: the full-size logits never exist
+    segops.gaussian_edge            the weights: a blurred edge map of the labels
     segops.nn                       the same as modules
     segops.models                   networks that use them (needs timm: pip install segops[models])
     segops.backend                  choose between native (C++, CUDA), triton and reference kernels
@@ -13,6 +16,7 @@ from importlib.metadata import version
 
 from . import nn
 from .backend import backend
+from .bal import boundary_aware_loss, gaussian_edge, upsample_cross_entropy
 from .pac import pyramid_atrous_conv2d
 
 __version__ = version("segops")
@@ -25,4 +29,12 @@ def __getattr__(name):
     raise AttributeError(f"module 'segops' has no attribute {name!r}")
 
 
-__all__ = ["__version__", "backend", "nn", "pyramid_atrous_conv2d"]
+__all__ = [
+    "__version__",
+    "backend",
+    "boundary_aware_loss",
+    "gaussian_edge",
+    "nn",
+    "pyramid_atrous_conv2d",
+    "upsample_cross_entropy",
+]

@@ -8,7 +8,7 @@ import torch
 from . import __version__
 from .backend import ORDER, build_info, requested, why_not
 
-OPS = ("pyramid_atrous_conv2d",)
+OPS = ("pyramid_atrous_conv2d", "gaussian_edge", "upsample_cross_entropy", "boundary_aware_loss")
 
 
 def describe_build(info):

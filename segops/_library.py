@@ -1,6 +1,7 @@
 """The torch.library namespace `segops`, and what every op's file needs to put an op into it."""
 
 import torch
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("segops", "FRAGMENT")
 
@@ -25,3 +26,10 @@ def autocast_dtype(tensor):
     device = tensor.device.type
     enabled = device != "meta" and torch.is_autocast_enabled(device)  # it raises for meta, which has no autocast
     return torch.get_autocast_dtype(device) if enabled else None
+
+
+def transformed():
+    """Whether vmap, jvp, functional grad or forward-mode differentiation look on: they know PyTorch's ops, not ours."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from .bal import boundary_aware_loss, upsample_cross_entropy
+from .bal.op import check_edge_settings, check_loss_settings
 from .pac import pyramid_atrous_conv2d
 from .pac.op import check_settings
 
@@ -56,3 +58,89 @@ class PyramidAtrousConv2d(torch.nn.Module):
     def extra_repr(self):
         c_out, c_in, k, _ = self.weight.shape
         return f"{c_in}, {c_out}, kernel_size={k}, rates={self.rates}, merge={self.merge!r}, bias={self.bias is not None}"
+
+
+class UpsampleCrossEntropy(torch.nn.Module):
+    """Cross entropy of logits at any resolution against labels at theirs, without the upsampled logits.
+
+    The module of `segops.upsample_cross_entropy`, with its keyword arguments and defaults.
+
+    Args:
+        class_weight: (C) floating point, kept as a buffer, or None (default).
+        label_smoothing: in [0, 1], default 0.0.
+        ignore_index: label of pixels that do not count, default 255.
+        reduction: "mean" (default; over the pixels that are not ignored), "sum" or "none".
+
+    Shape: logits (N, C, h, w), labels (N, H, W), pixel_weight (N, h', w') or None -> () or, for "none", (N, H, W).
+
+    Raises:
+        ValueError, TypeError, IndexError: as the function, at construction for what is known there.
+    """
+
+    def __init__(self, *, class_weight=None, label_smoothing=0.0, ignore_index=255, reduction="mean"):
+        super().__init__()
+        check_loss_settings(class_weight, label_smoothing, ignore_index, reduction)
+        self.register_buffer("class_weight", class_weight)
+        self.settings = {"label_smoothing": label_smoothing, "ignore_index": ignore_index, "reduction": reduction}
+
+    def forward(self, logits, labels, pixel_weight=None):
+        return upsample_cross_entropy(logits, labels, pixel_weight, class_weight=self.class_weight, **self.settings)
+
+    def extra_repr(self):
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+class BoundaryAwareLoss(torch.nn.Module):
+    """Cross entropy weighted by the gaussian edge map of the labels (Yu, Eq. 4), for logits at any resolution.
+
+    The module of `segops.boundary_aware_loss`, with its keyword arguments and defaults.
+
+    Args:
+        kernel, kernel_size, sigma, beta, downsample, normalize: of the edge map, as in `segops.gaussian_edge`; default the
+            paper's best: "gaussian", 35, 3.0, 0.5, 4, and None. normalize="mean" keeps cross entropy's scale.
+        class_weight: (C) floating point, kept as a buffer, or None (default).
+        label_smoothing: in [0, 1], default 0.0.
+        ignore_index: label of pixels that do not count, default 255.
+        reduction: "mean" (default; over the pixels that are not ignored), "sum" or "none".
+
+    Shape: logits (N, C, h, w), labels (N, H, W) -> () or, for "none", (N, H, W).
+
+    Raises:
+        ValueError, TypeError, IndexError: as the function, at construction for what is known there.
+    """
+
+    def __init__(
+        self,
+        *,
+        kernel="gaussian",
+        kernel_size=35,
+        sigma=3.0,
+        beta=0.5,
+        downsample=4,
+        normalize=None,
+        class_weight=None,
+        label_smoothing=0.0,
+        ignore_index=255,
+        reduction="mean",
+    ):
+        super().__init__()
+        check_edge_settings(kernel, kernel_size, sigma, beta, downsample, normalize, ignore_index)
+        check_loss_settings(class_weight, label_smoothing, ignore_index, reduction)
+        self.register_buffer("class_weight", class_weight)
+        self.settings = {
+            "kernel": kernel,
+            "kernel_size": kernel_size,
+            "sigma": sigma,
+            "beta": beta,
+            "downsample": downsample,
+            "normalize": normalize,
+            "label_smoothing": label_smoothing,
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+        }
+
+    def forward(self, logits, labels):
+        return boundary_aware_loss(logits, labels, class_weight=self.class_weight, **self.settings)
+
+    def extra_repr(self):
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())

@@ -3,6 +3,7 @@
 // them when the library is loaded.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -31,10 +32,10 @@ struct vector_of {  // a template of its own: GCC drops the attribute where only
   typedef T type __attribute__((vector_size(lanes * sizeof(T))));
 };
 
-// `lanes` accumulators of T, and the conversions from and to memory.
+// `lanes` accumulators (or integers) of T, and the conversions from and to memory.
 template <typename T, int lanes>
 struct Vec {
-  static_assert(std::is_same_v<T, accumulator<T>>);
+  static_assert(sizeof(T) >= 4);
   using type = typename vector_of<T, lanes>::type;
 
   static SEGOPS_INLINE type load(const T* p) {
@@ -84,5 +85,59 @@ struct Vec<bf16, 1> {
     p->bits = nan ? 0x7fc0 : uint16_t((w + 0x7fffu + ((w >> 16) & 1u)) >> 16);
   }
 };
+
+// exp and log of vectors. For float, polynomials (Cephes) good to about 1e-7; arguments of exp must be below 88, those of log
+// normal and positive. NaN stays NaN. For double, the library's, lane by lane.
+template <typename V>
+SEGOPS_INLINE V exp(V x, float) {
+  typedef int32_t Int __attribute__((vector_size(sizeof(V))));
+  constexpr float round = 12582912.f;  // 1.5 * 2^23: what is added to it is rounded to an integer
+  const V shifted = x * 1.44269504f + round;
+  const V n = shifted - round;
+  const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * r) * r + r + 1.f;
+  const V power = (V)(((Int)shifted + 127) << 23);  // the low bits of `shifted` are n
+  return x < -87.f ? V{} : p * power;
+}
+
+template <typename V>
+SEGOPS_INLINE V log(V x, float) {
+  typedef int32_t Int __attribute__((vector_size(sizeof(V))));
+  const Int bits = (Int)x;
+  Int exponent = (bits >> 23) - 126;
+  V m = (V)((bits & 0x007fffff) | 0x3f000000);  // in [0.5, 1)
+  const Int low = m < 0.707106781f;
+  exponent += low;  // a true lane is -1
+  m = (low ? m + m : m) - 1.f;
+  const V e = __builtin_convertvector(exponent, V), square = m * m;
+  V p = m * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  p = p * m * square - e * 2.12194440e-4f - square * 0.5f;
+  const V result = m + p + e * 0.693359375f;
+  return x == x ? result : x;
+}
+
+template <typename V>
+SEGOPS_INLINE V exp(V x, double) {
+  for (unsigned i = 0; i < sizeof(V) / sizeof(double); ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+template <typename V>
+SEGOPS_INLINE V log(V x, double) {
+  for (unsigned i = 0; i < sizeof(V) / sizeof(double); ++i) x[i] = std::log(x[i]);
+  return x;
+}
 
 }  // namespace segops

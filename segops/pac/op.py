@@ -5,9 +5,8 @@ call the op), the schemas, their implementation and fakes, autograd.
 """
 
 import torch
-from torch.autograd import forward_ad
 
-from .._library import LIBRARY, autocast_dtype, memory_format
+from .._library import LIBRARY, autocast_dtype, memory_format, transformed
 from ..backend import select
 from . import factorised, reference
 
@@ -49,7 +48,7 @@ def pyramid_atrous_conv2d(input, weight, bias=None, *, rates=(1, 3, 5, 7, 9), me
     input, weight, bias = _autocast(input, weight, bias)
     rates = _validate(input, weight, bias, rates, merge)
     backend = select("pyramid_atrous_conv2d", input)
-    if backend == "reference" or not _pays(weight, rates) or _transformed():
+    if backend == "reference" or not _pays(weight, rates) or transformed():
         return reference.pyramid_atrous_conv2d(input, weight, bias, rates, merge)
     return torch.ops.segops.pac(input, weight, bias, rates, merge, backend)
 
@@ -63,13 +62,6 @@ def _pays(weight, rates):
     if not 2 <= len(rates) <= MAX_RATES or 0 in weight.shape:
         return False
     return max(weight.shape[:2]) >= (2 if len(rates) >= 4 else 64 // (len(rates) - 1))
-
-
-def _transformed():
-    """Whether vmap, jvp, functional grad or forward-mode differentiation look on: they know PyTorch's ops, not ours."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _autocast(*tensors):

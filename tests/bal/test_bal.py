@@ -1,0 +1,742 @@
+"""The boundary-aware loss: mathematics and accuracy, on every backend that runs here."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import segops
+from benchmarks import measure
+from segops.bal import op, reference
+
+from .conftest import (
+    CUDA,
+    INTERPRETED,
+    Case,
+    assert_accurate,
+    draw_labels,
+    edge_map,
+    output_and_gradient,
+    reference_classes,
+    relative_error,
+)
+
+FLOATING = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=lambda d: str(d)[6:]
+)
+# The paper's Table 1: kernel, down, size, sigma, beta.
+TABLE_1 = [
+    ("linear", 1, 15, 1.0, 0.3),
+    ("linear", 2, 15, 1.0, 0.3),
+    ("linear", 2, 15, 1.0, 0.5),
+    ("linear", 4, 15, 1.0, 0.5),
+    ("linear", 4, 25, 1.0, 0.5),
+    ("linear", 4, 35, 1.0, 0.5),
+    ("gaussian", 1, 15, 1.0, 0.3),
+    ("gaussian", 2, 15, 1.0, 0.3),
+    ("gaussian", 4, 15, 1.0, 0.3),
+    ("gaussian", 4, 25, 1.0, 0.3),
+    ("gaussian", 4, 35, 1.0, 0.3),
+    ("gaussian", 4, 35, 1.0, 0.5),
+    ("gaussian", 4, 35, 2.0, 0.5),
+    ("gaussian", 4, 35, 3.0, 0.5),
+]
+
+
+# The oracle itself, against code as literal as the paper.
+
+
+def literal_edges(labels, classes):
+    """Sum of the paper's edge planes, one pixel and one class at a time."""
+    n, height, width = labels.shape
+    total = torch.zeros(n, height, width, dtype=torch.float64)
+    for image, y, x, i in torch.cartesian_prod(*(torch.arange(size) for size in (n, height, width, classes))).tolist():
+        here, right, lower = (
+            float(labels[image, min(y + dy, height - 1), min(x + dx, width - 1)] == i) for dy, dx in ((0, 0), (0, 1), (1, 0))
+        )
+        total[image, y, x] += abs(here - right / 2 - lower / 2) > 0
+    return total
+
+
+def literal_kernel(kernel, n, sigma):
+    centre = n // 2
+    values = [
+        math.exp(-((x - centre) ** 2 + (y - centre) ** 2) / (n * sigma))
+        if kernel == "gaussian"
+        else n - (abs(x - centre) + abs(y - centre))
+        for y in range(n)
+        for x in range(n)
+    ]
+    least, most = min(values), max(values)
+    return torch.tensor([(value - least) / (most - least) for value in values], dtype=torch.float64).view(n, n)
+
+
+def shrink(size, out):
+    """(out, size): an antialiased bilinear resize, whose triangle is as wide as the scale."""
+    scale, rows = size / out, torch.zeros(out, size, dtype=torch.float64)
+    for i in range(out):
+        for j in range(size):
+            rows[i, j] = max(0.0, 1 - abs((j + 0.5) - (i + 0.5) * scale) / scale)
+    return rows / rows.sum(1, keepdim=True)
+
+
+def stretch(size, out):
+    """(out, size): a bilinear resize with align_corners=False."""
+    rows = torch.zeros(out, size, dtype=torch.float64)
+    for i in range(out):
+        at = min(max((i + 0.5) * size / out - 0.5, 0), size - 1)
+        low = math.floor(at)
+        rows[i, low] += 1 - (at - low)
+        rows[i, min(low + 1, size - 1)] += at - low
+    return rows
+
+
+def literal_gaussian_edge(labels, classes, kernel, kernel_size, sigma, beta, downsample, normalize):
+    height, width = labels.shape[1:]
+    small = math.ceil(height / downsample), math.ceil(width / downsample)
+    edges = shrink(height, small[0]) @ literal_edges(labels, classes) @ shrink(width, small[1]).T
+    f, reach = literal_kernel(kernel, kernel_size, sigma), kernel_size // 2
+    padded = F.pad(edges, (reach,) * 4)
+    blurred = torch.zeros_like(edges)
+    for dy in range(kernel_size):
+        for dx in range(kernel_size):
+            blurred += f[dy, dx] * padded[:, dy : dy + small[0], dx : dx + small[1]]
+    if normalize == "max":
+        blurred = torch.stack([each / each.max() if each.max() > 0 else each for each in blurred])
+    edge = stretch(small[0], height) @ blurred @ stretch(small[1], width).T + beta
+    return edge / edge.mean((1, 2), keepdim=True) if normalize == "mean" else edge
+
+
+@pytest.mark.parametrize("height, width", [(9, 11), (8, 12), (1, 7), (6, 1)])
+@pytest.mark.parametrize("normalize", [None, "max", "mean"])
+def test_reference_edge_is_the_paper(height, width, normalize):
+    labels = draw_labels(2, 3, height, width)
+    labels[1] = 2 - labels[1].where(labels[1] != 255, -253)  # another image, voids kept
+    for kernel, size, downsample in (("gaussian", 5, 2), ("linear", 3, 1), ("gaussian", 7, 3), ("linear", 5, 4)):
+        arguments = kernel, size, 1.5, 0.3, downsample, normalize
+        value = reference.gaussian_edge(reference_classes(labels, 3), 3, *arguments, dtype=torch.float64)
+        torch.testing.assert_close(value, literal_gaussian_edge(labels, 3, *arguments), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", ["gaussian", "linear"])
+def test_reference_kernel_is_equation_5_or_6(kernel):
+    for size in (3, 5, 35):
+        f = reference.blur_kernel(kernel, size, 3.0)
+        torch.testing.assert_close(f, literal_kernel(kernel, size, 3.0), rtol=1e-14, atol=1e-15)
+        assert f.min() == 0 and f.max() == 1 == f[size // 2, size // 2]
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+def test_reference_loss_is_the_formula(reduction, label_smoothing):
+    """One pixel at a time: -log softmax of resized logits, class weights as in F.cross_entropy, "mean" over the valid pixels."""
+    logits, labels = torch.randn(2, 3, 2, 4, dtype=torch.float64), draw_labels(2, 3, 5, 6)
+    class_weight, pixel_weight = torch.rand(3, dtype=torch.float64), torch.rand(2, 3, 2, dtype=torch.float64)
+    resized = stretch(2, 5) @ logits @ stretch(4, 6).T
+    weight = stretch(3, 5) @ pixel_weight @ stretch(2, 6).T
+    expected = torch.zeros(2, 5, 6, dtype=torch.float64)
+    for n, y, x in (labels != 255).nonzero().tolist():
+        z, label = resized[n, :, y, x], labels[n, y, x]
+        by_class = class_weight * (z.exp().sum().log() - z)
+        loss = (1 - label_smoothing) * by_class[label] + label_smoothing / 3 * by_class.sum()
+        expected[n, y, x] = weight[n, y, x] * loss
+    if reduction != "none":
+        expected = expected.sum() / ((labels != 255).sum() if reduction == "mean" else 1)
+    value = reference.upsample_cross_entropy(
+        logits, reference_classes(labels, 3), pixel_weight, class_weight, label_smoothing, reduction
+    )
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+
+
+# The edge map.
+
+
+def counted_edges(labels, classes, **settings):
+    """E itself: nothing resized, blurred or added."""
+    return segops.gaussian_edge(labels, classes, kernel_size=1, downsample=1, beta=0, **settings)
+
+
+def test_edges_count_the_classes_that_meet(implementation):
+    """Distinct valid classes among a pixel, its right and its lower neighbour, 0 when all agree; voids are of no class."""
+    device, _ = implementation
+    for ignore_index in (255, 1):
+        labels = draw_labels(2, 4, 11, 13, ignore_index=ignore_index)
+        labels[0, 5:, 6:] = ignore_index
+        expected = torch.zeros(2, 11, 13)
+        for n, y, x in (labels == labels).nonzero().tolist():
+            seen = {labels[n, y, x].item(), labels[n, y, min(x + 1, 12)].item(), labels[n, min(y + 1, 10), x].item()}
+            expected[n, y, x] = len(seen - {ignore_index}) if len(seen) > 1 else 0
+        assert {0, 1, 2, 3} == set(expected.flatten().tolist())
+        assert torch.equal(counted_edges(labels.to(device), 4, ignore_index=ignore_index).cpu(), expected)
+        if ignore_index == 255:
+            assert torch.equal(expected.double(), literal_edges(labels, 4))
+
+
+def test_borders_of_the_image_are_no_edges_and_borders_of_voids_are(implementation):
+    device, _ = implementation
+    labels = torch.zeros(1, 5, 6, dtype=torch.int64, device=device)
+    assert not counted_edges(labels, 2).any()
+    assert not counted_edges(torch.full_like(labels, 255), 2).any()
+    labels[:, :, 3:] = 255
+    expected = torch.zeros(1, 5, 6, device=device)
+    expected[:, :, 2] = 1
+    assert torch.equal(counted_edges(labels, 2), expected)
+
+
+def test_a_line_vanishes_at_no_offset(implementation):
+    """What antialiasing is for: without it the edge between two columns falls between the samples."""
+    device, _ = implementation
+    totals = []
+    for column in range(8, 16):
+        labels = torch.zeros(1, 24, 24, dtype=torch.int64, device=device)
+        labels[:, :, column:] = 1
+        totals.append(segops.gaussian_edge(labels, 2, kernel_size=1, beta=0).mean().item())
+    assert min(totals) > 0.7 * max(totals) > 0
+
+
+@pytest.mark.parametrize("kernel, downsample, kernel_size, sigma, beta", TABLE_1)
+def test_edge_accuracy_in_table_1(implementation, kernel, downsample, kernel_size, sigma, beta):
+    device, _ = implementation
+    labels = draw_labels(2, 21, 37, 53)
+    given = dict(kernel=kernel, kernel_size=kernel_size, sigma=sigma, beta=beta, downsample=downsample)
+    for normalize in (None, "max", "mean"):
+        value = segops.gaussian_edge(labels.to(device), 21, normalize=normalize, **given)
+        assert value.dtype == torch.float32 and not value.requires_grad
+        assert relative_error(value, edge_map(labels, 21, normalize=normalize, **given)) <= 1e-6, normalize
+
+
+@pytest.mark.parametrize("height, width", [(513, 513), (180, 241), (37, 53), (1, 67), (70, 1), (1, 1), (2, 3), (5, 130)])
+def test_edge_accuracy_by_size(implementation, height, width):
+    device, _ = implementation
+    if implementation == INTERPRETED and height * width > 3000:
+        pytest.skip("too large for the interpreter")
+    labels = draw_labels(1, 19, height, width)
+    for downsample in (1, 3, 4, 7) if height < 500 else (4,):
+        value = segops.gaussian_edge(labels.to(device), 19, downsample=downsample)
+        assert value.shape == labels.shape
+        assert relative_error(value, edge_map(labels, 19, downsample=downsample)) <= 1e-6, downsample
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("ignore_index", [255, -1, -100, 0, 2**40])
+def test_edge_of_labels_of_any_dtype_and_stride(implementation, dtype, ignore_index):
+    device, _ = implementation
+    labels = draw_labels(3, 6, 20, 33, dtype, ignore_index)
+    buffer = torch.zeros(3, 22, 70, dtype=dtype, device=device)
+    buffer[:, 1:-1, 2:-2:2] = labels.to(device)
+    views = {
+        "dense": labels.to(device),
+        "slice": buffer[:, 1:-1, 2:-2:2],
+        "transposed": labels.to(device).transpose(1, 2).contiguous().transpose(1, 2),
+        "expanded": labels[:1].to(device).expand(3, -1, -1),
+    }
+    for name, view in views.items():
+        expected = edge_map(view.cpu(), 6, ignore_index=ignore_index)
+        assert relative_error(segops.gaussian_edge(view, 6, ignore_index=ignore_index), expected) <= 1e-6, name
+
+
+def test_more_classes_than_a_byte_counts(implementation):
+    device, _ = implementation
+    labels = torch.arange(700, device=device).view(1, 20, 35)
+    inside = counted_edges(labels, 700, ignore_index=-1)[:, :-1, :-1]
+    assert inside.eq(3).all()
+
+
+def test_normalize(implementation):
+    device, _ = implementation
+    labels = draw_labels(3, 5, 37, 53).to(device)
+    labels[2] = 3  # no edge at all
+    edge = segops.gaussian_edge(labels, 5, normalize="max", beta=0.25, downsample=1, kernel_size=5)
+    torch.testing.assert_close(edge[:2].amax((1, 2)), torch.full((2,), 1.25, device=device))
+    edge = segops.gaussian_edge(labels, 5, normalize="max", beta=0.25)
+    assert edge.min() >= 0.25 and edge.max() <= 1.25 + 1e-6 and edge[2].eq(0.25).all()
+    for downsample in (1, 4, 5):
+        edge = segops.gaussian_edge(labels, 5, normalize="mean", downsample=downsample)
+        torch.testing.assert_close(edge.mean((1, 2)), torch.ones(3, device=device))
+        assert edge[0].std() > 0.1 and edge[2].eq(1).all()
+    for beta in (0.0, 0.5):
+        assert segops.gaussian_edge(labels, 5, normalize="mean", beta=beta)[2].eq(1).all()
+        assert segops.gaussian_edge(labels, 5, beta=beta)[2].eq(beta).all()
+
+
+@pytest.mark.parametrize("kernel", ["gaussian", "linear"])
+@pytest.mark.parametrize("kernel_size", [3, 5, 15, 35, 255])
+@pytest.mark.parametrize("sigma", [0.05, 1.0, 3.0, 100.0, 1e4])
+def test_blur_kernels_have_rank_two(kernel, kernel_size, sigma):
+    factors = op.blur_factors(kernel, kernel_size, sigma, torch.device("cpu"))
+    assert factors.dtype == torch.float32 and factors.shape == (4, kernel_size)
+    u1, v1, u2, v2 = factors.double()
+    f = reference.blur_kernel(kernel, kernel_size, sigma)
+    assert relative_error(torch.outer(u1, v1) + torch.outer(u2, v2), f) <= 1e-6
+    if kernel == "gaussian":
+        assert (factors >= 0).all()  # nothing cancels
+
+
+# The losses.
+
+# Upsampling by 8 as in 65 -> 513, by fractions, on one axis, from one pixel; downsampling; no resizing.
+CASES = [
+    Case((2, 21, 5, 9), (33, 65)),
+    Case((2, 19, 7, 9), (30, 41), pixel_weight=(8, 11), channels_last=True, label_dtype=torch.uint8),
+    Case((1, 5, 6, 8), (6, 23), pixel_weight=(6, 23), reduction="sum", label_dtype=torch.int32),
+    Case((2, 3, 1, 1), (5, 7), pixel_weight=(1, 1), class_weight=True, reduction="none"),
+    Case((2, 4, 12, 13), (5, 6), label_smoothing=0.1, reduction="none", ignore_index=-100),
+    Case((1, 4, 4, 13), (11, 6), channels_last=True, class_weight=True),
+    Case((1, 1, 3, 4), (9, 10), pixel_weight=(9, 10), reduction="sum"),
+    Case((1, 70, 5, 4), (15, 16), class_weight=True, label_smoothing=0.1, channels_last=True, reduction="none"),
+    Case((1, 150, 4, 5), (9, 17), label_smoothing=1.0, class_weight=True, reduction="sum"),
+    Case((2, 21, 13, 16), (13, 16), pixel_weight=(4, 4), reduction="none", label_dtype=torch.uint8),
+    Case((2, 19, 13, 17), (13, 17), class_weight=True, label_smoothing=0.1, channels_last=True, ignore_index=0),
+    Case((2, 2, 9, 3), (40, 1), label_smoothing=1.0, reduction="sum", label_dtype=torch.int32, ignore_index=-1),
+]
+# Tails of vectors, along rows and along channels.
+CASES += [
+    Case((1, 3, 2, -(-width // 4)), (5, width), (2, 1 + width // 3), reduction="none")
+    for width in (1, 3, 15, 16, 17, 63, 64, 65, 130)
+]
+CASES += [Case((1, 3, 2, width), (2, width), reduction="sum") for width in (1, 15, 17, 63, 65)]
+CASES += [
+    Case((1, c, 2, 3), (5, 7), channels_last=c % 2 == 0, class_weight=c > 8, reduction="none")
+    for c in (2, 7, 8, 9, 16, 17, 33, 64)
+]
+BOUNDARY_CASES = [
+    Case((2, 21, 5, 7), (33, 53), edge={}),
+    Case((2, 19, 9, 9), (30, 41), edge={"normalize": "mean"}, channels_last=True, label_dtype=torch.uint8),
+    Case((1, 4, 9, 8), (9, 8), edge={"normalize": "max", "beta": 0.3}, class_weight=True, reduction="sum"),
+    Case((1, 7, 3, 17), (11, 17), edge={"kernel": "linear", "kernel_size": 15, "downsample": 2}, reduction="none"),
+    Case((2, 5, 4, 4), (15, 14), edge={"downsample": 1, "kernel_size": 5}, label_smoothing=0.1, ignore_index=0),
+    Case((1, 3, 9, 7), (5, 6), edge={"downsample": 9, "kernel_size": 1}, label_dtype=torch.int32, ignore_index=-1),
+]
+
+
+@FLOATING
+@pytest.mark.parametrize("case", CASES + BOUNDARY_CASES, ids=str)
+def test_accuracy(case, dtype, target):
+    device, backend = target
+    if dtype == torch.float64 and (device == "cuda" or backend == "triton"):
+        pytest.skip("float64 is for the CPU kernels and the reference")
+    assert_accurate(case, dtype, device)
+
+
+def test_accuracy_at_the_size_of_training(target):
+    """Rows in many blocks, sums over hundreds of thousands of pixels."""
+    device, _ = target
+    if target == INTERPRETED:
+        pytest.skip("too large for the interpreter")
+    for case in (Case((1, 19, 33, 65), (257, 513), edge={}), Case((1, 19, 33, 65), (257, 513), channels_last=True)):
+        for dtype in (torch.float32, torch.bfloat16):
+            assert_accurate(case, dtype, device)
+
+
+SMALL = st.integers(1, 9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(0, 2), c=st.integers(1, 40), h=SMALL, w=SMALL, size=st.tuples(st.integers(1, 20), st.integers(1, 40)),
+    shrunk=st.tuples(SMALL, SMALL), weighted=st.booleans(), class_weight=st.booleans(), label_smoothing=st.sampled_from([0.0, 0.3]),
+    reduction=st.sampled_from(["none", "sum", "mean"]), channels_last=st.booleans(),
+)  # fmt: skip
+def test_any_shape(n, c, h, w, size, shrunk, weighted, class_weight, label_smoothing, reduction, channels_last):
+    pixel_weight = tuple(-(-full // by) for full, by in zip(size, shrunk, strict=True)) if weighted else None
+    case = Case((n, c, h, w), size, pixel_weight, class_weight, label_smoothing, reduction, channels_last)
+    results = []
+    for backend in ("native", "reference"):
+        with segops.backend(backend):
+            results.append(output_and_gradient(case.op, case.logits()))
+    for value, exact in zip(*results, strict=True):
+        torch.testing.assert_close(value, exact, rtol=1e-11, atol=1e-11)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(0, 2), classes=st.integers(1, 12), height=st.integers(1, 40), width=st.integers(1, 40),
+    kernel=st.sampled_from(["gaussian", "linear"]), kernel_size=st.sampled_from([1, 3, 5, 13]), sigma=st.floats(0.01, 100),
+    beta=st.floats(0, 2), downsample=st.integers(1, 9), normalize=st.sampled_from([None, "max", "mean"]),
+)  # fmt: skip
+def test_edge_of_any_shape(n, classes, height, width, **given):
+    labels = draw_labels(n, classes, height, width)
+    with segops.backend("native"):
+        value = segops.gaussian_edge(labels, classes, **given)
+    torch.testing.assert_close(value, edge_map(labels, classes, **given).float(), rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_gradcheck(reduction):
+    labels, weight = draw_labels(2, 3, 7, 5), torch.rand(2, 3, 4)
+    with segops.backend("native"):
+        for shape in ((2, 3, 3, 4), (2, 3, 7, 5), (2, 3, 9, 2)):
+            logits = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+            for loss in (
+                lambda z: segops.upsample_cross_entropy(
+                    z, labels, weight, class_weight=torch.tensor([0.3, 1, 2]), label_smoothing=0.2, reduction=reduction
+                ),
+                lambda z: segops.boundary_aware_loss(z, labels, kernel_size=5, downsample=2, reduction=reduction),
+            ):
+                assert torch.autograd.gradcheck(loss, logits)
+
+
+def test_no_double_backward_but_in_the_reference(implementation):
+    device, backend = implementation
+    logits = torch.randn(1, 3, 4, 5, device=device, requires_grad=True)
+    labels = draw_labels(1, 3, 8, 9).to(device)
+    (grad,) = torch.autograd.grad(segops.boundary_aware_loss(logits, labels), logits, create_graph=True)
+    if backend == "reference":
+        assert torch.autograd.grad(grad.square().sum(), logits)[0].any()
+    else:
+        with pytest.raises(RuntimeError, match="double backward not supported"):
+            torch.autograd.grad(grad.square().sum(), logits)
+
+
+def test_mean_is_over_valid_pixels_whatever_the_weights(implementation):
+    """The paper's n; F.cross_entropy divides by the sum of the class weights."""
+    device, _ = implementation
+    logits, labels = torch.randn(2, 4, 9, 10, device=device), draw_labels(2, 4, 9, 10).to(device)
+    class_weight = torch.tensor([5.0, 6, 7, 8], device=device)
+    total = F.cross_entropy(logits, labels, class_weight, ignore_index=255, reduction="sum")
+    value = segops.upsample_cross_entropy(logits, labels, class_weight=class_weight)
+    torch.testing.assert_close(value, total / (labels != 255).sum())
+    assert (labels == 255).any()
+
+
+def test_boundary_aware_loss_is_its_parts(implementation):
+    device, _ = implementation
+    logits, labels = torch.randn(2, 4, 6, 5, device=device), draw_labels(2, 4, 33, 35).to(device)
+    for choice in ({}, {"normalize": "mean"}, {"kernel": "linear", "kernel_size": 9, "downsample": 3, "beta": 0.1}):
+        weight = segops.gaussian_edge(labels, 4, **choice)
+        parts = segops.upsample_cross_entropy(logits, labels, weight, label_smoothing=0.1)
+        torch.testing.assert_close(segops.boundary_aware_loss(logits, labels, label_smoothing=0.1, **choice), parts)
+    by_mean = segops.gaussian_edge(labels, 4, normalize="mean").mean().item()
+    assert by_mean == pytest.approx(1, abs=1e-5)
+
+
+EXTREMES = {
+    "large": lambda z: z.sign() * 1e4,
+    "equal": lambda z: torch.full_like(z, 7.25),
+    "large and equal": lambda z: torch.full_like(z, -1e4),
+    "one far above": lambda z: torch.where(torch.arange(5, device=z.device)[:, None, None] == 2, 1e4, z),
+}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+@pytest.mark.parametrize("size", [(4, 6), (9, 13)], ids=["as is", "upsampled"])
+def test_extreme_logits(implementation, name, size):
+    device, _ = implementation
+    labels = draw_labels(2, 5, *size)
+    logits = EXTREMES[name](torch.randn(2, 5, 4, 6)).requires_grad_()
+    for label_smoothing in (0.0, 0.1):
+
+        def plain(z, label_smoothing=label_smoothing):
+            z = F.interpolate(z, size, mode="bilinear") if z.shape[2:] != size else z
+            return F.cross_entropy(z, labels, ignore_index=255, reduction="none", label_smoothing=label_smoothing)
+
+        exact = output_and_gradient(plain, logits.detach().double().requires_grad_())
+        values = output_and_gradient(
+            lambda z, s=label_smoothing: segops.upsample_cross_entropy(
+                z, labels.to(device), label_smoothing=s, reduction="none"
+            ),
+            logits.detach().to(device).requires_grad_(),
+        )
+        assert values[0].isfinite().all() and values[1].isfinite().all()
+        torch.testing.assert_close(values[0].cpu(), exact[0].float(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(values[1].cpu(), exact[1].float(), rtol=1e-5, atol=1e-4)
+
+
+def test_a_class_ruled_out(implementation):
+    """Logits of -inf, where they are not the label's: as in F.cross_entropy, a finite loss and no gradient there."""
+    device, _ = implementation
+    labels = draw_labels(2, 5, 6, 7, ignore_index=-1).clamp(min=0).to(device)
+    logits = torch.randn(2, 5, 6, 7, device=device)
+    ruled_out = torch.rand(2, 5, 6, 7, device=device) < 0.5
+    ruled_out[:, :, 3] = True  # all but the label
+    ruled_out.scatter_(1, labels[:, None], False)
+    logits = logits.masked_fill(ruled_out, -torch.inf).requires_grad_()
+    value, grad = output_and_gradient(lambda z: segops.upsample_cross_entropy(z, labels, reduction="none"), logits)
+    exact = output_and_gradient(lambda z: F.cross_entropy(z, labels, reduction="none"), logits)
+    torch.testing.assert_close(value, exact[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad, exact[1], rtol=1e-5, atol=1e-6)
+    assert value.isfinite().all() and value[:, 3].eq(0).all() and grad[ruled_out].eq(0).all()
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_all_ignored(implementation, reduction):
+    """Loss and gradients are 0, not 0 / 0."""
+    device, _ = implementation
+    labels = torch.full((2, 9, 11), 255, device=device)
+    for function in (segops.upsample_cross_entropy, segops.boundary_aware_loss):
+        for shape in ((2, 5, 3, 4), (2, 5, 9, 11)):
+            logits = torch.randn(shape, device=device, requires_grad=True)
+            value, grad = output_and_gradient(lambda z, f=function: f(z, labels, reduction=reduction), logits)
+            assert value.shape == (labels.shape if reduction == "none" else ()) and value.eq(0).all() and grad.eq(0).all()
+
+
+def test_weights_of_ignored_pixels_do_not_matter(implementation):
+    device, _ = implementation
+    labels, weight = draw_labels(2, 5, 9, 11).to(device), torch.rand(2, 9, 11, device=device)
+    for shape in ((2, 5, 4, 5), (2, 5, 9, 11)):
+        logits = torch.randn(shape, device=device, requires_grad=True)
+        for reduction in ("none", "sum", "mean"):
+            results = []
+            for there in (0, torch.nan, torch.inf):
+                chosen = weight.where(labels != 255, there)
+                results.append(
+                    output_and_gradient(
+                        lambda z, w=chosen, r=reduction: segops.upsample_cross_entropy(z, labels, w, reduction=r), logits
+                    )
+                )
+            for other in results[1:]:
+                assert torch.equal(results[0][0], other[0]) and torch.equal(results[0][1], other[1])
+
+
+def test_strided_arguments_and_gradients(target):
+    """Slices of larger buffers, transposed and expanded tensors, gradients that are one number expanded."""
+    device, _ = target
+    buffer = torch.randn(3, 10, 11, 13, device=device)
+    views = {
+        "slice": buffer[1:, 2:8, 2:9, 3:12],
+        "every other": buffer[:2, ::2, ::2, ::2],
+        "channels_last slice": buffer.contiguous(memory_format=torch.channels_last)[1:, 2:8, 2:9, 3:12],
+        "transposed": buffer[:2, :6].transpose(2, 3),
+        "batch and channels swapped": buffer[:, :2, :6, :7].transpose(0, 1),
+        "expanded": buffer[:1, :6].expand(2, -1, -1, -1),
+        "one class for all": buffer[:2, :1].expand(-1, 4, -1, -1),
+    }
+    maps = torch.rand(17, 2, 22, device=device)
+    labels = torch.zeros(2, 40, 17, dtype=torch.int64, device=device)[:, ::2].transpose(1, 2)
+    for name, logits in views.items():
+        classes = logits.shape[1]
+        labels.copy_(draw_labels(2, classes, 17, 20))
+        arguments = {"labels": labels, "pixel_weight": maps.transpose(0, 1)[:, :, ::2]}
+        arguments["class_weight"] = torch.rand(2 * classes, device=device)[::2]
+        logits = logits.detach().requires_grad_()
+        results = []
+        for backend in (None, "reference"):
+            with segops.backend(backend or target[1]):
+                loss = segops.upsample_cross_entropy(logits, **arguments, reduction="none")
+                results.append((loss.detach(), *torch.autograd.grad(loss.sum(), logits)))
+        for value, exact in zip(*results, strict=True):
+            assert relative_error(value, exact) < 2e-6, name
+
+
+def test_memory_format_follows_the_logits(target):
+    device, _ = target
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        for dtype in (torch.float32, torch.bfloat16):
+            for size in ((5, 7), (11, 13)):
+                logits = torch.randn(2, 6, 5, 7, device=device, dtype=dtype).contiguous(memory_format=memory_format)
+                logits.requires_grad_()
+                loss = segops.boundary_aware_loss(logits, draw_labels(2, 6, *size).to(device), reduction="none")
+                assert loss.is_contiguous()
+                assert torch.autograd.grad(loss.sum(), logits)[0].stride() == logits.stride()
+
+
+def test_gradients_flow_to_the_logits_only(implementation):
+    device, _ = implementation
+    logits, pixel_weight, class_weight = (
+        torch.rand(size, device=device, requires_grad=True) for size in ((1, 3, 4, 5), (1, 2, 3), (3,))
+    )
+    loss = segops.upsample_cross_entropy(logits, draw_labels(1, 3, 8, 9).to(device), pixel_weight, class_weight=class_weight)
+    assert torch.autograd.grad(loss, (logits, pixel_weight, class_weight), allow_unused=True)[1:] == (None, None)
+    assert not segops.upsample_cross_entropy(logits.detach(), draw_labels(1, 3, 8, 9).to(device), pixel_weight).requires_grad
+
+
+def test_nothing_of_the_upsampled_size_is_allocated(target):
+    """Forward and backward together hold less than a quarter of one set of full-size float32 logits; PyTorch holds several."""
+    device, _ = target
+    n, c, small, full = (1, 21, 5, 33) if target == INTERPRETED else (2, 21, 17, 129)
+    case = Case((n, c, small, small), (full, full), edge={})
+    labels = case.labels(device)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        logits = case.logits(torch.float32, device).detach().contiguous(memory_format=memory_format).requires_grad_()
+
+        def plain():
+            loss = F.cross_entropy(F.interpolate(logits, labels.shape[1:], mode="bilinear"), labels, ignore_index=255)  # noqa: B023
+            torch.autograd.grad(loss, logits)  # noqa: B023
+
+        quarter = n * c * full * full
+        assert measure.peak_memory(plain, device) > 4 * quarter
+        for reduction in ("mean", "none"):
+            for function in (segops.boundary_aware_loss, segops.upsample_cross_entropy):
+
+                def ours():
+                    loss = function(logits, labels, reduction=reduction)  # noqa: B023
+                    torch.autograd.grad(loss.sum(), logits)  # noqa: B023
+
+                assert measure.peak_memory(ours, device) < quarter, (function.__name__, reduction)
+
+
+@FLOATING
+def test_deterministic(dtype, target):
+    device, backend = target
+    if dtype == torch.float64 and (device == "cuda" or backend == "triton"):
+        pytest.skip("float64 is for the CPU kernels and the reference")
+    for case in (Case((2, 19, 9, 11), (30, 41), edge={}), Case((2, 7, 9, 11), (9, 11), channels_last=True, reduction="none")):
+        logits = case.logits(dtype, device)
+        first = output_and_gradient(case.op, logits)
+        for _ in range(3):
+            for value, again in zip(first, output_and_gradient(case.op, logits), strict=True):
+                assert torch.equal(value, again)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_same_bits_on_any_number_of_threads(channels_last):
+    """Sums over pixels are cut where the image says, not where the threads do."""
+    threads, results = torch.get_num_threads(), []
+    cases = (
+        Case((1, 19, 33, 37), (129, 145), edge={"normalize": "mean"}, channels_last=channels_last),
+        Case((3, 5, 40, 50), (40, 50), channels_last=channels_last),
+    )
+    try:
+        with segops.backend("native"):
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                results.append([each for case in cases for each in output_and_gradient(case.op, case.logits(torch.float32))])
+                results[-1].append(segops.gaussian_edge(cases[0].labels(), 19))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def guarded(shape, device, dtype=torch.float32):
+    """A tensor full of NaN with more NaN before and behind it, and a function that tells whether that and only that is left."""
+    buffer = torch.full((math.prod(shape) + 128,), torch.nan, device=device, dtype=dtype)
+    tensor = buffer[64:-64].view(shape)
+
+    def written_in_full_and_alone():
+        return tensor.isfinite().all() and buffer[:64].isnan().all() and buffer[-64:].isnan().all()
+
+    return tensor, written_in_full_and_alone
+
+
+def test_every_element_is_written_and_nothing_beyond(target):
+    """Kernels over memory full of NaN."""
+    device, backend = target
+    kernels = op._kernels(backend)
+    for height, width, small in ((1, 1, (1, 1)), (9, 13, (9, 13)), (21, 35, (6, 9)), (2, 130, (1, 44))):
+        labels = draw_labels(2, 5, height, width).to(device)
+        edges, edges_are_fine = guarded((2, *small), device)
+        kernels.bal_count_edges(labels, edges, 5, 255)
+        rows, _ = guarded((2, 2, *small), device)
+        out, out_is_fine = guarded((2, *small), device)
+        kernels.bal_blur(edges, op.blur_factors("gaussian", 5, 1.0, labels.device), rows, out)
+        assert edges_are_fine() and out_is_fine(), (height, width)
+        for logits_size in ((height, width), (2, 3)):
+            for memory_format in (torch.contiguous_format, torch.channels_last):
+                logits = torch.randn(2, 5, *logits_size, device=device).contiguous(memory_format=memory_format)
+                log_sum, log_sum_is_fine = guarded((2, height, width), device)
+                loss, loss_is_fine = guarded((2, height, width), device)
+                totals = torch.zeros(2, dtype=torch.float64, device=device)
+                kernels.bal_softmax_loss(logits, labels, out, None, log_sum, loss, totals, 0.1, 255)
+                assert log_sum_is_fine() and loss_is_fine() and totals.isfinite().all()
+                grad = torch.full_like(logits, torch.nan)
+                kernels.bal_softmax_grad(loss, logits, labels, out, None, log_sum, grad, 0.1, 255)
+                assert grad.isfinite().all()
+                log_sum_again = torch.full_like(log_sum, torch.nan)
+                kernels.bal_softmax_loss(logits, labels, out, None, log_sum_again, None, totals.zero_(), 0.1, 255)
+                assert torch.equal(log_sum, log_sum_again)
+                torch.testing.assert_close(totals, torch.stack([loss.double().sum(), (labels != 255).sum()]))
+
+
+def test_empty_batches_and_maps(implementation):
+    device, _ = implementation
+    for n, height, width in ((0, 9, 11), (0, 4, 5), (2, 0, 5), (2, 5, 0)):
+        labels = torch.zeros(n, height, width, dtype=torch.int64, device=device)
+        edge = segops.gaussian_edge(labels, 3)
+        assert edge.shape == labels.shape and edge.dtype == torch.float32
+        logits = torch.randn(n, 3, 4, 5, device=device, requires_grad=True)
+        for function in (segops.upsample_cross_entropy, segops.boundary_aware_loss):
+            for reduction in ("none", "sum", "mean"):
+                loss = function(logits, labels, reduction=reduction)
+                assert loss.shape == (labels.shape if reduction == "none" else ()) and loss.sum() == 0
+                (grad,) = torch.autograd.grad(loss.sum(), logits)
+                assert grad.shape == logits.shape and grad.eq(0).all()
+        for normalize in ("max", "mean"):
+            assert segops.gaussian_edge(labels, 3, normalize=normalize).shape == labels.shape
+
+
+@CUDA
+def test_current_stream_and_cuda_graph():
+    case = Case((2, 19, 17, 19), (65, 73), edge={"normalize": "mean"})
+    logits = case.logits(torch.float32, "cuda")
+    labels = case.labels("cuda")
+
+    def step():
+        loss = segops.boundary_aware_loss(logits, labels, normalize="mean")
+        return loss.detach(), *torch.autograd.grad(loss, logits)
+
+    for backend in ("native", "triton"):
+        with segops.backend(backend):
+            expected = step()
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                on_side = step()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = step()
+            for each in captured:
+                each.zero_()
+            graph.replay()
+            torch.cuda.synchronize()
+        for value, again, replayed in zip(expected, on_side, captured, strict=True):
+            assert torch.equal(value, again) and torch.equal(value, replayed)
+
+
+@CUDA
+def test_no_synchronisation():
+    logits = torch.randn(2, 19, 17, 19, device="cuda", requires_grad=True)
+    labels, class_weight = draw_labels(2, 19, 65, 73).cuda(), torch.rand(19, device="cuda")
+    grad = torch.ones((), device="cuda")
+
+    def step():
+        loss = segops.boundary_aware_loss(logits, labels, normalize="mean", class_weight=class_weight)
+        loss = loss + segops.upsample_cross_entropy(logits, labels, segops.gaussian_edge(labels, 19), reduction="none").mean()
+        torch.autograd.grad(loss, logits, grad)
+
+    for backend in ("native", "triton"):
+        with segops.backend(backend):
+            step()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+@CUDA
+@pytest.mark.parametrize("scale", [1, 2])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_indices_beyond_32_bits(scale, channels_last):
+    """Logits of more than 2^31 elements: the last rows' losses and gradients are right, and those of the last class."""
+    if torch.cuda.get_device_properties(0).total_memory < 60e9:
+        pytest.skip("needs 60 GB of GPU memory")
+    classes, side = 150, 3800
+    assert classes * side**2 > 2**31
+    logits = torch.empty(
+        1, classes, side, side, device="cuda", dtype=torch.bfloat16,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    ).normal_()  # fmt: skip
+    logits.requires_grad_()
+    labels = torch.randint(classes, (1, scale * side, scale * side), device="cuda", dtype=torch.uint8)
+    labels[:, -1] = classes - 1
+    tail = logits[:, :, -20:].detach().float().cpu().requires_grad_()
+
+    def losses(logits, labels):
+        return segops.upsample_cross_entropy(logits, labels, reduction="none")[:, -10 * scale :]
+
+    with segops.backend("reference"):
+        expected = losses(tail, labels[:, -20 * scale :].cpu())
+        (expected_grad,) = torch.autograd.grad(expected.sum(), tail)
+    for backend in ("native", "triton"):
+        with segops.backend(backend):
+            value = losses(logits, labels)
+            (grad,) = torch.autograd.grad(value.sum(), logits)
+        assert relative_error(value, expected.detach()) < 1e-5
+        assert relative_error(grad[:, :, -8:], expected_grad[:, :, -8:]) < 5e-3
+        assert not grad[:, :, : side // 2].any()
+        del value, grad
