@@ -97,7 +97,7 @@ def cuda_extension():
     nvcc = version_line(os.path.join(CUDA_HOME, "bin", "nvcc"))
     return CUDAExtension(
         "segops._C_cuda",
-        ["csrc/bind_cuda.cpp", "csrc/pac/pac_cuda.cu"],
+        ["csrc/bind_cuda.cpp", "csrc/bal/bal_cuda.cu", "csrc/pac/pac_cuda.cu"],
         include_dirs=[pybind11.get_include()],
         define_macros=definitions(nvcc, NVCC_FLAGS, SEGOPS_ARCHITECTURES=built_architectures()),
         extra_compile_args={"cxx": [*CXX_FLAGS, "-DUSE_CUDA"], "nvcc": NVCC_FLAGS},

@@ -1,4 +1,5 @@
 // segops._C_cuda: the CUDA kernels. Schemas live in Python (segops/*/op.py); this file adds implementations only.
+#include "bal/bal.h"
 #include "pac/pac.h"
 
 #include <pybind11/pybind11.h>
@@ -9,6 +10,10 @@
 #include <vector>
 
 STABLE_TORCH_LIBRARY_IMPL(segops, CUDA, m) {
+  m.impl("bal_count_edges", TORCH_BOX(&segops::bal_count_edges_cuda));
+  m.impl("bal_blur", TORCH_BOX(&segops::bal_blur_cuda));
+  m.impl("bal_softmax_loss", TORCH_BOX(&segops::bal_softmax_loss_cuda));
+  m.impl("bal_softmax_grad", TORCH_BOX(&segops::bal_softmax_grad_cuda));
   m.impl("pac_shift_gather", TORCH_BOX(&segops::pac_shift_gather_cuda));
   m.impl("pac_shift_scatter", TORCH_BOX(&segops::pac_shift_scatter_cuda));
 }

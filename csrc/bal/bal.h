@@ -52,18 +52,18 @@ SEGOPS_HOST_DEVICE inline Source bilinear_source(int64_t i, int64_t in, double i
 
 // The taps of one output of an antialiased resize: source[first + k], k < count, weighs triangle(k) / their sum.
 struct Antialias {
-  double centre, scale;  // in source pixels
+  double scale, start;  // source pixels per output, and from the output's centre to the first tap's
   int64_t first, count;
 
-  SEGOPS_HOST_DEVICE Antialias(int64_t i, int64_t in, int64_t out) {
-    scale = double(in) / double(out);
-    centre = (double(i) + 0.5) * scale;
+  SEGOPS_HOST_DEVICE Antialias(int64_t i, int64_t in, int64_t out) : scale(double(in) / double(out)) {
+    const double centre = (double(i) + 0.5) * scale;
     const int64_t begin = int64_t(centre - scale + 0.5), end = int64_t(centre + scale + 0.5);
     first = begin > 0 ? begin : 0;
     count = (end < in ? end : in) - first;
+    start = double(first) + 0.5 - centre;
   }
   SEGOPS_HOST_DEVICE double triangle(int64_t k) const {
-    const double distance = fabs((double(first + k) + 0.5 - centre) / scale);
+    const double distance = fabs(start + double(k)) / scale;
     return distance < 1 ? 1 - distance : 0;
   }
 };

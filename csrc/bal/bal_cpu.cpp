@@ -451,11 +451,11 @@ SEGOPS_INLINE void deliver(const Problem<T>& p, const T* sums, T* out, int64_t c
   const T* weight = p.columns.weight.data();
   for (int64_t c = 0; c < p.s.classes; ++c, sums += p.padded()) {
     for (int64_t j = 0; j < p.s.w; ++j) {
-      T sum = 0;
+      double sum = 0;  // where few logits are resized to many labels, it has many terms
       if (j > 0)
-        for (int64_t x = first[j - 1]; x < first[j]; ++x) sum += weight[x] * sums[x];
-      for (int64_t x = first[j]; x < first[j + 1]; ++x) sum += (1 - weight[x]) * sums[x];
-      out[c * class_stride + j * stride] = sum;
+        for (int64_t x = first[j - 1]; x < first[j]; ++x) sum += double(weight[x] * sums[x]);
+      for (int64_t x = first[j]; x < first[j + 1]; ++x) sum += double((1 - weight[x]) * sums[x]);
+      out[c * class_stride + j * stride] = T(sum);
     }
   }
 }
@@ -509,10 +509,7 @@ SEGOPS_INLINE void grad_strip(const Problem<T>& p, const Label* labels, int64_t 
           const T *upper = reader.expanded(0) + at, *lower = reader.expanded(1) + at;
           typename V::type sum[2], next_sum[2];
 #pragma GCC unroll 2
-          for (int v = 0; v < 2; ++v) {
-            sum[v] = V::load(&sums[at + v * kLanes<T>]);
-            next_sum[v] = V::load(&next_sums[at + v * kLanes<T>]);
-          }
+          for (int v = 0; v < 2; ++v) sum[v] = next_sum[v] = typename V::type{};
           for (int64_t r = 0; r < rows; ++r) {
 #pragma GCC unroll 2
             for (int v = 0; v < 2; ++v) {
@@ -525,8 +522,9 @@ SEGOPS_INLINE void grad_strip(const Problem<T>& p, const Label* labels, int64_t 
           }
 #pragma GCC unroll 2
           for (int v = 0; v < 2; ++v) {
-            V::store(&sums[at + v * kLanes<T>], sum[v]);
-            V::store(&next_sums[at + v * kLanes<T>], next_sum[v]);
+            T *to = &sums[at + v * kLanes<T>], *next = &next_sums[at + v * kLanes<T>];
+            V::store(to, V::load(to) + sum[v]);
+            V::store(next, V::load(next) + next_sum[v]);
           }
         }
       }

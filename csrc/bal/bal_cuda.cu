@@ -1,0 +1,498 @@
+// The kernels of the boundary-aware loss on CUDA (bal.h says what they compute).
+//
+// The loss gives a thread a column of four label pixels, which mostly lie between the same four logits of a class: these are
+// read once. The gradient gathers: a block owns a row of logits, a few columns of it and a few classes, its threads walk down
+// the label columns that the row reaches, and their sums are then resized along x in shared memory. A pixel's softmax is
+// computed twice, once for each row of logits it lies between, and nothing is added to memory: no atomics.
+
+#include "../common/cuda.h"
+#include "bal.h"
+
+#include <cfloat>
+
+namespace segops {
+namespace {
+
+constexpr int kRows = 4;                       // label rows of a thread in the loss
+constexpr int kClasses = 8;                    // classes of a block in the gradient
+constexpr int kColumns = kThreads / kClasses;  // columns of logits of a block in the gradient
+
+struct Labels {
+  const void* data;
+  int bytes;  // of one label
+  int64_t classes, ignore_index;
+
+  Labels(const Tensor& labels, int64_t classes, int64_t ignore_index, const char* op)
+      : data(labels.const_data_ptr()), classes(classes), ignore_index(ignore_index) {
+    const ScalarType type = labels.scalar_type();
+    bytes = type == ScalarType::Long ? 8 : type == ScalarType::Int ? 4 : 1;
+    STD_TORCH_CHECK(bytes > 1 || type == ScalarType::Byte, op, ": labels must be int64, int32 or uint8");
+  }
+  __device__ int at(int64_t i) const {
+    if (bytes == 8) return class_of(static_cast<const int64_t*>(data)[i], classes, ignore_index);
+    if (bytes == 4) return class_of(static_cast<const int32_t*>(data)[i], classes, ignore_index);
+    return class_of(static_cast<const uint8_t*>(data)[i], classes, ignore_index);
+  }
+};
+
+// ---- edges ----------------------------------------------------------------------------------------------------------
+
+__device__ inline float distinct(int a, int b, int c) {
+  if (a == b && a == c) return 0;
+  return float((a >= 0) + (b >= 0 && b != a) + (c >= 0 && c != a && c != b));
+}
+
+__global__ void __launch_bounds__(kThreads) count_edges_kernel(
+    Labels labels, int64_t height, int64_t width, float* __restrict__ out, int64_t h, int64_t w, int64_t work) {
+  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (index >= work) return;
+  const int64_t image = index / w / h * height * width;
+  const Antialias rows(index / w % h, height, h), columns(index % w, width, w);
+  // In float from here on: the distances are small.
+  const float top = float(rows.start), left = float(columns.start);
+  const float inverse_y = float(1 / rows.scale), inverse_x = float(1 / columns.scale);
+  float sum = 0, weight_y = 0, weight_x = 0;
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const int64_t y = rows.first + i;
+    const int64_t row = image + y * width, lower = image + (y + 1 < height ? y + 1 : y) * width;
+    float row_sum = 0;
+    weight_x = 0;
+    int here = labels.at(row + columns.first);
+    for (int64_t j = 0; j < columns.count; ++j) {
+      const int64_t x = columns.first + j;
+      const int right = labels.at(row + (x + 1 < width ? x + 1 : x));
+      const float weight = fmaxf(0.f, 1 - fabsf(left + j) * inverse_x);
+      row_sum += weight * distinct(here, right, labels.at(lower + x));
+      weight_x += weight;
+      here = right;
+    }
+    const float weight = fmaxf(0.f, 1 - fabsf(top + i) * inverse_y);
+    sum += weight * row_sum;
+    weight_y += weight;
+  }
+  out[index] = sum / (weight_x * weight_y);
+}
+
+// rows[pair] = edges convolved along x with v_pair.
+__global__ void __launch_bounds__(kThreads) blur_x_kernel(
+    const float* __restrict__ edges, const float* __restrict__ factors, int64_t size, float* __restrict__ rows, int64_t w,
+    int64_t work) {
+  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (index >= work) return;
+  const int64_t x = index % w;
+  const float *v1 = factors + size, *v2 = factors + 3 * size;
+  float sum1 = 0, sum2 = 0;
+  for (int64_t k = 0; k < size; ++k) {
+    const int64_t shift = k - size / 2;
+    if (x + shift < 0 || x + shift >= w) continue;
+    const float edge = edges[index + shift];
+    sum1 += v1[k] * edge;
+    sum2 += v2[k] * edge;
+  }
+  rows[index] = sum1;
+  rows[work + index] = sum2;
+}
+
+// out = the two maps of rows convolved along y with u1 and u2, added up.
+__global__ void __launch_bounds__(kThreads) blur_y_kernel(
+    const float* __restrict__ rows, const float* __restrict__ factors, int64_t size, float* __restrict__ out, int64_t h,
+    int64_t w, int64_t work) {
+  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (index >= work) return;
+  const int64_t y = index / w % h;
+  const float *u1 = factors, *u2 = factors + 2 * size;
+  float sum = 0;
+  for (int64_t k = 0; k < size; ++k) {
+    const int64_t shift = k - size / 2;
+    if (y + shift < 0 || y + shift >= h) continue;
+    sum += u1[k] * rows[index + shift * w] + u2[k] * rows[work + index + shift * w];
+  }
+  out[index] = sum;
+}
+
+// ---- softmax --------------------------------------------------------------------------------------------------------
+
+template <typename T>
+struct Problem {
+  LossShape s;
+  const T* __restrict__ logits;
+  int64_t stride[4];
+  Labels labels;
+  const float* __restrict__ pixel_weight;
+  const float* __restrict__ class_weight;
+  float keep, share;  // the loss is w (keep a_t (log_sum - z_t) + share sum_c a_c (log_sum - z_c))
+  double scale_y, scale_x, weight_scale_y, weight_scale_x;
+
+  Problem(
+      const LossShape& s, const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& pixel_weight,
+      const std::optional<Tensor>& class_weight, double label_smoothing, int64_t ignore_index, const char* op)
+      : s(s),
+        logits(static_cast<const T*>(logits.const_data_ptr())),
+        stride{logits.stride(0), logits.stride(1), logits.stride(2), logits.stride(3)},
+        labels(labels, s.classes, ignore_index, op),
+        pixel_weight(pixel_weight ? static_cast<const float*>(pixel_weight->const_data_ptr()) : nullptr),
+        class_weight(class_weight ? static_cast<const float*>(class_weight->const_data_ptr()) : nullptr),
+        keep(float(1 - label_smoothing)),
+        share(float(label_smoothing / double(s.classes))),
+        scale_y(double(s.h) / double(s.height)),
+        scale_x(double(s.w) / double(s.width)),
+        weight_scale_y(double(s.weight_h) / double(s.height)),
+        weight_scale_x(double(s.weight_w) / double(s.width)) {}
+
+  __device__ const T* logit(int64_t image, int64_t c, int64_t y, int64_t x) const {
+    return logits + image * stride[0] + c * stride[1] + y * stride[2] + x * stride[3];
+  }
+  __device__ float weight_of_class(int64_t c) const { return class_weight ? class_weight[c] : 1.f; }
+  // sum_c a_c; 0 where nothing is smoothed, which needs it not.
+  __device__ float class_weight_sum() const {
+    if (share == 0) return 0;
+    if (!class_weight) return float(s.classes);
+    float sum = 0;
+    for (int64_t c = 0; c < s.classes; ++c) sum += class_weight[c];
+    return sum;
+  }
+  __device__ float weight_of_pixel(int64_t image, int64_t y, int64_t x) const {
+    if (!pixel_weight) return 1;
+    const float* map = pixel_weight + image * s.weight_h * s.weight_w;
+    if (s.weight_h == s.height && s.weight_w == s.width) return map[y * s.width + x];
+    const Source row = bilinear_source(y, s.weight_h, weight_scale_y), column = bilinear_source(x, s.weight_w, weight_scale_x);
+    const float *upper = map + row.low * s.weight_w, *lower = map + row.high * s.weight_w;
+    const float wx = float(column.weight), wy = float(row.weight);
+    return (1 - wy) * ((1 - wx) * upper[column.low] + wx * upper[column.high]) +
+           wy * ((1 - wx) * lower[column.low] + wx * lower[column.high]);
+  }
+};
+
+// Sums a block's values in a fixed order; the first thread gets the sum.
+__device__ inline double block_sum(double value) {
+  __shared__ double values[kThreads];
+  __syncthreads();
+  values[threadIdx.x] = value;
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) values[threadIdx.x] += values[threadIdx.x + half];
+  }
+  return values[0];
+}
+
+template <typename T, bool resized>
+__global__ void __launch_bounds__(kThreads) loss_kernel(
+    const Problem<T> p, float* __restrict__ log_sum, float* __restrict__ loss, double* __restrict__ partial, int64_t work) {
+  const LossShape& s = p.s;
+  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  float sum = 0;
+  int valid = 0;
+  if (index < work) {
+    const int64_t x = index % s.width, groups = (s.height + kRows - 1) / kRows;
+    const int64_t first = index / s.width % groups * kRows, image = index / s.width / groups;
+    const int rows = int(s.height - first < kRows ? s.height - first : kRows);
+
+    Source column{x, x, 0.0};
+    if (resized) column = bilinear_source(x, s.w, p.scale_x);
+    const float right = float(column.weight), left = 1 - right;
+    int64_t low[kRows], high[kRows];
+    float lower[kRows], most[kRows], total[kRows], at_target[kRows], smooth[kRows];
+    int target[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t y = first + (r < rows ? r : rows - 1);  // rows beyond the map repeat the last, and are not written
+      const Source row = resized ? bilinear_source(y, s.h, p.scale_y) : Source{y, y, 0.0};
+      low[r] = row.low;
+      high[r] = row.high;
+      lower[r] = float(row.weight);
+      target[r] = p.labels.at((image * s.height + y) * s.width + x);
+      most[r] = -FLT_MAX;
+      total[r] = at_target[r] = smooth[r] = 0;
+    }
+    float class_weight_sum = 0;
+    for (int64_t c = 0; c < s.classes; ++c) {
+      const float weight = p.share == 0 ? 0.f : p.weight_of_class(c);
+      class_weight_sum += weight;
+      float above = 0, below = 0;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (r == 0 || low[r] != low[r - 1]) {
+          above = widen(*p.logit(image, c, low[r], column.low));
+          if (resized) {
+            above = left * above + right * widen(*p.logit(image, c, low[r], column.high));
+            below =
+                left * widen(*p.logit(image, c, high[r], column.low)) + right * widen(*p.logit(image, c, high[r], column.high));
+          }
+        }
+        const float z = resized ? (1 - lower[r]) * above + lower[r] * below : above;
+        const float e = __expf(-fabsf(z - most[r]));
+        total[r] = z > most[r] ? total[r] * e + 1 : total[r] + e;
+        most[r] = fmaxf(most[r], z);
+        if (target[r] == c) at_target[r] = z;
+        smooth[r] += weight * z;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (r >= rows) continue;
+      const int64_t y = first + r, at = (image * s.height + y) * s.width + x;
+      const float denominator = most[r] + logf(total[r]);
+      float value = 0;
+      if (target[r] >= 0) {
+        value = p.keep * p.weight_of_class(target[r]) * (denominator - at_target[r]);
+        if (p.share != 0) value += p.share * (class_weight_sum * denominator - smooth[r]);
+        value *= p.weight_of_pixel(image, y, x);
+      } else if (target[r] == kWrong) {
+        value = NAN;
+      }
+      log_sum[at] = denominator;
+      if (loss) loss[at] = value;
+      sum += value;
+      valid += target[r] != kIgnored;
+    }
+  }
+  const double block_losses = block_sum(sum), block_valid = block_sum(valid);
+  if (threadIdx.x == 0) {
+    partial[2 * int64_t(blockIdx.x)] = block_losses;
+    partial[2 * int64_t(blockIdx.x) + 1] = block_valid;
+  }
+}
+
+// totals = the sums of `count` pairs, by one block.
+__global__ void __launch_bounds__(kThreads) total_kernel(const double* __restrict__ partial, int64_t count, double* totals) {
+  double losses = 0, valid = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+    losses += partial[2 * i];
+    valid += partial[2 * i + 1];
+  }
+  const double all_losses = block_sum(losses), all_valid = block_sum(valid);
+  if (threadIdx.x == 0) {
+    totals[0] = all_losses;
+    totals[1] = all_valid;
+  }
+}
+
+template <typename T>
+struct Gradient {
+  const float* __restrict__ grad;
+  int64_t grad_stride;  // 0 for one number
+  const float* __restrict__ log_sum;
+  T* __restrict__ out;
+  int64_t stride[4];
+};
+
+// What the gradient at a label pixel is made of: d loss / d z_c = all * p_c - target * [c == t] - each * a_c.
+struct Coefficients {
+  float all, target, each, log_sum;
+  int label;
+};
+
+template <typename T>
+__device__ inline Coefficients coefficients(
+    const Problem<T>& p, const Gradient<T>& g, float class_weight_sum, int64_t image, int64_t y, int64_t x) {
+  const int64_t at = (image * p.s.height + y) * p.s.width + x;
+  Coefficients k{0, 0, 0, 0, p.labels.at(at)};
+  if (k.label == kIgnored) return k;
+  const float weight = k.label == kWrong ? NAN : g.grad[at * g.grad_stride] * p.weight_of_pixel(image, y, x);
+  const float own = k.label == kWrong ? 0.f : p.keep * p.weight_of_class(k.label);
+  k.target = weight * own;
+  k.each = weight * p.share;
+  k.all = weight * (own + p.share * class_weight_sum);
+  k.log_sum = g.log_sum[at];
+  return k;
+}
+
+__device__ inline float class_gradient(const Coefficients& k, float z, int64_t c, float class_weight) {
+  return k.all * __expf(z - k.log_sum) - (k.label == c ? k.target : 0.f) - k.each * class_weight;
+}
+
+// The gradient for logits of the labels' size: a thread per pixel.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) grad_kernel(const Problem<T> p, const Gradient<T> g, int64_t work) {
+  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (index >= work) return;
+  const LossShape& s = p.s;
+  const int64_t x = index % s.width, y = index / s.width % s.height, image = index / s.width / s.height;
+  const Coefficients k = coefficients(p, g, p.class_weight_sum(), image, y, x);
+  T* out = g.out + image * g.stride[0] + y * g.stride[2] + x * g.stride[3];
+  for (int64_t c = 0; c < s.classes; ++c) {
+    const float value = k.label == kIgnored
+                            ? 0.f
+                            : class_gradient(k, widen(*p.logit(image, c, y, x)), c, p.share == 0 ? 0.f : p.weight_of_class(c));
+    narrow(value, out[c * g.stride[1]]);
+  }
+}
+
+// The first output of a bilinear resize whose `low` is at least j.
+__device__ inline int64_t first_output(int64_t j, int64_t in, int64_t out, double in_over_out) {
+  if (j <= 0) return 0;
+  if (j >= in) return out;
+  int64_t i = int64_t((double(j) + 0.5) / in_over_out - 0.5);
+  i = i < 0 ? 0 : (i > out ? out : i);
+  while (i > 0 && bilinear_source(i - 1, in, in_over_out).low >= j) --i;
+  while (i < out && bilinear_source(i, in, in_over_out).low < j) ++i;
+  return i;
+}
+
+// How much of output i of a bilinear resize comes from source j.
+__device__ inline float share_of(int64_t j, const Source& source) {
+  return (source.low == j ? 1 - float(source.weight) : 0.f) +
+         (source.high == j && source.high != source.low ? float(source.weight) : 0.f);
+}
+
+// The gradient for logits that are resized: a block owns row k, kColumns columns and kClasses classes.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    resized_grad_kernel(const Problem<T> p, const Gradient<T> g, int64_t column_tiles, int64_t class_tiles) {
+  __shared__ float sums[kClasses][kThreads];
+  const LossShape& s = p.s;
+  int64_t index = blockIdx.x;
+  const int64_t first_column = index % column_tiles * kColumns;
+  index /= column_tiles;
+  const int64_t k = index % s.h;
+  index /= s.h;
+  const int64_t first_class = index % class_tiles * kClasses, image = index / class_tiles;
+
+  const int64_t above = k > 0 ? k - 1 : 0, below = k + 1 < s.h ? k + 1 : k;
+  const int64_t y_begin = first_output(k - 1, s.h, s.height, p.scale_y), y_end = first_output(k + 1, s.h, s.height, p.scale_y);
+  const int64_t x_begin = first_output(first_column - 1, s.w, s.width, p.scale_x);
+  const int64_t x_end = first_output(first_column + kColumns, s.w, s.width, p.scale_x);
+  const float class_weight_sum = p.class_weight_sum();
+
+  // The logit whose gradient this thread adds up in the end, and the label columns that reach it.
+  const int own_class = threadIdx.x / kColumns;
+  const int64_t own_column = first_column + threadIdx.x % kColumns;
+  const bool owner = own_column < s.w && first_class + own_class < s.classes;
+  const int64_t own_begin = first_output(own_column - 1, s.w, s.width, p.scale_x);
+  const int64_t own_end = first_output(own_column + 1, s.w, s.width, p.scale_x);
+  double gradient = 0;
+
+  for (int64_t start = x_begin; start < x_end; start += kThreads) {
+    const int64_t x = start + threadIdx.x;
+    float sum[kClasses] = {};
+    if (x < x_end) {
+      const Source column = bilinear_source(x, s.w, p.scale_x);
+      const float right = float(column.weight), left = 1 - right;
+      float upper[kClasses], middle[kClasses], lower[kClasses];
+#pragma unroll
+      for (int i = 0; i < kClasses; ++i) {
+        const int64_t c = first_class + i < s.classes ? first_class + i : s.classes - 1;  // what is too much is not delivered
+        upper[i] = left * widen(*p.logit(image, c, above, column.low)) + right * widen(*p.logit(image, c, above, column.high));
+        middle[i] = left * widen(*p.logit(image, c, k, column.low)) + right * widen(*p.logit(image, c, k, column.high));
+        lower[i] = left * widen(*p.logit(image, c, below, column.low)) + right * widen(*p.logit(image, c, below, column.high));
+      }
+      for (int64_t y = y_begin; y < y_end; ++y) {
+        const Coefficients pixel = coefficients(p, g, class_weight_sum, image, y, x);
+        if (pixel.label == kIgnored) continue;
+        const Source row = bilinear_source(y, s.h, p.scale_y);
+        const float down = float(row.weight), share = share_of(k, row);
+        const bool own = row.low == k;
+#pragma unroll
+        for (int i = 0; i < kClasses; ++i) {
+          const float z = (1 - down) * (own ? middle[i] : upper[i]) + down * (own ? lower[i] : middle[i]);
+          const int64_t c = first_class + i;
+          const float class_weight = p.share == 0 || c >= s.classes ? 0.f : p.weight_of_class(c);
+          sum[i] += share * class_gradient(pixel, z, c, class_weight);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kClasses; ++i) sums[i][threadIdx.x] = sum[i];
+    __syncthreads();
+    if (owner) {
+      const int64_t begin = own_begin > start ? own_begin : start;
+      const int64_t end = own_end < start + kThreads ? own_end : start + kThreads;
+      for (int64_t i = begin; i < end; ++i)
+        gradient += double(share_of(own_column, bilinear_source(i, s.w, p.scale_x)) * sums[own_class][i - start]);
+    }
+    __syncthreads();
+  }
+  if (owner)
+    narrow(
+        float(gradient),
+        g.out[image * g.stride[0] + (first_class + own_class) * g.stride[1] + k * g.stride[2] + own_column * g.stride[3]]);
+}
+
+unsigned check_blocks(int64_t blocks) {
+  STD_TORCH_CHECK(blocks <= 0x7fffffff, "segops: the map is too large for one CUDA launch");
+  return unsigned(blocks);
+}
+
+}  // namespace
+
+void bal_count_edges_cuda(Tensor labels, Tensor out, int64_t classes, int64_t ignore_index) {
+  check_count_edges(labels, out);
+  const int64_t work = out.numel();
+  if (work == 0) return;
+  const Launch launch(out);
+  const Labels packed(labels, classes, ignore_index, "bal_count_edges");
+  float* to = static_cast<float*>(out.mutable_data_ptr());
+  count_edges_kernel<<<Launch::blocks(work), kThreads, 0, launch.stream()>>>(
+      packed, labels.size(1), labels.size(2), to, out.size(1), out.size(2), work);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void bal_blur_cuda(Tensor edges, Tensor factors, Tensor rows, Tensor out) {
+  check_blur(edges, factors, rows, out);
+  const int64_t h = edges.size(1), w = edges.size(2), size = factors.size(1), work = edges.numel();
+  if (work == 0) return;
+  const Launch launch(out);
+  const float* from = static_cast<const float*>(edges.const_data_ptr());
+  const float* factor = static_cast<const float*>(factors.const_data_ptr());
+  float* along_x = static_cast<float*>(rows.mutable_data_ptr());
+  float* to = static_cast<float*>(out.mutable_data_ptr());
+  blur_x_kernel<<<Launch::blocks(work), kThreads, 0, launch.stream()>>>(from, factor, size, along_x, w, work);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  blur_y_kernel<<<Launch::blocks(work), kThreads, 0, launch.stream()>>>(along_x, factor, size, to, h, w, work);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void bal_softmax_loss_cuda(
+    Tensor logits, Tensor labels, std::optional<Tensor> pixel_weight, std::optional<Tensor> class_weight, Tensor log_sum,
+    std::optional<Tensor> loss, Tensor totals, double label_smoothing, int64_t ignore_index) {
+  const LossShape s = check_loss("bal_softmax_loss", logits, labels, pixel_weight, class_weight, log_sum);
+  check_totals(totals, loss, log_sum);
+  STD_TORCH_CHECK(log_sum.scalar_type() == ScalarType::Float, "bal_softmax_loss: log_sum must be float32 on CUDA");
+  const Launch launch(logits);
+  const int64_t work = s.images * ((s.height + kRows - 1) / kRows) * s.width;
+  const unsigned blocks = Launch::blocks(work);
+  Tensor partial = torch::stable::new_empty(totals, {2 * int64_t(blocks)});
+  double* pairs = static_cast<double*>(partial.mutable_data_ptr());
+  float* denominators = static_cast<float*>(log_sum.mutable_data_ptr());
+  float* losses = loss ? static_cast<float*>(loss->mutable_data_ptr()) : nullptr;
+  dispatch_cuda(logits, "bal_softmax_loss", [&](auto type) {
+    using T = decltype(type);
+    const Problem<T> p(s, logits, labels, pixel_weight, class_weight, label_smoothing, ignore_index, "bal_softmax_loss");
+    const auto kernel = s.resized() ? &loss_kernel<T, true> : &loss_kernel<T, false>;
+    kernel<<<blocks, kThreads, 0, launch.stream()>>>(p, denominators, losses, pairs, work);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  double* sums = static_cast<double*>(totals.mutable_data_ptr());
+  total_kernel<<<1, kThreads, 0, launch.stream()>>>(pairs, blocks, sums);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void bal_softmax_grad_cuda(
+    Tensor grad, Tensor logits, Tensor labels, std::optional<Tensor> pixel_weight, std::optional<Tensor> class_weight,
+    Tensor log_sum, Tensor out, double label_smoothing, int64_t ignore_index) {
+  const LossShape s = check_loss("bal_softmax_grad", logits, labels, pixel_weight, class_weight, log_sum);
+  check_grad(grad, logits, out, log_sum);
+  STD_TORCH_CHECK(log_sum.scalar_type() == ScalarType::Float, "bal_softmax_grad: log_sum must be float32 on CUDA");
+  const Launch launch(logits);
+  dispatch_cuda(logits, "bal_softmax_grad", [&](auto type) {
+    using T = decltype(type);
+    const Problem<T> p(s, logits, labels, pixel_weight, class_weight, label_smoothing, ignore_index, "bal_softmax_grad");
+    const Gradient<T> g{
+        static_cast<const float*>(grad.const_data_ptr()),
+        grad.numel() > 1,
+        static_cast<const float*>(log_sum.const_data_ptr()),
+        static_cast<T*>(out.mutable_data_ptr()),
+        {out.stride(0), out.stride(1), out.stride(2), out.stride(3)}};
+    if (s.resized()) {
+      const int64_t column_tiles = (s.w + kColumns - 1) / kColumns, class_tiles = (s.classes + kClasses - 1) / kClasses;
+      const unsigned blocks = check_blocks(s.images * class_tiles * s.h * column_tiles);
+      resized_grad_kernel<T><<<blocks, kThreads, 0, launch.stream()>>>(p, g, column_tiles, class_tiles);
+    } else {
+      const int64_t work = labels.numel();
+      grad_kernel<T><<<Launch::blocks(work), kThreads, 0, launch.stream()>>>(p, g, work);
+    }
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
+
+}  // namespace segops
