@@ -354,9 +354,10 @@ def _raise_on_bad_label(labels, num_classes, ignore_index):
         raise IndexError(f"labels must be in [0, {num_classes}) or ignore_index ({ignore_index}); got {value}")
 
 
-def _check_result(result, labels, num_classes, ignore_index):
-    """On the CPU a label out of range raises. The kernels leave a NaN there, which costs nothing to look for."""
-    if os.environ.get("SEGOPS_CHECK_LABELS") == "1" or (labels.device.type == "cpu" and result.isnan().any()):
+def _check_result(result, labels, num_classes, ignore_index, backend):
+    """On the CPU a label out of range raises. The C++ kernels leave a NaN there, which costs nothing to look for."""
+    on_cpu = labels.device.type == "cpu" and (backend == "triton" or result.isnan().any())
+    if on_cpu or os.environ.get("SEGOPS_CHECK_LABELS") == "1":
         _raise_on_bad_label(labels, num_classes, ignore_index)
 
 
@@ -378,7 +379,7 @@ def _bal_edge(labels, num_classes, kernel, kernel_size, sigma, downsample, ignor
         return edges
     kernels = _kernels(backend)
     kernels.bal_count_edges(labels.contiguous(), edges, num_classes, ignore_index)
-    _check_result(edges, labels, num_classes, ignore_index)
+    _check_result(edges, labels, num_classes, ignore_index, backend)
     if kernel_size == 1:
         return edges
     out, rows = torch.empty_like(edges), edges.new_empty((2, *edges.shape))
@@ -427,7 +428,7 @@ def _bal_cross_entropy(logits, labels, pixel_weight, class_weight, label_smoothi
         _kernels(backend).bal_softmax_loss(
             *arguments, log_sum, loss if per_pixel else None, totals, label_smoothing, ignore_index
         )
-        _check_result(totals, labels, logits.shape[1], ignore_index)
+        _check_result(totals, labels, logits.shape[1], ignore_index, backend)
     total, count = (each.to(log_sum.dtype, copy=True) for each in totals)
     return loss if per_pixel else total, count, log_sum
 

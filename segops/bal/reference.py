@@ -32,7 +32,10 @@ def gaussian_edge(classes, num_classes, kernel, kernel_size, sigma, beta, downsa
     height, width = classes.shape[1:]
     if downsample > 1:
         small = (-(-height // downsample), -(-width // downsample))
-        edges = F.interpolate(edges, small, mode="bilinear", antialias=True)
+        if small[1] > 1:
+            edges = F.interpolate(edges, small, mode="bilinear", antialias=True)
+        else:  # to a width of one, PyTorch repeats the first row of the result: as a column of height one it is right
+            edges = F.interpolate(edges.mT.contiguous(), small[::-1], mode="bilinear", antialias=True).mT
     f = blur_kernel(kernel, kernel_size, sigma).to(edges)
     blurred = F.conv2d(edges, f[None, None], padding=kernel_size // 2)
     if normalize == "max":

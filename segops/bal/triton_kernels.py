@@ -1,0 +1,321 @@
+"""The kernels of the boundary-aware loss in Triton; csrc/bal/bal.h gives their arguments and mathematics.
+
+Positions of a resize are kept as integers, in units of 1 / (2 * out) of a source pixel, so that they are exact. The gradient gathers
+per logit: every softmax in its footprint is computed again from `log_sum`, and nothing is added to memory.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+PIXELS_PER_PROGRAM = 128
+COLUMNS_PER_PROGRAM = 16
+CLASSES_PER_PROGRAM = 8
+
+
+@triton.jit
+def _class_of(labels, at, mask, classes, ignore_index):
+    """The label's class, -1 where it is ignored, -2 where it is none of the classes."""
+    label = tl.load(labels + at, mask=mask, other=0).to(tl.int64)
+    inside = (label >= 0) & (label < classes)
+    return tl.where(label == ignore_index, -1, tl.where(inside, label, -2))
+
+
+@triton.jit
+def _source(i, size_in, size_out):
+    """(low, high, weight): output i of a bilinear resize is (1 - weight) * source[low] + weight * source[high]."""
+    at = tl.maximum((2 * i + 1) * size_in - size_out, 0)
+    low = tl.minimum(at // (2 * size_out), size_in - 1)
+    weight = tl.where(low == size_in - 1, 0.0, (at % (2 * size_out)).to(tl.float32) / (2 * size_out))
+    return low, tl.minimum(low + 1, size_in - 1), weight
+
+
+@triton.jit
+def _first_output(j, size_in, size_out):
+    """The first output of a bilinear resize whose `low` is at least j."""
+    first = ((2 * j + 1) * size_out + size_in - 1) // (2 * size_in)
+    return tl.where(j <= 0, 0, tl.where(j >= size_in, size_out, first))
+
+
+@triton.jit
+def _share(j, low, high, weight):
+    """How much of an output comes from source j."""
+    return tl.where(low == j, 1 - weight, 0.0) + tl.where((high == j) & (high != low), weight, 0.0)
+
+
+@triton.jit
+def _triangle(i, tap, size_in, size_out):
+    """The weight, before normalisation, of a source in output i of an antialiased resize."""
+    distance = tl.abs((2 * tap + 1) * size_out - (2 * i + 1) * size_in).to(tl.float32) / (2 * size_in)
+    return tl.where((tap >= 0) & (tap < size_in), tl.maximum(1 - distance, 0.0), 0.0)
+
+
+@triton.jit
+def _count_edges(
+    labels, out, outputs, height, width, h, w, classes, ignore_index,
+    TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, RESIZED: tl.constexpr, OUTPUTS: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
+    mask = index < outputs
+    j, i, image = index % w, index // w % h, index // w // h
+    first_y, first_x = i, j
+    if RESIZED:
+        first_y = tl.maximum((2 * i - 1) * height, 0) // (2 * h)
+        first_x = tl.maximum((2 * j - 1) * width, 0) // (2 * w)
+    total = tl.zeros((OUTPUTS,), tl.float32)
+    weights = tl.zeros((OUTPUTS,), tl.float32)
+    for ky in range(TAPS_Y):
+        y = first_y + ky
+        weight_y = _triangle(i, y, height, h) if RESIZED else 1.0
+        row = (image * height + tl.minimum(y, height - 1)) * width
+        lower = (image * height + tl.minimum(y + 1, height - 1)) * width
+        for kx in range(TAPS_X):
+            x = first_x + kx
+            here, right = tl.minimum(x, width - 1), tl.minimum(x + 1, width - 1)
+            a = _class_of(labels, row + here, mask, classes, ignore_index)
+            b = _class_of(labels, row + right, mask, classes, ignore_index)
+            c = _class_of(labels, lower + here, mask, classes, ignore_index)
+            distinct = (a >= 0).to(tl.float32) + ((b >= 0) & (b != a)).to(tl.float32)
+            distinct += ((c >= 0) & (c != a) & (c != b)).to(tl.float32)
+            weight = weight_y * _triangle(j, x, width, w) if RESIZED else tl.full((OUTPUTS,), 1.0, tl.float32)
+            total += weight * tl.where((a == b) & (a == c), 0.0, distinct)
+            weights += weight
+    tl.store(out + index, total / weights, mask=mask)
+
+
+@triton.jit
+def _blur_x(edges, factors, rows, elements, w, SIZE: tl.constexpr, ELEMENTS: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    x = index % w
+    sum1 = tl.zeros((ELEMENTS,), tl.float32)
+    sum2 = tl.zeros((ELEMENTS,), tl.float32)
+    for k in range(SIZE):
+        shift = k - SIZE // 2
+        edge = tl.load(edges + index + shift, mask=(index < elements) & (x + shift >= 0) & (x + shift < w), other=0.0)
+        sum1 += tl.load(factors + SIZE + k) * edge
+        sum2 += tl.load(factors + 3 * SIZE + k) * edge
+    tl.store(rows + index, sum1, mask=index < elements)
+    tl.store(rows + elements + index, sum2, mask=index < elements)
+
+
+@triton.jit
+def _blur_y(rows, factors, out, elements, h, w, SIZE: tl.constexpr, ELEMENTS: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    y = index // w % h
+    total = tl.zeros((ELEMENTS,), tl.float32)
+    for k in range(SIZE):
+        shift = k - SIZE // 2
+        mask = (index < elements) & (y + shift >= 0) & (y + shift < h)
+        at = rows + index + shift * w
+        total += tl.load(factors + k) * tl.load(at, mask=mask, other=0.0)
+        total += tl.load(factors + 2 * SIZE + k) * tl.load(at + elements, mask=mask, other=0.0)
+    tl.store(out + index, total, mask=index < elements)
+
+
+@triton.jit
+def _weight_of_pixel(pixel_weight, image, y, x, mask, height, width, weight_h, weight_w):
+    y_low, y_high, wy = _source(y, weight_h, height)
+    x_low, x_high, wx = _source(x, weight_w, width)
+    map = pixel_weight + image * weight_h * weight_w
+    upper, lower = map + y_low * weight_w, map + y_high * weight_w
+    above = (1 - wx) * tl.load(upper + x_low, mask=mask, other=0.0) + wx * tl.load(upper + x_high, mask=mask, other=0.0)
+    below = (1 - wx) * tl.load(lower + x_low, mask=mask, other=0.0) + wx * tl.load(lower + x_high, mask=mask, other=0.0)
+    return (1 - wy) * above + wy * below
+
+
+@triton.jit
+def _logit(upper_left, upper_right, lower_left, lower_right, offset, mask, wy, wx, RESIZED: tl.constexpr):
+    """The logits at pointers + offset, resized from four corners."""
+    z = tl.load(upper_left + offset, mask=mask, other=0.0).to(tl.float32)
+    if RESIZED:
+        upper = (1 - wx) * z + wx * tl.load(upper_right + offset, mask=mask, other=0.0).to(tl.float32)
+        left = tl.load(lower_left + offset, mask=mask, other=0.0).to(tl.float32)
+        right = tl.load(lower_right + offset, mask=mask, other=0.0).to(tl.float32)
+        z = (1 - wy) * upper + wy * ((1 - wx) * left + wx * right)
+    return z
+
+
+@triton.jit
+def _softmax_loss(
+    logits, labels, pixel_weight, class_weight, log_sum, loss, partial, pixels, height, width, h, w, weight_h, weight_w,
+    stride_n, stride_c, stride_y, stride_x, keep, share, ignore_index,
+    CLASSES: tl.constexpr, RESIZED: tl.constexpr, SMOOTHED: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    mask = index < pixels
+    x, y, image = index % width, index // width % height, index // width // height
+    target = _class_of(labels, index, mask, CLASSES, ignore_index)
+    y_low, y_high, wy = y, y, 0.0
+    x_low, x_high, wx = x, x, 0.0
+    if RESIZED:
+        y_low, y_high, wy = _source(y, h, height)
+        x_low, x_high, wx = _source(x, w, width)
+    upper, lower = logits + image * stride_n + y_low * stride_y, logits + image * stride_n + y_high * stride_y
+
+    most = tl.full((PIXELS,), -3.4e38, tl.float32)  # not infinity: a class may be masked by a logit of minus infinity
+    total = tl.zeros((PIXELS,), tl.float32)
+    at_target = tl.zeros((PIXELS,), tl.float32)
+    smooth = tl.zeros((PIXELS,), tl.float32)
+    weight_sum = 0.0
+    step = tl.full((), stride_c, tl.int64)
+    for c in range(CLASSES):
+        z = _logit(
+            upper + x_low * stride_x, upper + x_high * stride_x, lower + x_low * stride_x, lower + x_high * stride_x,
+            c * step, mask, wy, wx, RESIZED,
+        )  # fmt: skip
+        e = tl.exp(-tl.abs(z - most))
+        total = tl.where(z > most, total * e + 1, total + e)
+        most = tl.maximum(most, z)
+        at_target = tl.where(target == c, z, at_target)
+        if SMOOTHED:
+            weight = 1.0
+            if class_weight is not None:
+                weight = tl.load(class_weight + c)
+            smooth += weight * z
+            weight_sum += weight
+    denominator = most + tl.log(total)
+    value = keep * (denominator - at_target)
+    if class_weight is not None:
+        value *= tl.load(class_weight + tl.maximum(target, 0), mask=mask, other=0.0)
+    if SMOOTHED:
+        value += share * (weight_sum * denominator - smooth)
+    if pixel_weight is not None:
+        value *= _weight_of_pixel(pixel_weight, image, y, x, mask, height, width, weight_h, weight_w)
+    value = tl.where(target == -2, float("nan"), tl.where(target == -1, 0.0, value))
+    tl.store(log_sum + index, denominator, mask=mask)
+    if loss is not None:
+        tl.store(loss + index, value, mask=mask)
+    program = tl.program_id(0).to(tl.int64)
+    tl.store(partial + 2 * program, tl.sum(tl.where(mask, value, 0.0), 0))
+    tl.store(partial + 2 * program + 1, tl.sum((mask & (target != -1)).to(tl.float32), 0))
+
+
+@triton.jit
+def _coefficients(
+    grad, labels, pixel_weight, class_weight, log_sum, image, y, x, mask, height, width, classes, weight_h, weight_w, grad_stride,
+    keep, share, weight_sum, ignore_index,
+):  # fmt: skip
+    """What the gradient at label pixels is made of: d loss / d z_c = all * p_c - own * [c == target] - each * a_c."""
+    at = (image * height + y) * width + x
+    target = _class_of(labels, at, mask, classes, ignore_index)
+    weight = tl.load(grad + at * grad_stride, mask=mask, other=0.0)
+    if pixel_weight is not None:
+        weight *= _weight_of_pixel(pixel_weight, image, y, x, mask, height, width, weight_h, weight_w)
+    weight = tl.where(mask & (target != -1), tl.where(target == -2, float("nan"), weight), 0.0)
+    own = weight * keep
+    if class_weight is not None:
+        own *= tl.load(class_weight + tl.maximum(target, 0), mask=mask, other=0.0)
+    each = weight * share
+    return own + each * weight_sum, own, each, tl.load(log_sum + at, mask=mask, other=0.0), target
+
+
+@triton.jit
+def _softmax_grad(
+    grad, logits, labels, pixel_weight, class_weight, log_sum, out, logit_columns, label_height, label_width, h, w,
+    weight_h, weight_w, classes, grad_stride, stride_n, stride_c, stride_y, stride_x, out_n, out_c, out_y, out_x, keep, share,
+    weight_sum_at, ignore_index,
+    TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, RESIZED: tl.constexpr, SMOOTHED: tl.constexpr, COLUMNS: tl.constexpr, CLASSES: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)  # of all rows of all images
+    c = tl.program_id(1).to(tl.int64) * CLASSES + tl.arange(0, CLASSES)
+    own_column, own_class = column < logit_columns, c < classes
+    j, k, image = column % w, column // w % h, column // w // h
+    height, width = tl.full((), label_height, tl.int64), tl.full((), label_width, tl.int64)
+    y_begin, y_end, x_begin, x_end = k, k + 1, j, j + 1
+    if RESIZED:
+        y_begin, y_end = _first_output(k - 1, h, height), _first_output(k + 1, h, height)
+        x_begin, x_end = _first_output(j - 1, w, width), _first_output(j + 1, w, width)
+    class_weights = tl.full((CLASSES,), 1.0, tl.float32)
+    weight_sum = 0.0
+    if SMOOTHED:
+        weight_sum = tl.load(weight_sum_at)
+        if class_weight is not None:
+            class_weights = tl.load(class_weight + c, mask=own_class, other=0.0)
+
+    total = tl.zeros((CLASSES, COLUMNS), tl.float32)
+    for dy in range(TAPS_Y):
+        y = y_begin + dy
+        y_low, y_high, wy, share_y = k, k, 0.0, 1.0
+        if RESIZED:
+            y_low, y_high, wy = _source(y, h, height)
+            share_y = _share(k, y_low, y_high, wy)
+            wy = wy[None, :]
+        upper, lower = logits + image * stride_n + y_low * stride_y, logits + image * stride_n + y_high * stride_y
+        for dx in range(TAPS_X):
+            x = x_begin + dx
+            mask = own_column & (y < y_end) & (x < x_end)
+            x_low, x_high, wx, part = j, j, 0.0, 1.0
+            if RESIZED:
+                x_low, x_high, wx = _source(x, w, width)
+                part = share_y * _share(j, x_low, x_high, wx)
+                wx = wx[None, :]
+            all, own, each, denominator, target = _coefficients(
+                grad, labels, pixel_weight, class_weight, log_sum, image, y, x, mask, height, width, classes, weight_h, weight_w,
+                grad_stride, keep, share, weight_sum, ignore_index,
+            )  # fmt: skip
+            both = own_class[:, None] & mask[None, :]
+            z = _logit(
+                (upper + x_low * stride_x)[None, :], (upper + x_high * stride_x)[None, :], (lower + x_low * stride_x)[None, :],
+                (lower + x_high * stride_x)[None, :], c[:, None] * stride_c, both, wy, wx, RESIZED,
+            )  # fmt: skip
+            value = all[None, :] * tl.exp(z - denominator[None, :]) - tl.where(c[:, None] == target[None, :], own[None, :], 0.0)
+            if SMOOTHED:
+                value -= each[None, :] * class_weights[:, None]
+            if RESIZED:
+                value *= part[None, :]
+            total += tl.where(both, value, 0.0)
+    to = out + (image * out_n + k * out_y + j * out_x)[None, :] + c[:, None] * out_c
+    tl.store(to, total.to(out.dtype.element_ty), mask=own_class[:, None] & own_column[None, :])
+
+
+def bal_count_edges(labels, out, num_classes, ignore_index):
+    (_, height, width), (_, h, w) = labels.shape, out.shape
+    resized = (h, w) != (height, width)
+    taps = [2 * full // small + 3 if resized else 1 for full, small in ((height, h), (width, w))]
+    with torch.cuda.device_of(out):
+        _count_edges[(triton.cdiv(out.numel(), PIXELS_PER_PROGRAM),)](
+            labels, out, out.numel(), height, width, h, w, num_classes, ignore_index, *taps, resized, PIXELS_PER_PROGRAM
+        )  # fmt: skip
+
+
+def bal_blur(edges, factors, rows, out):
+    _, h, w = edges.shape
+    grid, size = (triton.cdiv(edges.numel(), PIXELS_PER_PROGRAM),), factors.shape[1]
+    with torch.cuda.device_of(out):
+        _blur_x[grid](edges, factors, rows, edges.numel(), w, size, PIXELS_PER_PROGRAM)
+        _blur_y[grid](rows, factors, out, edges.numel(), h, w, size, PIXELS_PER_PROGRAM)
+
+
+def _sizes(labels, logits, pixel_weight):
+    """(labels' height and width, logits' height and width, weights' height and width)."""
+    return *labels.shape[1:], *logits.shape[2:], *((0, 0) if pixel_weight is None else pixel_weight.shape[1:])
+
+
+def bal_softmax_loss(
+    logits, labels, pixel_weight, class_weight, log_sum, loss, totals, label_smoothing, ignore_index
+):  # fmt: skip
+    resized = logits.shape[2:] != labels.shape[1:]
+    programs = triton.cdiv(labels.numel(), PIXELS_PER_PROGRAM)
+    partial = log_sum.new_empty((programs, 2))
+    with torch.cuda.device_of(logits):
+        _softmax_loss[(programs,)](
+            logits, labels, pixel_weight, class_weight, log_sum, loss, partial, labels.numel(),
+            *_sizes(labels, logits, pixel_weight), *logits.stride(), 1 - label_smoothing, label_smoothing / logits.shape[1],
+            ignore_index, logits.shape[1], resized, label_smoothing > 0, PIXELS_PER_PROGRAM,
+        )  # fmt: skip
+    totals.copy_(partial.sum(0, dtype=totals.dtype))
+
+
+def bal_softmax_grad(grad, logits, labels, pixel_weight, class_weight, log_sum, out, label_smoothing, ignore_index):
+    n, classes, h, w = logits.shape
+    resized = (h, w) != labels.shape[1:]
+    # Two intervals between logits, and half of one more at the border, which the last logit but one looks through in vain.
+    taps = [triton.cdiv(5 * full, 2 * small) + 2 if resized else 1 for full, small in zip(labels.shape[1:], (h, w), strict=True)]
+    weights = torch.ones(classes, device=logits.device) if class_weight is None else class_weight
+    grid = (triton.cdiv(n * h * w, COLUMNS_PER_PROGRAM), triton.cdiv(classes, CLASSES_PER_PROGRAM))
+    with torch.cuda.device_of(logits):
+        _softmax_grad[grid](
+            grad, logits, labels, pixel_weight, class_weight, log_sum, out, n * h * w, *_sizes(labels, logits, pixel_weight),
+            classes, int(grad.numel() > 1), *logits.stride(), *out.stride(), 1 - label_smoothing, label_smoothing / classes,
+            weights.sum(), ignore_index, *taps, resized, label_smoothing > 0, COLUMNS_PER_PROGRAM, CLASSES_PER_PROGRAM,
+        )  # fmt: skip
