@@ -8,14 +8,14 @@
 #include "../common/cuda.h"
 #include "bal.h"
 
+#include <algorithm>
 #include <cfloat>
 
 namespace segops {
 namespace {
 
-constexpr int kRows = 4;                       // label rows of a thread in the loss
-constexpr int kClasses = 8;                    // classes of a block in the gradient
-constexpr int kColumns = kThreads / kClasses;  // columns of logits of a block in the gradient
+constexpr int kRows = 4;     // label rows of a thread in the loss
+constexpr int kClasses = 8;  // classes of a block in the gradient
 
 struct Labels {
   const void* data;
@@ -335,14 +335,14 @@ __device__ inline float share_of(int64_t j, const Source& source) {
          (source.high == j && source.high != source.low ? float(source.weight) : 0.f);
 }
 
-// The gradient for logits that are resized: a block owns row k, kColumns columns and kClasses classes.
+// The gradient for logits that are resized: a block owns row k, `columns` columns and kClasses classes.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    resized_grad_kernel(const Problem<T> p, const Gradient<T> g, int64_t column_tiles, int64_t class_tiles) {
+    resized_grad_kernel(const Problem<T> p, const Gradient<T> g, int columns, int64_t column_tiles, int64_t class_tiles) {
   __shared__ float sums[kClasses][kThreads];
   const LossShape& s = p.s;
   int64_t index = blockIdx.x;
-  const int64_t first_column = index % column_tiles * kColumns;
+  const int64_t first_column = index % column_tiles * columns;
   index /= column_tiles;
   const int64_t k = index % s.h;
   index /= s.h;
@@ -351,13 +351,13 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t above = k > 0 ? k - 1 : 0, below = k + 1 < s.h ? k + 1 : k;
   const int64_t y_begin = first_output(k - 1, s.h, s.height, p.scale_y), y_end = first_output(k + 1, s.h, s.height, p.scale_y);
   const int64_t x_begin = first_output(first_column - 1, s.w, s.width, p.scale_x);
-  const int64_t x_end = first_output(first_column + kColumns, s.w, s.width, p.scale_x);
+  const int64_t x_end = first_output(first_column + columns, s.w, s.width, p.scale_x);
   const float class_weight_sum = p.class_weight_sum();
 
   // The logit whose gradient this thread adds up in the end, and the label columns that reach it.
-  const int own_class = threadIdx.x / kColumns;
-  const int64_t own_column = first_column + threadIdx.x % kColumns;
-  const bool owner = own_column < s.w && first_class + own_class < s.classes;
+  const int own_class = threadIdx.x / columns;
+  const int64_t own_column = first_column + threadIdx.x % columns;
+  const bool owner = own_class < kClasses && own_column < s.w && first_class + own_class < s.classes;
   const int64_t own_begin = first_output(own_column - 1, s.w, s.width, p.scale_x);
   const int64_t own_end = first_output(own_column + 1, s.w, s.width, p.scale_x);
   double gradient = 0;
@@ -484,9 +484,12 @@ void bal_softmax_grad_cuda(
         static_cast<T*>(out.mutable_data_ptr()),
         {out.stride(0), out.stride(1), out.stride(2), out.stride(3)}};
     if (s.resized()) {
-      const int64_t column_tiles = (s.w + kColumns - 1) / kColumns, class_tiles = (s.classes + kClasses - 1) / kClasses;
+      // As many columns as the threads can cover the label columns of, and can own with all the classes.
+      const int64_t reached = kThreads * s.w / s.width - 1;
+      const int columns = int(std::max<int64_t>(1, std::min<int64_t>(reached, kThreads / kClasses)));
+      const int64_t column_tiles = (s.w + columns - 1) / columns, class_tiles = (s.classes + kClasses - 1) / kClasses;
       const unsigned blocks = check_blocks(s.images * class_tiles * s.h * column_tiles);
-      resized_grad_kernel<T><<<blocks, kThreads, 0, launch.stream()>>>(p, g, column_tiles, class_tiles);
+      resized_grad_kernel<T><<<blocks, kThreads, 0, launch.stream()>>>(p, g, columns, column_tiles, class_tiles);
     } else {
       const int64_t work = labels.numel();
       grad_kernel<T><<<Launch::blocks(work), kThreads, 0, launch.stream()>>>(p, g, work);
