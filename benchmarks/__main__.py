@@ -1,27 +1,31 @@
-"""`python -m benchmarks`: runs the suite, checks before it times, and writes the evidence."""
+"""`python -m benchmarks`: runs the suites, checks before it times, and writes the evidence of each op."""
 
 import argparse
 import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 
-from . import report
+from . import measure, report
 
 HERE = Path(__file__).parent
+OPS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
 
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"the ops to run, of {', '.join(OPS)} (default: all)")
     parser.add_argument("-k", dest="select", default="", help="only the benchmarks that match, as pytest -k")
     parser.add_argument(
         "--out", default=HERE / "results", type=Path, help="folder for the results (default: benchmarks/results)"
     )
-    name = f"pac-{'gpu' if torch.cuda.is_available() else 'cpu'}"
-    parser.add_argument("--name", default=name, help=f"name of the result files (default here: {name})")
+    name = "gpu" if measure.DEVICE == "cuda" else "cpu"
+    parser.add_argument("--name", default=name, help=f"the result files are called OP-NAME (default here: {name})")
     parser.add_argument("--report", type=Path, metavar="RAW.json", help="only render what pytest --benchmark-json wrote")
     options = parser.parse_args()
+    for op in options.ops:
+        if op not in OPS:
+            parser.error(f"OP must be one of {', '.join(OPS)}; got {op}")
 
     status = 0
     raw = options.report
@@ -29,11 +33,13 @@ def main():
         if raw is None:
             raw = Path(folder, "raw.json")
             arguments = ["-q", "--benchmark-only", f"--benchmark-json={raw}", "-k", options.select, "-p", "no:cacheprovider"]
-            status = pytest.main([*arguments, *map(str, sorted(HERE.glob("bench_*.py")))])
+            status = pytest.main([*arguments, *(str(HERE / f"bench_{op}.py") for op in options.ops or OPS)])
             if not raw.exists() or not raw.stat().st_size:
                 raise SystemExit(f"no benchmark ran: pytest ended with {status!s}")
-        print(report.write(report.collect(raw), options.out, options.name))
-    print(f"\nwritten: {options.out / options.name}.json, .csv, .md, .png")
+        results = report.collect(raw)
+    for op, result in results.items():
+        print(report.write(result, options.out, f"{op}-{options.name}"))
+        print(f"\nwritten: {options.out}/{op}-{options.name}.json, .csv, .md, .png\n")
     raise SystemExit(int(status))
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that a machine with a GPU can tell, in one go and one folder: build, CUDA tests, memory checker, timings.
+# Everything that a machine with a GPU can tell, in one go and one folder, within ten minutes: build, CUDA tests, timings of
+# every op, memory checker.
 #
 #   bash benchmarks/gpu.sh [FOLDER]      FOLDER defaults to benchmarks/results/gpu
 #
@@ -11,27 +12,28 @@ cd "$(dirname "$0")/.."
 out=$(mkdir -p "${1:-benchmarks/results/gpu}" && cd "${1:-benchmarks/results/gpu}" && pwd)
 failed=()
 
-step() { # step NAME SECONDS COMMAND...: runs it with a limit, keeps its log
-  local name=$1 limit=$2
+step() { # step NAME SECONDS COMMAND...: runs it for that long at most, and for what is left of ten minutes; keeps its log
+  local name=$1 limit=$(($2 < 600 - SECONDS ? $2 : 600 - SECONDS))
   shift 2
   printf '\n== %s\n' "$name"
-  timeout "$limit" "$@" 2>&1 | tee "$out/$name.log" || failed+=("$name")
+  timeout "$((limit > 0 ? limit : 1))" "$@" 2>&1 | tee "$out/$name.log" || failed+=("$name")
 }
 
 export SEGOPS_BUILD_CUDA=1 PYTHONUNBUFFERED=1
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/gpu.csv"
-step build 180 python3 -m pip install --no-build-isolation --no-deps -e .
-step info 60 python3 -m segops info
-step tests 240 python3 -m pytest -q -m cuda -p no:cacheprovider tests/pac
+step build 120 python3 -m pip install --no-build-isolation --no-deps -e .
+step info 30 python3 -m segops info
+step tests 150 python3 -m pytest -q -m cuda -p no:cacheprovider tests/pac tests/bal
+step benchmarks-pac 240 python3 -m benchmarks pac --out "$out"
+step benchmarks-bal 200 python3 -m benchmarks bal --out "$out"
 if command -v compute-sanitizer > /dev/null; then
   # Small shapes: the checker slows everything down a hundredfold.
-  small='test_every_element_is_written or test_bias_is_part_of_the_shared_filter or test_memory_format_follows_the_input'
+  small='test_every_element_is_written or test_memory_format_follows or test_bias_is_part_of_the_shared_filter or test_edges_count'
   for tool in memcheck racecheck; do
-    step "$tool" 180 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      python3 -m pytest -q -m cuda -p no:cacheprovider tests/pac/test_pac.py -k "$small"
+    step "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+      python3 -m pytest -q -m cuda -p no:cacheprovider tests/pac/test_pac.py tests/bal/test_bal.py -k "$small"
   done
 fi
-step benchmarks 420 python3 -m benchmarks --out "$out"
 
 if ((${#failed[@]})); then
   printf '\nFAILED: %s (logs in %s)\n' "${failed[*]}" "$out"

@@ -1,5 +1,6 @@
 """How everything here is measured: interleaved in one process, medians, on inputs whose results were checked first."""
 
+import functools
 import platform
 import random
 import statistics
@@ -12,14 +13,66 @@ import torch
 import segops
 
 ROOT = Path(__file__).parent.parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-def compare(functions, device, seconds=1.0, least_rounds=5):
+def on_backends(function):
+    """{name: function} of the segops backends to time: what "auto" picks (or SEGOPS_BACKEND asks for) and, on a GPU, Triton."""
+
+    def on_triton(*tensors):
+        with segops.backend("triton"):
+            return function(*tensors)
+
+    return {"segops": function, "segops triton": on_triton} if DEVICE == "cuda" else {"segops": function}
+
+
+def timed_call(function, tensors, kind):
+    """The call to time: the "forward" pass alone, without autograd, or forward and backward."""
+    if kind == "forward":
+
+        def forward():
+            with torch.no_grad():
+                return function(*tensors)
+
+        return forward
+
+    with torch.no_grad():
+        grad = torch.randn_like(function(*tensors))
+    inputs = [t for t in tensors if t.requires_grad]
+    return lambda: torch.autograd.grad(function(*tensors), inputs, grad)
+
+
+def outputs_and_gradients(function, tensors):
+    """[the result, the gradient of each tensor that requires one] for a gradient drawn once and for all."""
+    result = function(*tensors)
+    grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(1)).to(result)
+    return [result.detach(), *torch.autograd.grad(result, [t for t in tensors if t.requires_grad], grad)]
+
+
+def error_over_bound(values, plain, truth, tf32=False):
+    """The largest relative error of `values` against float64 `truth`, over its bound: above 1 is wrong, NaN infinitely so.
+
+    The bound is twice plain PyTorch's own error in float32 (1e-6 at least, and 1e-5 at most but for TF32), 1.5 times in half
+    precision.
+    """
+    worst = 0.0
+    for value, plain_value, true_value in zip(values, plain, truth, strict=True):
+        error = relative_error(plain_value, true_value)
+        bound = min(1e-5, max(1e-6, 2 * error)) if value.dtype == torch.float32 else 1.5 * error
+        bound = max(bound, 2 * error) if tf32 else bound
+        ratio = relative_error(value, true_value) / bound
+        worst = max(worst, ratio) if ratio == ratio else float("inf")
+    return worst
+
+
+def compare(functions, device, seconds=None, least_rounds=5):
     """Times the functions round after round, in an order drawn anew for each: all see the same machine, in every state that
-    the others leave caches and allocator in.
+    the others leave caches and allocator in. For `seconds` per function: by default 1, on a GPU, which varies less, 0.3.
 
     Returns {name: {"median": ms, "p20": ms, "p80": ms}}. On a GPU times are those of device events.
     """
+    seconds = seconds or (0.3 if device == "cuda" else 1.0)
     time_once = _time_cuda if device == "cuda" else _time_cpu
     for function in functions.values():
         for _ in range(3 if device == "cuda" else 1):
@@ -75,21 +128,64 @@ def peak_memory(function, device):
     return most
 
 
-def ceilings(device, dtype):
-    """The machine's rates: {"flops": per second in a large matrix product, "bytes": per second in a large copy}.
+def rows(kind, calls, times, baselines, floor, bars, device):
+    """A row for each timed call: its times, floor and memory, and its ratios to each of the baselines.
 
-    A ceiling is what the machine reaches at its best: the fast quintile, and products apart from the copy, which would leave
-    them cold caches.
+    bars: {baseline: (least ratio of times, least ratio of memory)}, either None; they hold for what "auto" picks.
     """
+    memory = {name: peak_memory(call, device) for name, call in calls.items()}
+
+    def beside(name, baseline):
+        held = name.startswith("segops") and "triton" not in name
+        bar, memory_bar = bars.get(baseline, (None, None)) if held else (None, None)
+        return {
+            "baseline": baseline,
+            "ratio": times[baseline]["median"] / times[name]["median"],
+            "bar": bar,
+            "memory_ratio": memory[baseline] / memory[name],
+            "memory_bar": memory_bar,
+        }
+
+    return [
+        {
+            "kind": kind,
+            "name": name,
+            **times[name],
+            "floor": floor,
+            "memory": memory[name],
+            "against": [beside(name, baseline) for baseline in baselines],
+        }
+        for name in calls
+    ]
+
+
+# The machine's rates, each a ceiling: what it reaches at its best, the fast quintile, apart from what would leave caches cold.
+
+
+@functools.cache
+def product_rate(device, dtype, tf32=False):
+    """Operations per second in a large matrix product, at the precision that is set; `tf32` keeps the two apart."""
     side = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    source = torch.randn(2**28 if device == "cuda" else 2**26, device=device)
-    target = torch.empty_like(source)
     pixels = a.t().reshape(1, side, side, 1).contiguous(memory_format=torch.channels_last)
     products = {"mm": lambda: a @ b, "conv2d 1x1": lambda: torch.nn.functional.conv2d(pixels, b[:, :, None, None])}
-    product = min(time["p20"] for time in compare(products, device).values())
-    copy = compare({"copy": lambda: target.copy_(source)}, device)["copy"]["p20"]
-    return {"flops": 2 * side**3 / product * 1e3, "bytes": 2 * source.nbytes / copy * 1e3}
+    return 2 * side**3 / min(time["p20"] for time in compare(products, device).values()) * 1e3
+
+
+@functools.cache
+def copy_rate(device):
+    """Bytes per second, read and written, in a large copy."""
+    source = torch.randn(2**28 if device == "cuda" else 2**26, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / compare({"copy": lambda: target.copy_(source)}, device)["copy"]["p20"] * 1e3
+
+
+@functools.cache
+def exponential_rate(device):
+    """Exponentials per second of float32 that stay in cache."""
+    source = torch.randn(2**22 if device == "cuda" else 2**16, device=device)
+    target = torch.empty_like(source)
+    return source.numel() / compare({"exp": lambda: torch.exp(source, out=target)}, device)["exp"]["p20"] * 1e3
 
 
 def relative_error(value, truth):

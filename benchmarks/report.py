@@ -6,23 +6,28 @@ from pathlib import Path
 
 
 def collect(raw):
-    """pytest-benchmark's JSON -> {"environment": ..., "rows": [...]}; each row is one implementation of one case and pass."""
+    """pytest-benchmark's JSON -> {op: {"environment": ..., "rows": [...]}}; each row is one implementation of one case and pass,
+    `against` its baselines."""
     benchmarks = [b["extra_info"] for b in json.loads(Path(raw).read_text())["benchmarks"]]
     if not benchmarks:
         raise ValueError(f"{raw} holds no benchmarks")
-    rows = [{"case": b["case"], "gate": b["gate"], **row} for b in benchmarks for row in b["rows"]]
-    return {"environment": benchmarks[0]["environment"], "rows": rows}
+    results = {}
+    for b in benchmarks:
+        rows = results.setdefault(b["op"], {"environment": b["environment"], "rows": []})["rows"]
+        rows += [{"case": b["case"], "gate": b["gate"], **row} for row in b["rows"]]
+    return results
 
 
 def write(results, folder, name):
-    """Writes NAME.json, NAME.csv, NAME.md and, where matplotlib is installed, NAME.png; returns the table."""
+    """Writes one op's NAME.json, NAME.csv, NAME.md and, where matplotlib is installed, NAME.png; returns the table."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    lines = [{**row, **beside} for row in results["rows"] for beside in row["against"]]
     with open(folder / f"{name}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, results["rows"][0], lineterminator="\n")
+        writer = csv.DictWriter(file, [key for key in lines[0] if key != "against"], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(results["rows"])
+        writer.writerows(lines)
     table = render(results)
     (folder / f"{name}.md").write_text(table + "\n")
     try:
@@ -33,47 +38,61 @@ def write(results, folder, name):
 
 
 def render(results):
-    """A Markdown table of the segops rows: time, the best plain PyTorch, their ratio, the floor, memory, and the bar."""
+    """A Markdown table, a line for each segops row and baseline: times and peak memory of both, their ratios, the bars, the floor."""
     environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items() if value is not None)
     lines = [
         environment,
         "",
-        "| case | pass | implementation | ms (p20-p80) | best plain PyTorch, ms | ratio | x floor | peak MB (plain) | error / bound | bar |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| case | pass | implementation | ms (p20-p80) | x floor | error / bound | baseline | its ms | ratio | bar | peak MB | its MB | memory ratio | memory bar |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     by_name = {(row["case"], row["kind"], row["name"]): row for row in results["rows"]}
-    for row in results["rows"]:
-        if not row["name"].startswith("segops"):
-            continue
-        plain = by_name[row["case"], row["kind"], row["baseline"]]
-        bar = "" if row["bar"] is None else f"{row['bar']} {'met' if row['ratio'] >= row['bar'] else 'MISSED'}"
+    for row, beside in _comparisons(results):
+        baseline = by_name[row["case"], row["kind"], beside["baseline"]]
         lines.append(
             f"| {row['case']} | {row['kind']} | {row['name']} | {row['median']:.3g} ({row['p20']:.3g}-{row['p80']:.3g}) "
-            f"| {plain['median']:.3g} {row['baseline']} | {row['ratio']:.2f} | {row['median'] / row['floor']:.2f} "
-            f"| {row['memory'] / 1e6:.1f} ({plain['memory'] / 1e6:.1f}) | {row['gate']:.2f} | {bar} |"
+            f"| {row['median'] / row['floor']:.2f} | {row['gate']:.2f} "
+            f"| {beside['baseline']} | {baseline['median']:.3g} | {beside['ratio']:.2f} | {_verdict(beside['ratio'], beside['bar'])} "
+            f"| {row['memory'] / 1e6:.1f} | {baseline['memory'] / 1e6:.1f} "
+            f"| {beside['memory_ratio']:.2f} | {_verdict(beside['memory_ratio'], beside['memory_bar'])} |"
         )
     return "\n".join(lines)
 
 
+def _comparisons(results):
+    """(row, what it is beside one baseline) of the segops rows."""
+    return [(row, beside) for row in results["rows"] if row["name"].startswith("segops") for beside in row["against"]]
+
+
+def _verdict(ratio, bar):
+    return "" if bar is None else f"{bar} {'met' if ratio >= bar else 'MISSED'}"
+
+
 def plot(results, path):
-    """A bar per case and implementation: how many times faster than the best plain PyTorch."""
+    """A bar per case, implementation and baseline: how many times faster than it. Where the baseline differs from case to
+    case, as the fastest of several does, an implementation's bars are one series."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [row for row in results["rows"] if row["name"].startswith("segops")]
-    cases = list(dict.fromkeys((row["case"], row["kind"]) for row in rows))
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    figure, axes = pyplot.subplots(figsize=(10, 1.5 + 0.32 * len(cases)), layout="constrained")
-    height = 0.8 / len(names)
-    for i, name in enumerate(names):
-        ratios = {(row["case"], row["kind"]): row["ratio"] for row in rows if row["name"] == name}
-        axes.barh([y + i * height for y in range(len(cases))], [ratios[case] for case in cases], height, label=name)
+    series = {}
+    for row in results["rows"]:
+        if row["name"].startswith("segops"):
+            for i, beside in enumerate(row["against"]):
+                bars, baselines = series.setdefault((row["name"], i), ({}, set()))
+                bars[row["case"], row["kind"]] = beside["ratio"]
+                baselines.add(beside["baseline"])
+    cases = list(dict.fromkeys(case for bars, _ in series.values() for case in bars))
+    figure, axes = pyplot.subplots(figsize=(10, 1.5 + 0.16 * len(cases) * len(series)), layout="constrained")
+    height = 0.8 / len(series)
+    for i, ((name, _), (bars, baselines)) in enumerate(series.items()):
+        label = f"{name} over {' or '.join(sorted(baselines))}"
+        axes.barh([y + i * height for y in range(len(cases))], [bars[case] for case in cases], height, label=label)
     axes.set_yticks([y + 0.4 - height / 2 for y in range(len(cases))], [f"{case}, {kind}" for case, kind in cases], fontsize=7)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.invert_yaxis()
-    axes.set_xlabel("times the best plain PyTorch in the same process (1 = as fast)")
+    axes.set_xlabel("times the baseline in the same process (1 = as fast)")
     axes.set_title(f"{results['environment']['device']}, torch {results['environment']['torch']}", fontsize=9)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)

@@ -23,7 +23,7 @@ def _check(name, source):
 
 
 # A plain global: torch.compile guards on it, whereas it cannot trace a ContextVar and would not see the environment change.
-_requested = _check(os.environ.get("SEGOPS_BACKEND", "auto"), "the environment variable SEGOPS_BACKEND")
+_requested = _check(os.environ.get("SEGOPS_BACKEND") or "auto", "the environment variable SEGOPS_BACKEND")
 
 
 class backend:

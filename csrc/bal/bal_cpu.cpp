@@ -16,8 +16,11 @@ namespace {
 template <typename T>
 constexpr int kLanes = 64 / sizeof(T);
 template <typename T>
-constexpr int kBlock = 4 * kLanes<T>;  // pixels of a softmax
+constexpr int kBlock = 4 * kLanes<T>;  // pixels of a softmax, but for the last of a row
 constexpr int64_t kRows = 8;           // label rows that a gradient is summed over before it goes to memory
+
+template <int n>
+constexpr std::integral_constant<int, n> size;
 
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -202,7 +205,7 @@ struct Problem {
         columns(s.w, s.width),
         weight_rows(std::max<int64_t>(s.weight_h, 1), s.height),
         weight_columns(std::max<int64_t>(s.weight_w, 1), s.width),
-        strip(std::max<int64_t>(1, 32 * s.h / s.height)) {
+        strip(s.resized() ? std::max<int64_t>(1, 32 * s.h / s.height) : 8) {
     STD_TORCH_CHECK(s.w <= std::numeric_limits<int32_t>::max() / 2, "bal: the logits are too wide");
     if (this->class_weight) {
       double sum = 0;
@@ -240,27 +243,28 @@ class Reader {
     if (held_[1] != next) expand(next, 1);
   }
 
-  // block (classes, kBlock) = the logits of label row y at pixels x .. x + kBlock; those beyond the row hold any finite number.
+  // block (classes, pixels) = the logits of label row y at x .. x + pixels; those beyond the row hold any finite number.
+  template <int pixels>
   SEGOPS_INLINE void read(int64_t y, int64_t x, T* block) const {
     using V = Vec<T, kLanes<T>>;
     if (resized_) {
       const T high = p_.rows.weight[y], low = 1 - high;
       const int64_t step = p_.padded();
       const T *a = expanded_[0].data() + x, *b = expanded_[1].data() + x;
-      for (int64_t c = 0; c < p_.s.classes; ++c, a += step, b += step, block += kBlock<T>) {
+      for (int64_t c = 0; c < p_.s.classes; ++c, a += step, b += step, block += pixels) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kBlock<T>; v += kLanes<T>) V::store(block + v, V::load(a + v) * low + V::load(b + v) * high);
+        for (int v = 0; v < pixels; v += kLanes<T>) V::store(block + v, V::load(a + v) * low + V::load(b + v) * high);
       }
       return;
     }
     const T* from = logits_ + y * p_.stride[2] + x * p_.stride[3];
-    const int64_t count = std::min<int64_t>(kBlock<T>, p_.s.width - x);
-    for (int64_t c = 0; c < p_.s.classes; ++c, from += p_.stride[1], block += kBlock<T>) {
-      if (p_.stride[3] == 1)
-        std::memcpy(block, from, count * sizeof(T));
-      else
-        for (int64_t i = 0; i < count; ++i) block[i] = from[i * p_.stride[3]];
-      for (int64_t i = count; i < kBlock<T>; ++i) block[i] = 0;
+    const int64_t count = std::min<int64_t>(pixels, p_.s.width - x);
+    for (int64_t c = 0; c < p_.s.classes; ++c, from += p_.stride[1], block += pixels) {
+      if (p_.stride[3] == 1 && count == pixels) {
+        std::memcpy(block, from, pixels * sizeof(T));
+        continue;
+      }
+      for (int64_t i = 0; i < pixels; ++i) block[i] = i < count ? from[i * p_.stride[3]] : T(0);
     }
   }
 
@@ -316,7 +320,6 @@ template <typename T, typename Label>
 SEGOPS_INLINE void loss_strip(const Problem<T>& p, const Label* labels, int64_t item, const LossOutput<T>& out) {
   using V = Vec<T, kLanes<T>>;
   using I = Vec<Class<T>, kLanes<T>>;
-  constexpr int vectors = 4;
   const LossShape& s = p.s;
   const int64_t image = item / p.strips(), begin = item % p.strips() * p.strip, end = std::min(begin + p.strip, s.h);
   const int64_t padded = p.padded();
@@ -334,8 +337,9 @@ SEGOPS_INLINE void loss_strip(const Problem<T>& p, const Label* labels, int64_t 
 
     typename V::type sum{};
     typename I::type ignored{};
-    for (int64_t x = 0; x < s.width; x += kBlock<T>) {
-      reader.read(y, x, block.data());
+    const auto softmax = [&](auto constant, int64_t x) __attribute__((always_inline)) {
+      constexpr int vectors = decltype(constant)::value, pixels = vectors * kLanes<T>;
+      reader.template read<pixels>(y, x, block.data());
       typename V::type most[vectors], total[vectors], at_target[vectors], smooth[vectors];
       typename I::type target[vectors];
 #pragma GCC unroll 4
@@ -347,14 +351,14 @@ SEGOPS_INLINE void loss_strip(const Problem<T>& p, const Label* labels, int64_t 
       for (int64_t c = 1; c < s.classes; ++c) {
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
-          const auto z = V::load(&block[c * kBlock<T> + v * kLanes<T>]);
+          const auto z = V::load(&block[c * pixels + v * kLanes<T>]);
           most[v] = z > most[v] ? z : most[v];
         }
       }
       for (int64_t c = 0; c < s.classes; ++c) {
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
-          const auto z = V::load(&block[c * kBlock<T> + v * kLanes<T>]);
+          const auto z = V::load(&block[c * pixels + v * kLanes<T>]);
           total[v] += exp(z - most[v], T{});
           at_target[v] = target[v] == Class<T>(c) ? z : at_target[v];
         }
@@ -362,9 +366,9 @@ SEGOPS_INLINE void loss_strip(const Problem<T>& p, const Label* labels, int64_t 
       if (p.share != 0)
         for (int64_t c = 0; c < s.classes; ++c) {
           const T weight = p.class_weight ? p.class_weight[c] : T(1);
-          for (int v = 0; v < vectors; ++v) smooth[v] += weight * V::load(&block[c * kBlock<T> + v * kLanes<T>]);
+          for (int v = 0; v < vectors; ++v) smooth[v] += weight * V::load(&block[c * pixels + v * kLanes<T>]);
         }
-      T log_sums[kBlock<T>], losses[kBlock<T>];
+      T log_sums[pixels], losses[pixels];
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
         const int64_t at = x + v * kLanes<T>;
@@ -379,12 +383,15 @@ SEGOPS_INLINE void loss_strip(const Problem<T>& p, const Label* labels, int64_t 
         sum += loss;
         ignored -= target[v] == Class<T>(kIgnored);  // a true lane is -1
       }
-      const int64_t count = std::min<int64_t>(kBlock<T>, s.width - x);
+      const int64_t count = std::min<int64_t>(pixels, s.width - x);
       std::memcpy(out.log_sum + row + x, log_sums, count * sizeof(T));
       if (out.loss) std::memcpy(out.loss + row + x, losses, count * sizeof(T));
-    }
+    };
+    int64_t x = 0;
+    for (; x + kBlock<T> <= s.width; x += kBlock<T>) softmax(size<4>, x);
+    for (; x < s.width; x += kLanes<T>) softmax(size<1>, x);
     double losses = 0;
-    int64_t valid = padded;
+    int64_t valid = x;  // lanes: those beyond the row are ignored
     for (int i = 0; i < kLanes<T>; ++i) {
       losses += double(sum[i]);
       valid -= ignored[i];
@@ -476,21 +483,25 @@ SEGOPS_INLINE void grad_strip(const Problem<T>& p, const Label* labels, int64_t 
     std::vector<T> block(s.classes * kBlock<T>);
     for (int64_t y = begin; y < end; ++y) {
       coefficients.read(p, labels, g, image, y, 0);
-      for (int64_t x = 0; x < s.width; x += kBlock<T>) {
-        reader.read(y, x, block.data());
-        const int64_t count = std::min<int64_t>(kBlock<T>, s.width - x);
+      const auto softmax = [&](auto constant, int64_t x) __attribute__((always_inline)) {
+        constexpr int pixels = decltype(constant)::value * kLanes<T>;
+        reader.template read<pixels>(y, x, block.data());
+        const int64_t count = std::min<int64_t>(pixels, s.width - x);
         for (int64_t c = 0; c < s.classes; ++c) {
-          T* z = &block[c * kBlock<T>];
+          T* z = &block[c * pixels];
 #pragma GCC unroll 4
-          for (int v = 0; v < kBlock<T>; v += kLanes<T>)
+          for (int v = 0; v < pixels; v += kLanes<T>)
             V::store(z + v, coefficients.gradient(p, smoothed, V::load(z + v), c, x + v));
           T* to = out + c * g.stride[1] + y * g.stride[2] + x * g.stride[3];
-          if (g.stride[3] == 1)
-            std::memcpy(to, z, count * sizeof(T));
+          if (g.stride[3] == 1 && count == pixels)
+            std::memcpy(to, z, pixels * sizeof(T));
           else
             for (int64_t i = 0; i < count; ++i) to[i * g.stride[3]] = z[i];
         }
-      }
+      };
+      int64_t x = 0;
+      for (; x + kBlock<T> <= s.width; x += kBlock<T>) softmax(size<4>, x);
+      for (; x < s.width; x += kLanes<T>) softmax(size<1>, x);
     }
     return;
   }
