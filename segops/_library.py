@@ -1,5 +1,7 @@
 """The torch.library namespace `segops`, and what every op's file needs to put an op into it."""
 
+import contextlib
+
 import torch
 from torch.autograd import forward_ad
 
@@ -28,8 +30,13 @@ def autocast_dtype(tensor):
     return torch.get_autocast_dtype(device) if enabled else None
 
 
+def full_precision(tensor):
+    """A context in which autocast leaves ops on the tensor's device alone."""
+    if autocast_dtype(tensor) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def transformed():
     """Whether vmap, jvp, functional grad or forward-mode differentiation look on: they know PyTorch's ops, not ours."""
-    if torch.compiler.is_compiling():
-        return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

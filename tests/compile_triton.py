@@ -7,11 +7,12 @@ import sys
 
 
 def compile_for(kernel, capability, types, constants):
-    """Compiles a kernel whose arguments are `constants`, or of the Triton types given, or i32."""
+    """Compiles a kernel whose arguments are constant where `constants` names them, or of the Triton types given, or i32."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()})
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))

@@ -1,20 +1,24 @@
 // The boundary-aware loss: the edge map of the labels, its blur, and a cross entropy that upsamples logits as it reads them.
 //
 // Resizing is bilinear with align_corners=False: output i lies at source (i + 0.5) * in / out - 0.5, at least 0.
-// A label is a class in [0, classes), `ignore_index`, or wrong. Sums are taken in float32 (float64 for float64) in a fixed
-// order.
+// A label is a class in [0, classes), `ignore_index`, or wrong. Sums are taken in float32 at least, in a fixed order.
 //
 //   count_edges   E[n, y, x] = distinct classes among the pixel and its right and lower neighbours, 0 where all three agree;
 //                 the last row and column repeat. Resized with antialiasing (a triangle of half width in / out) to out's size.
 //                 On the CPU a wrong label makes NaN; on CUDA it counts as ignored.
 //   blur          out = E convolved with u1 v1^T + u2 v2^T, zero padding; factors = (u1, v1, u2, v2).
-//   softmax_loss  with z the logits of the classes at a label pixel (resized bilinearly unless sizes agree), t its label, a_c
-//   the
-//                 class weights (1 without), s the label smoothing and w the pixel's weight (resized likewise):
-//                     log_sum = log sum_c exp z_c
-//                     loss    = w ((1 - s) a_t (log_sum - z_t) + s / classes * sum_c a_c (log_sum - z_c))
-//                 loss 0 where ignored, NaN where wrong; totals = (sum of the losses, number of pixels not ignored).
-//   softmax_grad  the gradient for the logits of sum(grad * loss); grad is one number or one per pixel.
+//   softmax_loss  with z the logits of the classes at a label pixel (resized bilinearly unless sizes agree), t its label,
+//                 a_c the class weights (1 without), s the label smoothing, w the pixel's weight (resized likewise):
+//                     most = max_c z_c, rest = sum_{c != t} exp(z_c - most), total = rest + exp(z_t - most)
+//                     l_c  = log(total) + (most - z_c), the cross entropy of class c
+//                     loss = w ((1 - s) a_t l_t + s / classes * sum_c a_c l_c), 0 where ignored, NaN where wrong
+//                 totals = (sum of the losses, number of pixels not ignored). And what the gradient needs of each pixel,
+//                 coefficients = (most, all, target) and, with s > 0, each; all but `most` 0 where ignored, NaN where wrong:
+//                     all    = w ((1 - s) a_t + s / classes * sum_c a_c) / total
+//                     target = all exp(z_t - most) - w (1 - s) a_t, by way of `rest`: where z_t is sure they cancel
+//                     each   = w s / classes
+//   softmax_grad  the gradient for the logits of sum(grad * loss); grad is one number or one per pixel:
+//                     d loss / d z_c = (c == t ? target : all exp(z_c - most)) - each a_c
 #pragma once
 
 #include "../common/tensor.h"
@@ -74,6 +78,7 @@ struct LossShape {
   int64_t weight_h, weight_w;     // of the pixel weights
 
   bool resized() const { return h != height || w != width; }
+  SEGOPS_HOST_DEVICE int64_t pixels() const { return images * height * width; }
 };
 
 inline void check_count_edges(const Tensor& labels, const Tensor& out) {
@@ -89,50 +94,62 @@ inline void check_blur(const Tensor& edges, const Tensor& factors, const Tensor&
     STD_TORCH_CHECK(
         tensor->is_contiguous() && tensor->scalar_type() == ScalarType::Float, "bal_blur: tensors must be contiguous float32");
   STD_TORCH_CHECK(
-      edges.dim() == 3 && out.dim() == 3 && out.numel() == edges.numel() && rows.numel() == 2 * edges.numel(),
+      edges.dim() == 3 && out.dim() == 3 && out.size(0) == edges.size(0) && out.size(1) == edges.size(1) &&
+          out.size(2) == edges.size(2) && rows.numel() == 2 * edges.numel(),
       "bal_blur: edges and out must be (N, h, w), rows (2, N, h, w)");
   STD_TORCH_CHECK(factors.dim() == 2 && factors.size(0) == 4 && factors.size(1) % 2, "bal_blur: factors must be (4, odd)");
 }
 
-// The checks that softmax_loss and softmax_grad share. `map` is log_sum, whose dtype is the one that is computed in.
+// The checks that softmax_loss and softmax_grad share. The coefficients' dtype is the one that is computed in.
 inline LossShape check_loss(
     const char* op, const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& pixel_weight,
-    const std::optional<Tensor>& class_weight, const Tensor& map) {
+    const std::optional<Tensor>& class_weight, const Tensor& coefficients) {
   STD_TORCH_CHECK(logits.dim() == 4 && logits.numel() > 0, op, ": logits must be (N, C, h, w), not empty");
   STD_TORCH_CHECK(
       labels.dim() == 3 && labels.is_contiguous() && labels.numel() > 0 && labels.size(0) == logits.size(0), op,
       ": labels must be contiguous (N, H, W), not empty");
-  STD_TORCH_CHECK(map.is_contiguous() && map.numel() == labels.numel(), op, ": log_sum must be contiguous (N, H, W)");
+  STD_TORCH_CHECK(
+      coefficients.is_contiguous() && coefficients.dim() == 4 && (coefficients.size(0) == 3 || coefficients.size(0) == 4) &&
+          coefficients.numel() == coefficients.size(0) * labels.numel(),
+      op, ": coefficients must be contiguous (3 or 4, N, H, W)");
   LossShape s{logits.size(0), logits.size(1), logits.size(2), logits.size(3), labels.size(1), labels.size(2), 0, 0};
   if (pixel_weight) {
     STD_TORCH_CHECK(
         pixel_weight->dim() == 3 && pixel_weight->is_contiguous() && pixel_weight->numel() > 0 &&
-            pixel_weight->size(0) == s.images && pixel_weight->scalar_type() == map.scalar_type(),
-        op, ": pixel_weight must be contiguous (N, h', w'), of log_sum's dtype");
+            pixel_weight->size(0) == s.images && pixel_weight->scalar_type() == coefficients.scalar_type(),
+        op, ": pixel_weight must be contiguous (N, h', w'), of coefficients' dtype");
     s.weight_h = pixel_weight->size(1);
     s.weight_w = pixel_weight->size(2);
   }
   if (class_weight)
     STD_TORCH_CHECK(
-        class_weight->is_contiguous() && class_weight->numel() == s.classes && class_weight->scalar_type() == map.scalar_type(),
-        op, ": class_weight must be contiguous (C), of log_sum's dtype");
+        class_weight->is_contiguous() && class_weight->numel() == s.classes &&
+            class_weight->scalar_type() == coefficients.scalar_type(),
+        op, ": class_weight must be contiguous (C), of coefficients' dtype");
   return s;
 }
 
-inline void check_totals(const Tensor& totals, const std::optional<Tensor>& loss, const Tensor& map) {
+inline void check_loss_outputs(
+    const Tensor& labels, const Tensor& totals, const std::optional<Tensor>& loss, const Tensor& coefficients,
+    double label_smoothing) {
+  STD_TORCH_CHECK(
+      coefficients.size(0) == (label_smoothing > 0 ? 4 : 3),
+      "bal_softmax_loss: coefficients must be 4 maps with label smoothing, 3 without");
   STD_TORCH_CHECK(
       totals.numel() == 2 && totals.is_contiguous() && totals.scalar_type() == ScalarType::Double,
       "bal_softmax_loss: totals must be two float64");
   if (loss)
     STD_TORCH_CHECK(
-        loss->is_contiguous() && loss->numel() == map.numel() && loss->scalar_type() == map.scalar_type(),
-        "bal_softmax_loss: loss must be contiguous (N, H, W), of log_sum's dtype");
+        loss->is_contiguous() && loss->numel() == labels.numel() && loss->scalar_type() == coefficients.scalar_type(),
+        "bal_softmax_loss: loss must be contiguous (N, H, W), of coefficients' dtype");
 }
 
-inline void check_grad(const Tensor& grad, const Tensor& logits, const Tensor& out, const Tensor& map) {
+inline void check_grad(
+    const Tensor& grad, const Tensor& logits, const Tensor& labels, const Tensor& out, const Tensor& coefficients) {
   STD_TORCH_CHECK(
-      grad.is_contiguous() && (grad.numel() == 1 || grad.numel() == map.numel()) && grad.scalar_type() == map.scalar_type(),
-      "bal_softmax_grad: grad must be one number or contiguous (N, H, W), of log_sum's dtype");
+      grad.is_contiguous() && (grad.numel() == 1 || grad.numel() == labels.numel()) &&
+          grad.scalar_type() == coefficients.scalar_type(),
+      "bal_softmax_grad: grad must be one number or contiguous (N, H, W), of coefficients' dtype");
   STD_TORCH_CHECK(
       out.dim() == 4 && out.size(0) == logits.size(0) && out.size(1) == logits.size(1) && out.size(2) == logits.size(2) &&
           out.size(3) == logits.size(3) && out.scalar_type() == logits.scalar_type(),
@@ -143,18 +160,18 @@ inline void check_grad(const Tensor& grad, const Tensor& logits, const Tensor& o
 void bal_count_edges_cpu(Tensor labels, Tensor out, int64_t classes, int64_t ignore_index);
 void bal_blur_cpu(Tensor edges, Tensor factors, Tensor rows, Tensor out);
 void bal_softmax_loss_cpu(
-    Tensor logits, Tensor labels, std::optional<Tensor> pixel_weight, std::optional<Tensor> class_weight, Tensor log_sum,
+    Tensor logits, Tensor labels, std::optional<Tensor> pixel_weight, std::optional<Tensor> class_weight, Tensor coefficients,
     std::optional<Tensor> loss, Tensor totals, double label_smoothing, int64_t ignore_index);
 void bal_softmax_grad_cpu(
-    Tensor grad, Tensor logits, Tensor labels, std::optional<Tensor> pixel_weight, std::optional<Tensor> class_weight,
-    Tensor log_sum, Tensor out, double label_smoothing, int64_t ignore_index);
+    Tensor grad, Tensor logits, Tensor labels, std::optional<Tensor> class_weight, Tensor coefficients, Tensor out,
+    int64_t ignore_index);
 void bal_count_edges_cuda(Tensor labels, Tensor out, int64_t classes, int64_t ignore_index);
 void bal_blur_cuda(Tensor edges, Tensor factors, Tensor rows, Tensor out);
 void bal_softmax_loss_cuda(
-    Tensor logits, Tensor labels, std::optional<Tensor> pixel_weight, std::optional<Tensor> class_weight, Tensor log_sum,
+    Tensor logits, Tensor labels, std::optional<Tensor> pixel_weight, std::optional<Tensor> class_weight, Tensor coefficients,
     std::optional<Tensor> loss, Tensor totals, double label_smoothing, int64_t ignore_index);
 void bal_softmax_grad_cuda(
-    Tensor grad, Tensor logits, Tensor labels, std::optional<Tensor> pixel_weight, std::optional<Tensor> class_weight,
-    Tensor log_sum, Tensor out, double label_smoothing, int64_t ignore_index);
+    Tensor grad, Tensor logits, Tensor labels, std::optional<Tensor> class_weight, Tensor coefficients, Tensor out,
+    int64_t ignore_index);
 
 }  // namespace segops

@@ -20,7 +20,7 @@ constexpr int kBlock = 4 * kLanes<T>;  // pixels of a softmax, but for the last 
 constexpr int64_t kRows = 8;           // label rows that a gradient is summed over before it goes to memory
 
 template <int n>
-constexpr std::integral_constant<int, n> size;
+constexpr std::integral_constant<int, n> vectors_of;
 
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -147,19 +147,23 @@ SEGOPS_MULTIVERSION void add_row(const float* row, int64_t width, float weight, 
 
 // ---- softmax --------------------------------------------------------------------------------------------------------
 
+// Integers as wide as T, so that comparing them makes masks for vectors of T.
+template <typename T>
+using Class = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+
 // One axis of a bilinear resize, and back: output i is (1 - weight[i]) * in[low[i]] + weight[i] * in[high[i]], and the outputs
 // with low == j are first[j] .. first[j + 1]. Padded to whole blocks with the last output.
 template <typename T>
 struct Axis {
-  std::vector<int32_t> low, high;
+  std::vector<Class<T>> low, high;
   std::vector<T> weight;
   std::vector<int64_t> first;
 
   Axis(int64_t in, int64_t out) : low(padded(out)), high(low), weight(low.size()), first(in + 1, out) {
     for (int64_t i = int64_t(low.size()) - 1; i >= 0; --i) {
       const Source source = bilinear_source(std::min(i, out - 1), in, double(in) / double(out));
-      low[i] = int32_t(source.low);
-      high[i] = int32_t(source.high);
+      low[i] = Class<T>(source.low);
+      high[i] = Class<T>(source.high);
       weight[i] = T(source.weight);
       if (i < out) first[source.low] = i;
     }
@@ -169,21 +173,42 @@ struct Axis {
 };
 
 template <typename T>
-SEGOPS_INLINE void resize_row(const T* __restrict row, const Axis<T>& axis, int64_t count, T* __restrict out) {
-  const int32_t* __restrict low = axis.low.data();
-  const int32_t* __restrict high = axis.high.data();
-  const T* __restrict weight = axis.weight.data();
-  for (int64_t x = 0; x < count; ++x) out[x] = (1 - weight[x]) * row[low[x]] + weight[x] * row[high[x]];
+constexpr int kWindow = 32 / sizeof(T);  // lanes that AVX2 can pick from
+
+// Resizes a row to the axis's outputs, of which `out` must hold whole windows; beyond the row a window must be readable.
+template <typename T>
+SEGOPS_INLINE void resize_row(const T* row, const Axis<T>& axis, int64_t count, T* out) {
+  using V = Vec<T, kWindow<T>>;
+  using I = Vec<Class<T>, kWindow<T>>;
+  const Class<T>*low = axis.low.data(), *high = axis.high.data();
+  const T* weight = axis.weight.data();
+  for (int64_t x = 0; x < count; x += kWindow<T>) {
+    const Class<T> first = low[x];
+    typename V::type a, b;
+    if (high[x + kWindow<T> - 1] - first < kWindow<T>) {  // upsampling: neighbours read the same few
+      const auto window = V::load(row + first);
+      a = pick(window, I::load(low + x) - first);
+      b = pick(window, I::load(high + x) - first);
+    } else {
+      for (int i = 0; i < kWindow<T>; ++i) {
+        a[i] = row[low[x + i]];
+        b[i] = row[high[x + i]];
+      }
+    }
+    const auto right = V::load(weight + x);
+    V::store(out + x, (1 - right) * a + right * b);
+  }
 }
 
 template <typename T>
 struct Problem {
   LossShape s;
+  bool smoothed;  // the coefficients hold `each`
   const T* logits;
   int64_t stride[4];
   const T* pixel_weight;
   const T* class_weight;
-  T keep, share, class_weight_sum;  // the loss is w (keep a_t (log_sum - z_t) + share sum_c a_c (log_sum - z_c))
+  T keep, share, class_weight_sum;  // the loss is w (keep a_t l_t + share sum_c a_c l_c)
   int64_t ignore_index;
   Axis<T> rows, columns;
   Axis<T> weight_rows, weight_columns;
@@ -191,8 +216,9 @@ struct Problem {
 
   Problem(
       const LossShape& s, const Tensor& logits, const std::optional<Tensor>& pixel_weight,
-      const std::optional<Tensor>& class_weight, double label_smoothing, int64_t ignore_index)
+      const std::optional<Tensor>& class_weight, const Tensor& coefficients, double label_smoothing, int64_t ignore_index)
       : s(s),
+        smoothed(coefficients.size(0) == 4),
         logits(static_cast<const T*>(logits.const_data_ptr())),
         stride{logits.stride(0), logits.stride(1), logits.stride(2), logits.stride(3)},
         pixel_weight(pixel_weight ? static_cast<const T*>(pixel_weight->const_data_ptr()) : nullptr),
@@ -217,16 +243,12 @@ struct Problem {
   int64_t strips() const { return ceil_div(s.h, strip); }
 };
 
-// Integers as wide as T, so that comparing them makes masks for vectors of T.
-template <typename T>
-using Class = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
-
 // The logits of one strip of one image, read a row of labels at a time.
 template <typename T>
 class Reader {
  public:
   Reader(const Problem<T>& p, int64_t image)
-      : p_(p), logits_(p.logits + image * p.stride[0]), resized_(p.s.resized()), row_(p.s.w) {
+      : p_(p), logits_(p.logits + image * p.stride[0]), resized_(p.s.resized()), row_(p.s.w + kWindow<T>) {
     if (resized_)
       for (auto& row : expanded_) row.resize(p.s.classes * p.padded());
   }
@@ -310,7 +332,7 @@ SEGOPS_INLINE void read_weights(const Problem<T>& p, int64_t image, int64_t y, T
 
 template <typename T>
 struct LossOutput {
-  T* log_sum;
+  T* coefficients;
   T* loss;         // or null
   double* totals;  // per label row: sum of losses, pixels not ignored
 };
@@ -324,7 +346,8 @@ SEGOPS_INLINE void loss_strip(const Problem<T>& p, const Label* labels, int64_t 
   const int64_t image = item / p.strips(), begin = item % p.strips() * p.strip, end = std::min(begin + p.strip, s.h);
   const int64_t padded = p.padded();
   Reader<T> reader(p, image);
-  std::vector<T> block(s.classes * kBlock<T>), weights(padded), weight_row(s.weight_w), target_weights(padded, T(1));
+  std::vector<T> block(s.classes * kBlock<T>), weights(padded), weight_row(s.weight_w + kWindow<T>),
+      target_weights(padded, T(1));
   std::vector<Class<T>> targets(padded, kIgnored);
 
   for (int64_t y = p.rows.first[begin]; y < p.rows.first[end]; ++y) {
@@ -340,12 +363,13 @@ SEGOPS_INLINE void loss_strip(const Problem<T>& p, const Label* labels, int64_t 
     const auto softmax = [&](auto constant, int64_t x) __attribute__((always_inline)) {
       constexpr int vectors = decltype(constant)::value, pixels = vectors * kLanes<T>;
       reader.template read<pixels>(y, x, block.data());
-      typename V::type most[vectors], total[vectors], at_target[vectors], smooth[vectors];
+      typename V::type most[vectors], rest[vectors], at_target[vectors], smooth[vectors];
       typename I::type target[vectors];
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
         most[v] = V::load(&block[v * kLanes<T>]);
-        total[v] = at_target[v] = smooth[v] = typename V::type{};
+        rest[v] = smooth[v] = typename V::type{};
+        at_target[v] = rest[v] - std::numeric_limits<T>::infinity();  // for pixels that have no target
         target[v] = I::load(&targets[x + v * kLanes<T>]);
       }
       for (int64_t c = 1; c < s.classes; ++c) {
@@ -359,37 +383,48 @@ SEGOPS_INLINE void loss_strip(const Problem<T>& p, const Label* labels, int64_t 
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
           const auto z = V::load(&block[c * pixels + v * kLanes<T>]);
-          total[v] += exp(z - most[v], T{});
+          const auto e = exp(z - most[v], T{});
+          rest[v] = target[v] == Class<T>(c) ? rest[v] : rest[v] + e;
           at_target[v] = target[v] == Class<T>(c) ? z : at_target[v];
         }
       }
-      if (p.share != 0)
+      if (p.smoothed)
         for (int64_t c = 0; c < s.classes; ++c) {
           const T weight = p.class_weight ? p.class_weight[c] : T(1);
-          for (int v = 0; v < vectors; ++v) smooth[v] += weight * V::load(&block[c * pixels + v * kLanes<T>]);
+          for (int v = 0; v < vectors; ++v) smooth[v] += weight * (most[v] - V::load(&block[c * pixels + v * kLanes<T>]));
         }
-      T log_sums[pixels], losses[pixels];
+      T results[5][pixels];  // loss, then the coefficients
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
         const int64_t at = x + v * kLanes<T>;
-        const auto log_sum = most[v] + log(total[v], T{});
-        auto loss = p.keep * V::load(&target_weights[at]) * (log_sum - at_target[v]);
-        if (p.share != 0) loss += p.share * (p.class_weight_sum * log_sum - smooth[v]);
-        loss *= V::load(&weights[at]);
-        loss = target[v] == Class<T>(kIgnored) ? typename V::type{} : loss;
-        loss = target[v] == Class<T>(kWrong) ? typename V::type{} + std::numeric_limits<T>::quiet_NaN() : loss;
-        V::store(log_sums + v * kLanes<T>, log_sum);
-        V::store(losses + v * kLanes<T>, loss);
-        sum += loss;
+        const auto total = rest[v] + exp(at_target[v] - most[v], T{});
+        const auto log_total = log(total, T{});
+        const auto weight = V::load(&weights[at]), own = p.keep * V::load(&target_weights[at]);
+        const T all_smooth = p.share * p.class_weight_sum;
+        auto loss = own * (log_total + (most[v] - at_target[v]));
+        if (p.smoothed) loss += all_smooth * log_total + p.share * smooth[v];
+        const typename V::type none{}, nan = none + std::numeric_limits<T>::quiet_NaN();
+        const typename V::type values[] = {
+            weight * loss, weight * (own + all_smooth) / total,
+            weight * ((all_smooth * (total - rest[v]) - own * rest[v]) / total), none + weight * p.share};
+        V::store(results[1] + v * kLanes<T>, most[v]);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          auto value = target[v] == Class<T>(kIgnored) ? none : values[i];
+          value = target[v] == Class<T>(kWrong) ? nan : value;
+          V::store(results[i == 0 ? 0 : i + 1] + v * kLanes<T>, value);
+        }
+        sum += V::load(results[0] + v * kLanes<T>);
         ignored -= target[v] == Class<T>(kIgnored);  // a true lane is -1
       }
       const int64_t count = std::min<int64_t>(pixels, s.width - x);
-      std::memcpy(out.log_sum + row + x, log_sums, count * sizeof(T));
-      if (out.loss) std::memcpy(out.loss + row + x, losses, count * sizeof(T));
+      if (out.loss) std::memcpy(out.loss + row + x, results[0], count * sizeof(T));
+      for (int map = 0; map < (p.smoothed ? 4 : 3); ++map)
+        std::memcpy(out.coefficients + map * s.pixels() + row + x, results[map + 1], count * sizeof(T));
     };
     int64_t x = 0;
-    for (; x + kBlock<T> <= s.width; x += kBlock<T>) softmax(size<4>, x);
-    for (; x < s.width; x += kLanes<T>) softmax(size<1>, x);
+    for (; x + kBlock<T> <= s.width; x += kBlock<T>) softmax(vectors_of<4>, x);
+    for (; x < s.width; x += kLanes<T>) softmax(vectors_of<1>, x);
     double losses = 0;
     int64_t valid = x;  // lanes: those beyond the row are ignored
     for (int i = 0; i < kLanes<T>; ++i) {
@@ -405,20 +440,20 @@ template <typename T>
 struct GradOutput {
   const T* grad;
   int64_t grad_stride;  // 0 for one number
-  const T* log_sum;
+  const T* coefficients;
   T* out;
   int64_t stride[4];
   T* shared;  // (items, classes, w): what a strip adds to the first row of the next
 };
 
-// What the gradient of a row of label pixels is made of: d loss / d z_c = all * p_c - target * [c == t] - each * a_c.
+// The coefficients of label rows, times the gradient that comes in.
 template <typename T>
 struct Coefficients {
-  std::vector<T> all, target, each, log_sum, weight_row;
+  std::vector<T> most, all, target, each;
   std::vector<Class<T>> classes;
 
   Coefficients(const Problem<T>& p, int64_t rows)
-      : all(rows * p.padded()), target(all), each(all), log_sum(all), weight_row(p.s.weight_w), classes(all.size(), kIgnored) {}
+      : most(rows * p.padded()), all(most), target(most), each(most), classes(most.size(), kIgnored) {}
 
   // Those of label row y go to [at, at + width).
   template <typename Label>
@@ -426,26 +461,24 @@ struct Coefficients {
       const Problem<T>& p, const Label* labels, const GradOutput<T>& g, int64_t image, int64_t y, int64_t at) {
     const int64_t row = (image * p.s.height + y) * p.s.width;
     read_classes(labels + row, p.s.width, p.s.classes, p.ignore_index, &classes[at]);
-    read_weights(p, image, y, weight_row.data(), &each[at]);
-    std::copy(g.log_sum + row, g.log_sum + row + p.s.width, &log_sum[at]);
-    const T* grad = g.grad + row * g.grad_stride;
-    for (int64_t x = 0; x < p.s.width; ++x) {
-      const T weight = classes[at + x] < 0 ? T(0) : grad[x * g.grad_stride] * each[at + x];
-      T own = p.keep;
-      if (p.class_weight) own *= p.class_weight[classes[at + x] < 0 ? 0 : classes[at + x]];
-      target[at + x] = weight * own;
-      each[at + x] = weight * p.share;
-      all[at + x] = weight * (own + p.share * p.class_weight_sum);
-    }
+    const T *from = g.coefficients + row, *grad = g.grad + row * g.grad_stride;
+    std::copy(from, from + p.s.width, &most[at]);
+    // Not a product with 0 where ignored: whatever comes in there, NaN perhaps, goes nowhere.
+    const auto scale = [&](const T* map, T* __restrict out) __attribute__((always_inline)) {
+      for (int64_t x = 0; x < p.s.width; ++x) out[x] = classes[at + x] == kIgnored ? T(0) : grad[x * g.grad_stride] * map[x];
+    };
+    scale(from + p.s.pixels(), &all[at]);
+    scale(from + 2 * p.s.pixels(), &target[at]);
+    if (p.smoothed) scale(from + 3 * p.s.pixels(), &each[at]);
   }
 
-  // The gradient for the logits z of class c at pixels at .. at + kLanes; `smoothed` where p.share is not 0.
+  // The gradient for the logits z of class c at pixels at .. at + kLanes.
   SEGOPS_INLINE auto gradient(
       const Problem<T>& p, bool smoothed, typename Vec<T, kLanes<T>>::type z, int64_t c, int64_t at) const {
     using V = Vec<T, kLanes<T>>;
     const auto target_class = Vec<Class<T>, kLanes<T>>::load(&classes[at]);
-    auto result = V::load(&all[at]) * exp(z - V::load(&log_sum[at]), T{});
-    result -= target_class == Class<T>(c) ? V::load(&target[at]) : typename V::type{};
+    auto result = V::load(&all[at]) * exp(z - V::load(&most[at]), T{});
+    result = target_class == Class<T>(c) ? V::load(&target[at]) : result;
     if (smoothed) result -= V::load(&each[at]) * (p.class_weight ? p.class_weight[c] : T(1));
     return result;
   }
@@ -476,7 +509,7 @@ SEGOPS_INLINE void grad_strip(const Problem<T>& p, const Label* labels, int64_t 
   const int64_t padded = p.padded();
   Reader<T> reader(p, image);
   T* out = g.out + image * g.stride[0];
-  const bool smoothed = p.share != 0;
+  const bool smoothed = p.smoothed;
 
   if (!s.resized()) {
     Coefficients<T> coefficients(p, 1);
@@ -500,8 +533,8 @@ SEGOPS_INLINE void grad_strip(const Problem<T>& p, const Label* labels, int64_t 
         }
       };
       int64_t x = 0;
-      for (; x + kBlock<T> <= s.width; x += kBlock<T>) softmax(size<4>, x);
-      for (; x < s.width; x += kLanes<T>) softmax(size<1>, x);
+      for (; x + kBlock<T> <= s.width; x += kBlock<T>) softmax(vectors_of<4>, x);
+      for (; x < s.width; x += kLanes<T>) softmax(vectors_of<1>, x);
     }
     return;
   }
@@ -566,8 +599,9 @@ SEGOPS_STRIPS(double, uint8_t)
 
 // Calls fn with a value of the type that is computed in.
 template <typename F>
-void dispatch(const Tensor& logits, const Tensor& map, const char* op, const F& fn) {
-  STD_TORCH_CHECK(logits.scalar_type() == map.scalar_type(), op, ": logits and log_sum must have one dtype on the CPU");
+void dispatch(const Tensor& logits, const Tensor& coefficients, const char* op, const F& fn) {
+  STD_TORCH_CHECK(
+      logits.scalar_type() == coefficients.scalar_type(), op, ": logits and coefficients must have one dtype on the CPU");
   if (logits.scalar_type() == ScalarType::Float) return fn(float{});
   STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Double, op, ": the CPU kernel takes float32 or float64");
   fn(double{});
@@ -594,6 +628,7 @@ void bal_count_edges_cpu(Tensor labels, Tensor out, int64_t classes, int64_t ign
 void bal_blur_cpu(Tensor edges, Tensor factors, Tensor rows, Tensor out) {
   check_blur(edges, factors, rows, out);
   const int64_t h = edges.size(1), w = edges.size(2), count = edges.size(0) * h, size = factors.size(1);
+  if (edges.numel() == 0) return;
   const float* from = static_cast<const float*>(edges.const_data_ptr());
   const float* factor = static_cast<const float*>(factors.const_data_ptr());
   float* along_x = static_cast<float*>(rows.mutable_data_ptr());
@@ -620,16 +655,16 @@ void bal_blur_cpu(Tensor edges, Tensor factors, Tensor rows, Tensor out) {
 }
 
 void bal_softmax_loss_cpu(
-    Tensor logits, Tensor labels, std::optional<Tensor> pixel_weight, std::optional<Tensor> class_weight, Tensor log_sum,
+    Tensor logits, Tensor labels, std::optional<Tensor> pixel_weight, std::optional<Tensor> class_weight, Tensor coefficients,
     std::optional<Tensor> loss, Tensor totals, double label_smoothing, int64_t ignore_index) {
-  const LossShape s = check_loss("bal_softmax_loss", logits, labels, pixel_weight, class_weight, log_sum);
-  check_totals(totals, loss, log_sum);
+  const LossShape s = check_loss("bal_softmax_loss", logits, labels, pixel_weight, class_weight, coefficients);
+  check_loss_outputs(labels, totals, loss, coefficients, label_smoothing);
   std::vector<double> row_totals(2 * s.images * s.height);
-  dispatch(logits, log_sum, "bal_softmax_loss", [&](auto type) {
+  dispatch(logits, coefficients, "bal_softmax_loss", [&](auto type) {
     using T = decltype(type);
-    const Problem<T> p(s, logits, pixel_weight, class_weight, label_smoothing, ignore_index);
+    const Problem<T> p(s, logits, pixel_weight, class_weight, coefficients, label_smoothing, ignore_index);
     const LossOutput<T> out{
-        static_cast<T*>(log_sum.mutable_data_ptr()), loss ? static_cast<T*>(loss->mutable_data_ptr()) : nullptr,
+        static_cast<T*>(coefficients.mutable_data_ptr()), loss ? static_cast<T*>(loss->mutable_data_ptr()) : nullptr,
         row_totals.data()};
     dispatch_labels(labels, "bal_softmax_loss", [&](const auto* from) {
       torch::stable::parallel_for(0, s.images * p.strips(), 1, [&](int64_t begin, int64_t end) {
@@ -643,19 +678,19 @@ void bal_softmax_loss_cpu(
 }
 
 void bal_softmax_grad_cpu(
-    Tensor grad, Tensor logits, Tensor labels, std::optional<Tensor> pixel_weight, std::optional<Tensor> class_weight,
-    Tensor log_sum, Tensor out, double label_smoothing, int64_t ignore_index) {
-  const LossShape s = check_loss("bal_softmax_grad", logits, labels, pixel_weight, class_weight, log_sum);
-  check_grad(grad, logits, out, log_sum);
-  dispatch(logits, log_sum, "bal_softmax_grad", [&](auto type) {
+    Tensor grad, Tensor logits, Tensor labels, std::optional<Tensor> class_weight, Tensor coefficients, Tensor out,
+    int64_t ignore_index) {
+  const LossShape s = check_loss("bal_softmax_grad", logits, labels, std::nullopt, class_weight, coefficients);
+  check_grad(grad, logits, labels, out, coefficients);
+  dispatch(logits, coefficients, "bal_softmax_grad", [&](auto type) {
     using T = decltype(type);
-    const Problem<T> p(s, logits, pixel_weight, class_weight, label_smoothing, ignore_index);
+    const Problem<T> p(s, logits, std::nullopt, class_weight, coefficients, 0, ignore_index);
     const int64_t items = s.images * p.strips();
     std::vector<T> shared(s.resized() ? items * s.classes * s.w : 0);
     const GradOutput<T> g{
         static_cast<const T*>(grad.const_data_ptr()),
         grad.numel() > 1,
-        static_cast<const T*>(log_sum.const_data_ptr()),
+        static_cast<const T*>(coefficients.const_data_ptr()),
         static_cast<T*>(out.mutable_data_ptr()),
         {out.stride(0), out.stride(1), out.stride(2), out.stride(3)},
         shared.data()};

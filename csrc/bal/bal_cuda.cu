@@ -115,18 +115,21 @@ __global__ void __launch_bounds__(kThreads) blur_y_kernel(
 template <typename T>
 struct Problem {
   LossShape s;
+  bool smoothed;  // the coefficients hold `each`
   const T* __restrict__ logits;
   int64_t stride[4];
   Labels labels;
   const float* __restrict__ pixel_weight;
   const float* __restrict__ class_weight;
-  float keep, share;  // the loss is w (keep a_t (log_sum - z_t) + share sum_c a_c (log_sum - z_c))
+  float keep, share;  // the loss is w (keep a_t l_t + share sum_c a_c l_c)
   double scale_y, scale_x, weight_scale_y, weight_scale_x;
 
   Problem(
       const LossShape& s, const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& pixel_weight,
-      const std::optional<Tensor>& class_weight, double label_smoothing, int64_t ignore_index, const char* op)
+      const std::optional<Tensor>& class_weight, const Tensor& coefficients, double label_smoothing, int64_t ignore_index,
+      const char* op)
       : s(s),
+        smoothed(coefficients.size(0) == 4),
         logits(static_cast<const T*>(logits.const_data_ptr())),
         stride{logits.stride(0), logits.stride(1), logits.stride(2), logits.stride(3)},
         labels(labels, s.classes, ignore_index, op),
@@ -143,14 +146,6 @@ struct Problem {
     return logits + image * stride[0] + c * stride[1] + y * stride[2] + x * stride[3];
   }
   __device__ float weight_of_class(int64_t c) const { return class_weight ? class_weight[c] : 1.f; }
-  // sum_c a_c; 0 where nothing is smoothed, which needs it not.
-  __device__ float class_weight_sum() const {
-    if (share == 0) return 0;
-    if (!class_weight) return float(s.classes);
-    float sum = 0;
-    for (int64_t c = 0; c < s.classes; ++c) sum += class_weight[c];
-    return sum;
-  }
   __device__ float weight_of_pixel(int64_t image, int64_t y, int64_t x) const {
     if (!pixel_weight) return 1;
     const float* map = pixel_weight + image * s.weight_h * s.weight_w;
@@ -177,7 +172,8 @@ __device__ inline double block_sum(double value) {
 
 template <typename T, bool resized>
 __global__ void __launch_bounds__(kThreads) loss_kernel(
-    const Problem<T> p, float* __restrict__ log_sum, float* __restrict__ loss, double* __restrict__ partial, int64_t work) {
+    const Problem<T> p, float* __restrict__ coefficients, float* __restrict__ loss, double* __restrict__ partial,
+    int64_t work) {
   const LossShape& s = p.s;
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   float sum = 0;
@@ -191,7 +187,8 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(
     if (resized) column = bilinear_source(x, s.w, p.scale_x);
     const float right = float(column.weight), left = 1 - right;
     int64_t low[kRows], high[kRows];
-    float lower[kRows], most[kRows], total[kRows], at_target[kRows], smooth[kRows];
+    float lower[kRows], most[kRows], rest[kRows], at_target[kRows];
+    float smooth[kRows];  // sum_c a_c (most - z_c), so far
     int target[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -202,12 +199,12 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(
       lower[r] = float(row.weight);
       target[r] = p.labels.at((image * s.height + y) * s.width + x);
       most[r] = -FLT_MAX;
-      total[r] = at_target[r] = smooth[r] = 0;
+      at_target[r] = -INFINITY;  // for pixels that have no target
+      rest[r] = smooth[r] = 0;
     }
     float class_weight_sum = 0;
     for (int64_t c = 0; c < s.classes; ++c) {
-      const float weight = p.share == 0 ? 0.f : p.weight_of_class(c);
-      class_weight_sum += weight;
+      const float weight = p.smoothed ? p.weight_of_class(c) : 0.f;
       float above = 0, below = 0;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
@@ -221,26 +218,37 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(
         }
         const float z = resized ? (1 - lower[r]) * above + lower[r] * below : above;
         const float e = __expf(-fabsf(z - most[r]));
-        total[r] = z > most[r] ? total[r] * e + 1 : total[r] + e;
-        most[r] = fmaxf(most[r], z);
+        const float counted = target[r] == c ? 0.f : 1.f;
+        rest[r] = z > most[r] ? rest[r] * e + counted : rest[r] + counted * e;
+        const float previous = most[r];
+        most[r] = fmaxf(previous, z);
         if (target[r] == c) at_target[r] = z;
-        smooth[r] += weight * z;
+        if (p.smoothed) smooth[r] += weight * (most[r] - z) + (c > 0 ? class_weight_sum * (most[r] - previous) : 0.f);
       }
+      class_weight_sum += weight;
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (r >= rows) continue;
       const int64_t y = first + r, at = (image * s.height + y) * s.width + x;
-      const float denominator = most[r] + logf(total[r]);
-      float value = 0;
-      if (target[r] >= 0) {
-        value = p.keep * p.weight_of_class(target[r]) * (denominator - at_target[r]);
-        if (p.share != 0) value += p.share * (class_weight_sum * denominator - smooth[r]);
-        value *= p.weight_of_pixel(image, y, x);
-      } else if (target[r] == kWrong) {
-        value = NAN;
+      const float total = rest[r] + __expf(at_target[r] - most[r]), log_total = logf(total);
+      float value = 0, all = 0, at_label = 0, each = 0;
+      if (target[r] == kWrong) {
+        value = all = at_label = each = NAN;
+      } else if (target[r] != kIgnored) {
+        const float own = p.keep * p.weight_of_class(target[r]), all_smooth = p.share * class_weight_sum;
+        const float weight = p.weight_of_pixel(image, y, x);
+        value = own * (log_total + (most[r] - at_target[r]));
+        if (p.smoothed) value += all_smooth * log_total + p.share * smooth[r];
+        value *= weight;
+        all = weight * (own + all_smooth) / total;
+        at_label = weight * ((all_smooth * (total - rest[r]) - own * rest[r]) / total);
+        each = weight * p.share;
       }
-      log_sum[at] = denominator;
+      coefficients[at] = most[r];
+      coefficients[s.pixels() + at] = all;
+      coefficients[2 * s.pixels() + at] = at_label;
+      if (p.smoothed) coefficients[3 * s.pixels() + at] = each;
       if (loss) loss[at] = value;
       sum += value;
       valid += target[r] != kIgnored;
@@ -271,34 +279,33 @@ template <typename T>
 struct Gradient {
   const float* __restrict__ grad;
   int64_t grad_stride;  // 0 for one number
-  const float* __restrict__ log_sum;
+  const float* __restrict__ coefficients;
   T* __restrict__ out;
   int64_t stride[4];
 };
 
-// What the gradient at a label pixel is made of: d loss / d z_c = all * p_c - target * [c == t] - each * a_c.
-struct Coefficients {
-  float all, target, each, log_sum;
+// The coefficients of a label pixel, times the gradient that comes in.
+struct Pixel {
+  float most, all, target, each;
   int label;
+
+  // The gradient for the logit z of class c.
+  __device__ float gradient(float z, int64_t c, float class_weight) const {
+    return (label == c ? target : all * __expf(z - most)) - each * class_weight;
+  }
 };
 
 template <typename T>
-__device__ inline Coefficients coefficients(
-    const Problem<T>& p, const Gradient<T>& g, float class_weight_sum, int64_t image, int64_t y, int64_t x) {
-  const int64_t at = (image * p.s.height + y) * p.s.width + x;
-  Coefficients k{0, 0, 0, 0, p.labels.at(at)};
-  if (k.label == kIgnored) return k;
-  const float weight = k.label == kWrong ? NAN : g.grad[at * g.grad_stride] * p.weight_of_pixel(image, y, x);
-  const float own = k.label == kWrong ? 0.f : p.keep * p.weight_of_class(k.label);
-  k.target = weight * own;
-  k.each = weight * p.share;
-  k.all = weight * (own + p.share * class_weight_sum);
-  k.log_sum = g.log_sum[at];
-  return k;
-}
-
-__device__ inline float class_gradient(const Coefficients& k, float z, int64_t c, float class_weight) {
-  return k.all * __expf(z - k.log_sum) - (k.label == c ? k.target : 0.f) - k.each * class_weight;
+__device__ inline Pixel read_pixel(const Problem<T>& p, const Gradient<T>& g, int64_t at) {
+  Pixel pixel{0, 0, 0, 0, p.labels.at(at)};
+  if (pixel.label == kIgnored) return pixel;  // whatever comes in there, NaN perhaps, goes nowhere
+  const float grad = g.grad[at * g.grad_stride];
+  const float *all = g.coefficients + p.s.pixels(), *target = all + p.s.pixels();
+  pixel.most = g.coefficients[at];
+  pixel.all = grad * all[at];
+  pixel.target = grad * target[at];
+  if (p.smoothed) pixel.each = grad * target[p.s.pixels() + at];
+  return pixel;
 }
 
 // The gradient for logits of the labels' size: a thread per pixel.
@@ -308,12 +315,11 @@ __global__ void __launch_bounds__(kThreads) grad_kernel(const Problem<T> p, cons
   if (index >= work) return;
   const LossShape& s = p.s;
   const int64_t x = index % s.width, y = index / s.width % s.height, image = index / s.width / s.height;
-  const Coefficients k = coefficients(p, g, p.class_weight_sum(), image, y, x);
+  const Pixel pixel = read_pixel(p, g, index);
   T* out = g.out + image * g.stride[0] + y * g.stride[2] + x * g.stride[3];
   for (int64_t c = 0; c < s.classes; ++c) {
-    const float value = k.label == kIgnored
-                            ? 0.f
-                            : class_gradient(k, widen(*p.logit(image, c, y, x)), c, p.share == 0 ? 0.f : p.weight_of_class(c));
+    const float z = widen(*p.logit(image, c, y, x));
+    const float value = pixel.label == kIgnored ? 0.f : pixel.gradient(z, c, p.smoothed ? p.weight_of_class(c) : 0.f);
     narrow(value, out[c * g.stride[1]]);
   }
 }
@@ -352,7 +358,6 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t y_begin = first_output(k - 1, s.h, s.height, p.scale_y), y_end = first_output(k + 1, s.h, s.height, p.scale_y);
   const int64_t x_begin = first_output(first_column - 1, s.w, s.width, p.scale_x);
   const int64_t x_end = first_output(first_column + columns, s.w, s.width, p.scale_x);
-  const float class_weight_sum = p.class_weight_sum();
 
   // The logit whose gradient this thread adds up in the end, and the label columns that reach it.
   const int own_class = threadIdx.x / columns;
@@ -377,7 +382,7 @@ __global__ void __launch_bounds__(kThreads)
         lower[i] = left * widen(*p.logit(image, c, below, column.low)) + right * widen(*p.logit(image, c, below, column.high));
       }
       for (int64_t y = y_begin; y < y_end; ++y) {
-        const Coefficients pixel = coefficients(p, g, class_weight_sum, image, y, x);
+        const Pixel pixel = read_pixel(p, g, (image * s.height + y) * s.width + x);
         if (pixel.label == kIgnored) continue;
         const Source row = bilinear_source(y, s.h, p.scale_y);
         const float down = float(row.weight), share = share_of(k, row);
@@ -386,8 +391,8 @@ __global__ void __launch_bounds__(kThreads)
         for (int i = 0; i < kClasses; ++i) {
           const float z = (1 - down) * (own ? middle[i] : upper[i]) + down * (own ? lower[i] : middle[i]);
           const int64_t c = first_class + i;
-          const float class_weight = p.share == 0 || c >= s.classes ? 0.f : p.weight_of_class(c);
-          sum[i] += share * class_gradient(pixel, z, c, class_weight);
+          const float class_weight = p.smoothed && c < s.classes ? p.weight_of_class(c) : 0.f;
+          sum[i] += share * pixel.gradient(z, c, class_weight);
         }
       }
     }
@@ -406,11 +411,6 @@ __global__ void __launch_bounds__(kThreads)
     narrow(
         float(gradient),
         g.out[image * g.stride[0] + (first_class + own_class) * g.stride[1] + k * g.stride[2] + own_column * g.stride[3]]);
-}
-
-unsigned check_blocks(int64_t blocks) {
-  STD_TORCH_CHECK(blocks <= 0x7fffffff, "segops: the map is too large for one CUDA launch");
-  return unsigned(blocks);
 }
 
 }  // namespace
@@ -443,23 +443,24 @@ void bal_blur_cuda(Tensor edges, Tensor factors, Tensor rows, Tensor out) {
 }
 
 void bal_softmax_loss_cuda(
-    Tensor logits, Tensor labels, std::optional<Tensor> pixel_weight, std::optional<Tensor> class_weight, Tensor log_sum,
+    Tensor logits, Tensor labels, std::optional<Tensor> pixel_weight, std::optional<Tensor> class_weight, Tensor coefficients,
     std::optional<Tensor> loss, Tensor totals, double label_smoothing, int64_t ignore_index) {
-  const LossShape s = check_loss("bal_softmax_loss", logits, labels, pixel_weight, class_weight, log_sum);
-  check_totals(totals, loss, log_sum);
-  STD_TORCH_CHECK(log_sum.scalar_type() == ScalarType::Float, "bal_softmax_loss: log_sum must be float32 on CUDA");
+  const LossShape s = check_loss("bal_softmax_loss", logits, labels, pixel_weight, class_weight, coefficients);
+  check_loss_outputs(labels, totals, loss, coefficients, label_smoothing);
+  STD_TORCH_CHECK(coefficients.scalar_type() == ScalarType::Float, "bal_softmax_loss: coefficients must be float32 on CUDA");
   const Launch launch(logits);
   const int64_t work = s.images * ((s.height + kRows - 1) / kRows) * s.width;
   const unsigned blocks = Launch::blocks(work);
   Tensor partial = torch::stable::new_empty(totals, {2 * int64_t(blocks)});
   double* pairs = static_cast<double*>(partial.mutable_data_ptr());
-  float* denominators = static_cast<float*>(log_sum.mutable_data_ptr());
+  float* maps = static_cast<float*>(coefficients.mutable_data_ptr());
   float* losses = loss ? static_cast<float*>(loss->mutable_data_ptr()) : nullptr;
   dispatch_cuda(logits, "bal_softmax_loss", [&](auto type) {
     using T = decltype(type);
-    const Problem<T> p(s, logits, labels, pixel_weight, class_weight, label_smoothing, ignore_index, "bal_softmax_loss");
+    const Problem<T> p(
+        s, logits, labels, pixel_weight, class_weight, coefficients, label_smoothing, ignore_index, "bal_softmax_loss");
     const auto kernel = s.resized() ? &loss_kernel<T, true> : &loss_kernel<T, false>;
-    kernel<<<blocks, kThreads, 0, launch.stream()>>>(p, denominators, losses, pairs, work);
+    kernel<<<blocks, kThreads, 0, launch.stream()>>>(p, maps, losses, pairs, work);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   double* sums = static_cast<double*>(totals.mutable_data_ptr());
@@ -468,19 +469,19 @@ void bal_softmax_loss_cuda(
 }
 
 void bal_softmax_grad_cuda(
-    Tensor grad, Tensor logits, Tensor labels, std::optional<Tensor> pixel_weight, std::optional<Tensor> class_weight,
-    Tensor log_sum, Tensor out, double label_smoothing, int64_t ignore_index) {
-  const LossShape s = check_loss("bal_softmax_grad", logits, labels, pixel_weight, class_weight, log_sum);
-  check_grad(grad, logits, out, log_sum);
-  STD_TORCH_CHECK(log_sum.scalar_type() == ScalarType::Float, "bal_softmax_grad: log_sum must be float32 on CUDA");
+    Tensor grad, Tensor logits, Tensor labels, std::optional<Tensor> class_weight, Tensor coefficients, Tensor out,
+    int64_t ignore_index) {
+  const LossShape s = check_loss("bal_softmax_grad", logits, labels, std::nullopt, class_weight, coefficients);
+  check_grad(grad, logits, labels, out, coefficients);
+  STD_TORCH_CHECK(coefficients.scalar_type() == ScalarType::Float, "bal_softmax_grad: coefficients must be float32 on CUDA");
   const Launch launch(logits);
   dispatch_cuda(logits, "bal_softmax_grad", [&](auto type) {
     using T = decltype(type);
-    const Problem<T> p(s, logits, labels, pixel_weight, class_weight, label_smoothing, ignore_index, "bal_softmax_grad");
+    const Problem<T> p(s, logits, labels, std::nullopt, class_weight, coefficients, 0, ignore_index, "bal_softmax_grad");
     const Gradient<T> g{
         static_cast<const float*>(grad.const_data_ptr()),
         grad.numel() > 1,
-        static_cast<const float*>(log_sum.const_data_ptr()),
+        static_cast<const float*>(coefficients.const_data_ptr()),
         static_cast<T*>(out.mutable_data_ptr()),
         {out.stride(0), out.stride(1), out.stride(2), out.stride(3)}};
     if (s.resized()) {
@@ -488,7 +489,7 @@ void bal_softmax_grad_cuda(
       const int64_t reached = kThreads * s.w / s.width - 1;
       const int columns = int(std::max<int64_t>(1, std::min<int64_t>(reached, kThreads / kClasses)));
       const int64_t column_tiles = (s.w + columns - 1) / columns, class_tiles = (s.classes + kClasses - 1) / kClasses;
-      const unsigned blocks = check_blocks(s.images * class_tiles * s.h * column_tiles);
+      const unsigned blocks = Launch::blocks(s.images * class_tiles * s.h * column_tiles * kThreads);
       resized_grad_kernel<T><<<blocks, kThreads, 0, launch.stream()>>>(p, g, columns, column_tiles, class_tiles);
     } else {
       const int64_t work = labels.numel();

@@ -86,6 +86,18 @@ struct Vec<bf16, 1> {
   }
 };
 
+// The lanes of v that `index` names.
+template <typename V, typename I>
+SEGOPS_INLINE V pick(V v, I index) {
+#ifdef __clang__  // which shuffles by constants only
+  V result;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(v[0]); ++i) result[i] = v[index[i]];
+  return result;
+#else
+  return __builtin_shuffle(v, index);
+#endif
+}
+
 // exp and log of vectors. For float, polynomials (Cephes) good to about 1e-7; arguments of exp must be below 88, those of log
 // normal and positive. NaN stays NaN. For double, the library's, lane by lane.
 template <typename V>

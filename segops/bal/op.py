@@ -7,6 +7,7 @@ pixel. Nothing is made of (N, C, H, W).
 import functools
 import math
 import os
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -63,22 +64,19 @@ def gaussian_edge(
 
     Raises:
         TypeError: labels that are no integer tensor, settings of the wrong type.
-        ValueError: wrong rank, even or non-positive kernel_size, sigma <= 0 or so large that the kernel is constant,
+        ValueError: wrong rank, an empty height or width, even or non-positive kernel_size, sigma <= 0 or so large that the kernel is constant,
             downsample < 1, unknown kernel or normalize.
         IndexError: on the CPU, a label outside [0, num_classes) that is not ignore_index; on CUDA such a pixel is treated
             as ignored, unless the environment has SEGOPS_CHECK_LABELS=1.
         RuntimeError: a forced backend that cannot run here (see `segops.backend`).
     """
     _check_labels(labels)
-    _check_int("num_classes", num_classes, 1)
+    _check_int("num_classes", num_classes, 1, 2**31 - 1)
     settings = check_edge_settings(kernel, kernel_size, sigma, beta, downsample, normalize, ignore_index)
     backend = select("gaussian_edge", labels)
     if backend == "reference" or transformed():
         return reference.gaussian_edge(_classes(labels, num_classes, ignore_index), num_classes, *settings)
-    edge = _edge_map(labels, num_classes, *settings, ignore_index, backend)
-    if downsample == 1:
-        return edge
-    return F.interpolate(edge[:, None], labels.shape[1:], mode="bilinear", align_corners=False)[:, 0]
+    return torch.ops.segops.bal_edge(labels, num_classes, *settings, ignore_index, backend)
 
 
 def upsample_cross_entropy(
@@ -88,7 +86,8 @@ def upsample_cross_entropy(
 
     Equals ``F.interpolate(logits, (H, W), mode="bilinear", align_corners=False)``, where sizes differ, then softmax cross
     entropy per pixel, times ``pixel_weight`` where given, 0 at ignored pixels. Forward and backward allocate nothing of
-    (N, C, H, W), unless the logits have that size.
+    (N, C, H, W), unless the logits have that size: what backward needs is kept in three maps of (N, H, W), four with label
+    smoothing.
 
     Args:
         logits: (N, C, h, w), any strides; float32, bfloat16, float16, or float64 (CPU and reference backend).
@@ -111,7 +110,7 @@ def upsample_cross_entropy(
     Raises:
         TypeError: logits or weights that are no floating-point tensors, labels that are no integer tensor, settings of the
             wrong type.
-        ValueError: wrong rank or shape, mixed devices, label_smoothing outside [0, 1], unknown reduction.
+        ValueError: wrong rank or shape, an empty height or width, mixed devices, label_smoothing outside [0, 1], unknown reduction.
         IndexError: on the CPU, a label outside [0, C) that is not ignore_index; on CUDA the loss is NaN, unless the
             environment has SEGOPS_CHECK_LABELS=1.
         RuntimeError: a forced backend that cannot run here (see `segops.backend`); double backward.
@@ -119,8 +118,16 @@ def upsample_cross_entropy(
     check_loss_settings(class_weight, label_smoothing, ignore_index, reduction)
     logits, pixel_weight, class_weight = _autocast(logits, pixel_weight, class_weight)
     _check_loss(logits, labels, pixel_weight, class_weight)
+    pixel_weight, class_weight = (None if weight is None else weight.detach() for weight in (pixel_weight, class_weight))
     backend = select("upsample_cross_entropy", logits)
-    return _cross_entropy(logits, labels, pixel_weight, class_weight, label_smoothing, ignore_index, reduction, backend)
+    if backend == "reference" or transformed():
+        _check_weight_size(pixel_weight, labels)
+        classes = _classes(labels, logits.shape[1], ignore_index)
+        return reference.upsample_cross_entropy(logits, classes, pixel_weight, class_weight, label_smoothing, reduction)
+    loss, count, _ = torch.ops.segops.bal_cross_entropy(
+        logits, labels, pixel_weight, class_weight, label_smoothing, ignore_index, reduction == "none", backend
+    )
+    return loss / count.clamp(min=1) if reduction == "mean" else loss
 
 
 def boundary_aware_loss(
@@ -152,47 +159,14 @@ def boundary_aware_loss(
     settings = check_edge_settings(kernel, kernel_size, sigma, beta, downsample, normalize, ignore_index)
     logits, class_weight = _autocast(logits, class_weight)
     _check_loss(logits, labels, None, class_weight)
+    class_weight = None if class_weight is None else class_weight.detach()
     backend = select("boundary_aware_loss", logits)
-    num_classes = logits.shape[1]
-    if backend == "reference" or transformed():
-        edge = reference.gaussian_edge(_classes(labels, num_classes, ignore_index), num_classes, *settings)
-    else:
-        edge = _edge_map(labels, num_classes, *settings, ignore_index, backend)
-    return _cross_entropy(logits, labels, edge, class_weight, label_smoothing, ignore_index, reduction, backend)
-
-
-def _edge_map(labels, num_classes, kernel, kernel_size, sigma, beta, downsample, normalize, ignore_index, backend):
-    """E_G before its last upsampling: (N, ceil(H / downsample), ceil(W / downsample)). Upsampling keeps beta and is linear."""
-    edge = torch.ops.segops.bal_edge(labels, num_classes, kernel, kernel_size, sigma, downsample, ignore_index, backend)
-    if normalize == "max":
-        peak = edge.amax((1, 2), keepdim=True)
-        edge = edge / peak.where(peak > 0, 1)
-    edge = edge + beta
-    if normalize == "mean":
-        rows, columns = (_upsampled_weight(edge, labels, dim) for dim in (1, 2))
-        mean = ((edge * columns).sum(2) * rows).sum(1)[:, None, None]
-        edge = (edge / mean).where(mean != 0, 1)
-    return edge
-
-
-def _upsampled_weight(edge, labels, dim):
-    """How much each row (column) of `edge` weighs in the mean of its bilinear upsampling to the labels' size."""
-    size, full = edge.shape[dim], labels.shape[dim]
-    source = (torch.arange(full, device=edge.device, dtype=torch.float64) + 0.5) * (size / full) - 0.5
-    distance = source.clamp(0, size - 1) - torch.arange(size, device=edge.device)[:, None]
-    return ((1 - distance.abs()).clamp(min=0).sum(1) / full).to(edge.dtype)
-
-
-def _cross_entropy(logits, labels, pixel_weight, class_weight, label_smoothing, ignore_index, reduction, backend):
-    if pixel_weight is not None:
-        pixel_weight = pixel_weight.detach()
-    if class_weight is not None:
-        class_weight = class_weight.detach()
     if backend == "reference" or transformed():
         classes = _classes(labels, logits.shape[1], ignore_index)
-        return reference.upsample_cross_entropy(logits, classes, pixel_weight, class_weight, label_smoothing, reduction)
-    loss, count, _ = torch.ops.segops.bal_cross_entropy(
-        logits, labels, pixel_weight, class_weight, label_smoothing, ignore_index, reduction == "none", backend
+        edge = reference.gaussian_edge(classes, logits.shape[1], *settings)
+        return reference.upsample_cross_entropy(logits, classes, edge, class_weight, label_smoothing, reduction)
+    loss, count, _ = torch.ops.segops.bal_boundary_loss(
+        logits, labels, class_weight, *settings, label_smoothing, ignore_index, reduction == "none", backend
     )
     return loss / count.clamp(min=1) if reduction == "mean" else loss
 
@@ -215,17 +189,19 @@ def _autocast(*tensors):
     return tuple(t.float() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in tensors)
 
 
-def _check_int(name, value, least=None):
+def _check_int(name, value, least=-(2**63), most=2**63 - 1):
     if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int; got {value!r}")
-    if least is not None and value < least:
+    if value < least:
         raise ValueError(f"{name} must be at least {least}; got {value}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}; got {value}")
 
 
 def _check_number(name, value):
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number; got {value!r}")
-    if not math.isfinite(value):
+    if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"{name} must be finite; got {value}")
 
 
@@ -236,6 +212,8 @@ def _check_labels(labels):
         raise TypeError(f"labels must be int64, int32 or uint8; got {labels.dtype}")
     if labels.dim() != 3:
         raise ValueError(f"labels must have shape (N, H, W); got {tuple(labels.shape)}")
+    if 0 in labels.shape[1:]:
+        raise ValueError(f"labels must have a height and a width of at least 1; got shape {tuple(labels.shape)}")
 
 
 def _check_floating(name, tensor):
@@ -243,6 +221,15 @@ def _check_floating(name, tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {tensor.dtype}")
+
+
+def _check_weight_size(pixel_weight, labels):
+    """Apart from the other checks, inside the op: export would make guards of its comparisons."""
+    if pixel_weight is not None and not all(0 < a <= b for a, b in zip(pixel_weight.shape[1:], labels.shape[1:], strict=True)):
+        raise ValueError(
+            f"pixel_weight must have at most the labels' size {tuple(labels.shape[1:])} and no empty side; "
+            f"got shape {tuple(pixel_weight.shape)}"
+        )
 
 
 def _check_loss(logits, labels, pixel_weight, class_weight):
@@ -310,28 +297,34 @@ def check_edge_settings(kernel, kernel_size, sigma, beta, downsample, normalize,
 
 LIBRARY.define("bal_classes(Tensor labels, SymInt num_classes, int ignore_index) -> Tensor")
 LIBRARY.define(
-    "bal_edge(Tensor labels, SymInt num_classes, str kernel, int kernel_size, float sigma, int downsample, int ignore_index, "
-    "str backend) -> Tensor"
+    "bal_edge(Tensor labels, SymInt num_classes, str kernel, int kernel_size, float sigma, float beta, int downsample, "
+    "str? normalize, int ignore_index, str backend) -> Tensor"
 )
-# -> loss: the sum, or (N, H, W) with per_pixel; the number of pixels that are not ignored; the log of the softmax's denominator
+# -> loss: the sum, or (N, H, W) with per_pixel; the number of pixels that are not ignored; what the gradient needs of each pixel
 LIBRARY.define(
     "bal_cross_entropy(Tensor logits, Tensor labels, Tensor? pixel_weight, Tensor? class_weight, float label_smoothing, "
     "int ignore_index, bool per_pixel, str backend) -> (Tensor, Tensor, Tensor)"
 )
+# The same with the edge map for weights. One op, for its downsampled size must stay out of what export traces.
 LIBRARY.define(
-    "bal_cross_entropy_grad(Tensor grad, Tensor logits, Tensor labels, Tensor? pixel_weight, Tensor? class_weight, "
-    "Tensor log_sum, float label_smoothing, int ignore_index, str backend) -> Tensor"
+    "bal_boundary_loss(Tensor logits, Tensor labels, Tensor? class_weight, str kernel, int kernel_size, float sigma, float beta, "
+    "int downsample, str? normalize, float label_smoothing, int ignore_index, bool per_pixel, str backend) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "bal_cross_entropy_grad(Tensor grad, Tensor logits, Tensor labels, Tensor? class_weight, Tensor coefficients, "
+    "int ignore_index, str backend) -> Tensor"
 )
 # The kernels, which csrc/bal/bal.h describes.
 LIBRARY.define("bal_count_edges(Tensor labels, Tensor(a!) out, SymInt num_classes, int ignore_index) -> ()")
 LIBRARY.define("bal_blur(Tensor edges, Tensor factors, Tensor(a!) rows, Tensor(b!) out) -> ()")
 LIBRARY.define(
-    "bal_softmax_loss(Tensor logits, Tensor labels, Tensor? pixel_weight, Tensor? class_weight, Tensor(a!) log_sum, "
+    "bal_softmax_loss(Tensor logits, Tensor labels, Tensor? pixel_weight, Tensor? class_weight, Tensor(a!) coefficients, "
     "Tensor(b!)? loss, Tensor(c!) totals, float label_smoothing, int ignore_index) -> ()"
 )
 LIBRARY.define(
-    "bal_softmax_grad(Tensor grad, Tensor logits, Tensor labels, Tensor? pixel_weight, Tensor? class_weight, Tensor log_sum, "
-    "Tensor(a!) out, float label_smoothing, int ignore_index) -> ()"
+    "bal_softmax_grad(Tensor grad, Tensor logits, Tensor labels, Tensor? class_weight, Tensor coefficients, Tensor(a!) out, "
+    "int ignore_index) -> ()"
 )
 
 
@@ -367,127 +360,176 @@ def _bal_classes(labels, num_classes, ignore_index):
     return _index_classes(labels, num_classes, ignore_index)
 
 
-def _empty_edge(labels, num_classes, kernel, kernel_size, sigma, downsample, ignore_index, backend):
+def _empty_edge(labels, *settings):
+    return torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
+
+
+def _bal_edge(labels, num_classes, kernel, kernel_size, sigma, beta, downsample, normalize, ignore_index, backend):
+    settings = kernel, kernel_size, sigma, beta, downsample, normalize
+    edge = _small_edge(labels, num_classes, *settings, ignore_index, backend)
+    if downsample == 1:
+        return edge
+    return _upsample(edge, labels)
+
+
+def _small_edge(labels, num_classes, kernel, kernel_size, sigma, beta, downsample, normalize, ignore_index, backend):
+    """E_G before its last upsampling, (N, ceil(H / downsample), ceil(W / downsample)). Upsampling keeps beta, and the mean is of
+    what is upsampled."""
     n, h, w = labels.shape
-    shape = (n, (h + downsample - 1) // downsample, (w + downsample - 1) // downsample)
-    return torch.empty(shape, dtype=torch.float32, device=labels.device)
-
-
-def _bal_edge(labels, num_classes, kernel, kernel_size, sigma, downsample, ignore_index, backend):
-    edges = _empty_edge(labels, num_classes, kernel, kernel_size, sigma, downsample, ignore_index, backend)
-    if edges.numel() == 0:
-        return edges
+    edge = torch.empty((n, -(-h // downsample), -(-w // downsample)), dtype=torch.float32, device=labels.device)
+    if edge.numel() == 0:
+        return edge
     kernels = _kernels(backend)
-    kernels.bal_count_edges(labels.contiguous(), edges, num_classes, ignore_index)
-    _check_result(edges, labels, num_classes, ignore_index, backend)
-    if kernel_size == 1:
-        return edges
-    out, rows = torch.empty_like(edges), edges.new_empty((2, *edges.shape))
-    kernels.bal_blur(edges, blur_factors(kernel, kernel_size, sigma, edges.device), rows, out)
-    return out
+    kernels.bal_count_edges(labels.contiguous(), edge, num_classes, ignore_index)
+    _check_result(edge, labels, num_classes, ignore_index, backend)
+    if kernel_size > 1:
+        counts, edge, rows = edge, torch.empty_like(edge), edge.new_empty((2, *edge.shape))
+        kernels.bal_blur(counts, blur_factors(kernel, kernel_size, sigma, edge.device), rows, edge)
+    if normalize == "max":
+        peak = edge.amax((1, 2), keepdim=True)
+        edge /= peak.where(peak > 0, 1)
+    edge += beta
+    if normalize == "mean":
+        mean = _upsample(edge, labels).mean((1, 2), keepdim=True)
+        edge = (edge / mean).where(mean != 0, 1)
+    return edge
 
 
-@functools.lru_cache(64)
+def _upsample(edge, labels):
+    return F.interpolate(edge[:, None], labels.shape[1:], mode="bilinear", align_corners=False)[:, 0]
+
+
 def blur_factors(kernel, kernel_size, sigma, device):
-    """(u1, v1, u2, v2), each of kernel_size, with blur_kernel = u1 v1^T + u2 v2^T: both kernels have rank two.
+    """(u1, v1, u2, v2), each of kernel_size, with blur_kernel = u1 v1^T + u2 v2^T: both kernels have rank two."""
+    factors = _blur_factors(kernel, kernel_size, sigma, device.type == "cuda")
+    return factors.to(device, non_blocking=True)
+
+
+@functools.cache
+def _blur_factors(kernel, kernel_size, sigma, pinned):
+    """On the CPU, from where each call copies: memory of a device that outlives calls has no place in a CUDA graph's pool.
 
     None is negative, so that the two separable passes lose nothing to cancellation. With g the gaussian on an axis, q its
     least value and p = g - q, the product g g' less its own least value q^2 is p g' + q p'.
     """
-    distance = torch.arange(kernel_size, dtype=torch.float64) - kernel_size // 2
-    ones = torch.ones(kernel_size, dtype=torch.float64)
+    distance = torch.arange(kernel_size, dtype=torch.float64, device="cpu") - kernel_size // 2
+    ones = torch.ones_like(distance)
     if kernel == "gaussian":
-        g = torch.exp(-(distance**2) / (kernel_size * sigma))
-        p, q = g - g[0], g[0]
-        factors = p / (1 - q**2), g, q / (1 - q**2) * ones, p
+        exponent = -(distance**2) / (kernel_size * sigma)
+        g, p = exponent.exp(), exponent.expm1() - exponent[0].expm1()
+        range = -(2 * exponent[0]).expm1()  # 1 - q^2
+        factors = p / range, g, g[0] / range * ones, p
     else:
         slope = 0.5 - distance.abs() / (kernel_size - 1)
         factors = slope, ones, ones, slope
-    return torch.stack(factors).to(device, torch.float32)
+    factors = torch.stack(factors).float()
+    return factors.pin_memory() if pinned else factors
+
+
+def _empty_loss(logits, labels, label_smoothing, per_pixel):
+    maps = 4 if label_smoothing > 0 else 3
+    coefficients = torch.empty((maps, *labels.shape), dtype=_wide(logits.dtype), device=logits.device)
+    return coefficients.new_empty(labels.shape if per_pixel else ()), coefficients.new_empty(()), coefficients
 
 
 def _empty_cross_entropy(logits, labels, pixel_weight, class_weight, label_smoothing, ignore_index, per_pixel, backend):
-    log_sum = torch.empty(labels.shape, dtype=_wide(logits.dtype), device=logits.device)
-    return log_sum.new_empty(labels.shape if per_pixel else ()), log_sum.new_empty(()), log_sum
+    return _empty_loss(logits, labels, label_smoothing, per_pixel)
+
+
+def _empty_boundary_loss(logits, labels, class_weight, *settings):
+    label_smoothing, _, per_pixel, _ = settings[-4:]
+    return _empty_loss(logits, labels, label_smoothing, per_pixel)
 
 
 def _bal_cross_entropy(logits, labels, pixel_weight, class_weight, label_smoothing, ignore_index, per_pixel, backend):
-    if pixel_weight is not None:
-        for side, full in zip(pixel_weight.shape[1:], labels.shape[1:], strict=True):
-            if not min(full, 1) <= side <= full:
-                raise ValueError(
-                    f"pixel_weight must have at most the labels' size {tuple(labels.shape[1:])} and no empty side; "
-                    f"got shape {tuple(pixel_weight.shape)}"
-                )
-    loss, _, log_sum = _empty_cross_entropy(
-        logits, labels, pixel_weight, class_weight, label_smoothing, ignore_index, per_pixel, backend
-    )
+    _check_weight_size(pixel_weight, labels)
+    loss, _, coefficients = _empty_loss(logits, labels, label_smoothing, per_pixel)
     totals = torch.zeros(2, dtype=torch.float64, device=logits.device)  # of the losses, and of the pixels not ignored
-    if log_sum.numel():
-        arguments = _arguments(logits, labels, pixel_weight, class_weight)
+    if labels.numel():
         _kernels(backend).bal_softmax_loss(
-            *arguments, log_sum, loss if per_pixel else None, totals, label_smoothing, ignore_index
-        )
+            _logits(logits), labels.contiguous(), _weights(pixel_weight, logits), _weights(class_weight, logits),
+            coefficients, loss if per_pixel else None, totals, label_smoothing, ignore_index,
+        )  # fmt: skip
         _check_result(totals, labels, logits.shape[1], ignore_index, backend)
-    total, count = (each.to(log_sum.dtype, copy=True) for each in totals)
-    return loss if per_pixel else total, count, log_sum
+    total, count = (each.to(coefficients.dtype, copy=True) for each in totals)
+    return loss if per_pixel else total, count, coefficients
 
 
-def _empty_grad(grad, logits, labels, pixel_weight, class_weight, log_sum, label_smoothing, ignore_index, backend):
+def _bal_boundary_loss(logits, labels, class_weight, *settings):
+    *edge_settings, label_smoothing, ignore_index, per_pixel, backend = settings
+    edge = _small_edge(labels, logits.shape[1], *edge_settings, ignore_index, backend)
+    return _bal_cross_entropy(logits, labels, edge, class_weight, label_smoothing, ignore_index, per_pixel, backend)
+
+
+def _empty_grad(grad, logits, labels, class_weight, coefficients, ignore_index, backend):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device, memory_format=memory_format(logits))
 
 
-def _bal_cross_entropy_grad(grad, logits, labels, pixel_weight, class_weight, log_sum, label_smoothing, ignore_index, backend):
-    out = _empty_grad(grad, logits, labels, pixel_weight, class_weight, log_sum, label_smoothing, ignore_index, backend)
-    if log_sum.numel() == 0:
-        return out.zero_()
-    wide, *others = _arguments(logits, labels, pixel_weight, class_weight)
+def _bal_cross_entropy_grad(grad, logits, labels, class_weight, coefficients, ignore_index, backend):
+    out = _empty_grad(grad, logits, labels, class_weight, coefficients, ignore_index, backend)
+    if labels.numel() == 0:
+        return out
+    wide = _logits(logits)
     written = out if out.dtype == wide.dtype else torch.empty_like(out, dtype=wide.dtype)
     _kernels(backend).bal_softmax_grad(
-        grad.to(log_sum.dtype).contiguous(), wide, *others, log_sum, written, label_smoothing, ignore_index
-    )
+        grad.to(coefficients.dtype).contiguous(), wide, labels.contiguous(), _weights(class_weight, logits), coefficients,
+        written, ignore_index,
+    )  # fmt: skip
     return out if written is out else out.copy_(written)
 
 
-def _arguments(logits, labels, pixel_weight, class_weight):
-    """The tensors as kernels take them: weights float32 (float64 with float64 logits), and on a CPU logits too."""
-    wide = _wide(logits.dtype)
-    weights = (None if weight is None else weight.to(wide).contiguous() for weight in (pixel_weight, class_weight))
-    return logits.to(wide) if logits.device.type == "cpu" else logits, labels.contiguous(), *weights
+def _logits(logits):
+    """As kernels take them: on a CPU in the dtype that is computed in."""
+    return logits.to(_wide(logits.dtype)) if logits.device.type == "cpu" else logits
+
+
+def _weights(weights, logits):
+    return None if weights is None else weights.to(_wide(logits.dtype)).contiguous()
 
 
 LIBRARY.impl("bal_classes", _bal_classes, "CompositeExplicitAutograd")
 LIBRARY.impl("bal_edge", _bal_edge, "CompositeExplicitAutograd")
 LIBRARY.impl("bal_cross_entropy", _bal_cross_entropy, "CompositeExplicitAutograd")
+LIBRARY.impl("bal_boundary_loss", _bal_boundary_loss, "CompositeExplicitAutograd")
 LIBRARY.impl("bal_cross_entropy_grad", _bal_cross_entropy_grad, "CompositeExplicitAutograd")
 torch.library.register_fake("segops::bal_classes", lambda labels, *_: torch.empty_like(labels, dtype=torch.int64), lib=LIBRARY)
 torch.library.register_fake("segops::bal_edge", _empty_edge, lib=LIBRARY)
 torch.library.register_fake("segops::bal_cross_entropy", _empty_cross_entropy, lib=LIBRARY)
+torch.library.register_fake("segops::bal_boundary_loss", _empty_boundary_loss, lib=LIBRARY)
 torch.library.register_fake("segops::bal_cross_entropy_grad", _empty_grad, lib=LIBRARY)
 for _kernel in ("bal_count_edges", "bal_blur", "bal_softmax_loss", "bal_softmax_grad"):
     torch.library.register_fake(f"segops::{_kernel}", lambda *args: None, lib=LIBRARY)
 
 
 def _setup_cross_entropy(ctx, inputs, output):
-    *tensors, ctx.label_smoothing, ctx.ignore_index, _, ctx.backend = inputs
-    _, count, log_sum = output
-    ctx.save_for_backward(*tensors, log_sum)
-    ctx.mark_non_differentiable(count, log_sum)
+    logits, labels, _, class_weight, _, *settings = inputs
+    _setup(ctx, logits, labels, class_weight, settings, output)
+
+
+def _setup_boundary_loss(ctx, inputs, output):
+    logits, labels, class_weight, *settings = inputs
+    _setup(ctx, logits, labels, class_weight, settings, output)
+
+
+def _setup(ctx, logits, labels, class_weight, settings, output):
+    _, count, coefficients = output
+    ctx.ignore_index, _, ctx.backend = settings[-3:]
+    ctx.save_for_backward(logits, labels, class_weight, coefficients)
+    ctx.mark_non_differentiable(count, coefficients)
     ctx.set_materialize_grads(False)
 
 
-def _backward_cross_entropy(ctx, grad, *_):
-    if grad is None:
-        return (None,) * 8
-    settings = ctx.label_smoothing, ctx.ignore_index, ctx.backend
-    return torch.ops.segops.bal_cross_entropy_grad(grad, *ctx.saved_tensors, *settings), *(None,) * 7
+def _backward(ctx, grad, *_):
+    logits = None
+    if grad is not None:
+        logits = torch.ops.segops.bal_cross_entropy_grad(grad, *ctx.saved_tensors, ctx.ignore_index, ctx.backend)
+    return logits, *(None,) * (len(ctx.needs_input_grad) - 1)
 
 
 def _refuse_double_backward(ctx, *_):
     raise RuntimeError("segops.upsample_cross_entropy: double backward not supported (the reference backend has it)")
 
 
-torch.library.register_autograd(
-    "segops::bal_cross_entropy", _backward_cross_entropy, setup_context=_setup_cross_entropy, lib=LIBRARY
-)
+torch.library.register_autograd("segops::bal_cross_entropy", _backward, setup_context=_setup_cross_entropy, lib=LIBRARY)
+torch.library.register_autograd("segops::bal_boundary_loss", _backward, setup_context=_setup_boundary_loss, lib=LIBRARY)
 torch.library.register_autograd("segops::bal_cross_entropy_grad", _refuse_double_backward, lib=LIBRARY)

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 def blur_kernel(kernel, kernel_size, sigma):
     """Eq. 5 or 6, min-max normalised to [0, 1], float64 (kernel_size, kernel_size); kernel_size 1 is the identity."""
     if kernel_size == 1:
-        return torch.ones(1, 1, dtype=torch.float64)
-    distance = torch.arange(kernel_size, dtype=torch.float64) - kernel_size // 2
+        return torch.ones(1, 1, dtype=torch.float64, device="cpu")
+    distance = torch.arange(kernel_size, dtype=torch.float64, device="cpu") - kernel_size // 2
     y, x = distance[:, None], distance[None, :]
     if kernel == "gaussian":
-        f = torch.exp(-(x**2 + y**2) / (kernel_size * sigma))
+        f = torch.expm1(-(x**2 + y**2) / (kernel_size * sigma))  # exp less 1, which cancels below but for rounding
     else:
         f = kernel_size - (x.abs() + y.abs())
     return (f - f.min()) / (f.max() - f.min())
@@ -27,7 +27,7 @@ def gaussian_edge(classes, num_classes, kernel, kernel_size, sigma, beta, downsa
         plane = (classes == i).to(dtype)
         right = torch.cat([plane[:, :, 1:], plane[:, :, -1:]], dim=2)
         lower = torch.cat([plane[:, 1:], plane[:, -1:]], dim=1)
-        edges += (plane - right / 2 - lower / 2).abs() > 0
+        edges = edges + ((plane - right / 2 - lower / 2).abs() > 0)
     edges = edges[:, None]
     height, width = classes.shape[1:]
     if downsample > 1:
@@ -36,8 +36,8 @@ def gaussian_edge(classes, num_classes, kernel, kernel_size, sigma, beta, downsa
             edges = F.interpolate(edges, small, mode="bilinear", antialias=True)
         else:  # to a width of one, PyTorch repeats the first row of the result: as a column of height one it is right
             edges = F.interpolate(edges.mT.contiguous(), small[::-1], mode="bilinear", antialias=True).mT
-    f = blur_kernel(kernel, kernel_size, sigma).to(edges)
-    blurred = F.conv2d(edges, f[None, None], padding=kernel_size // 2)
+    f = blur_kernel(kernel, kernel_size, sigma).to(edges.device)  # float64 is safe from autocast and TF32
+    blurred = F.conv2d(edges.to(f), f[None, None], padding=kernel_size // 2).to(dtype)
     if normalize == "max":
         peak = blurred.amax((1, 2, 3), keepdim=True)
         blurred = blurred / peak.where(peak > 0, 1)

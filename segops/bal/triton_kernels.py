@@ -1,7 +1,7 @@
 """The kernels of the boundary-aware loss in Triton; csrc/bal/bal.h gives their arguments and mathematics.
 
 Positions of a resize are kept as integers, in units of 1 / (2 * out) of a source pixel, so that they are exact. The gradient gathers
-per logit: every softmax in its footprint is computed again from `log_sum`, and nothing is added to memory.
+per logit: every softmax in its footprint is computed again from its coefficients, and nothing is added to memory.
 """
 
 import torch
@@ -113,14 +113,18 @@ def _blur_y(rows, factors, out, elements, h, w, SIZE: tl.constexpr, ELEMENTS: tl
 
 
 @triton.jit
-def _weight_of_pixel(pixel_weight, image, y, x, mask, height, width, weight_h, weight_w):
-    y_low, y_high, wy = _source(y, weight_h, height)
-    x_low, x_high, wx = _source(x, weight_w, width)
-    map = pixel_weight + image * weight_h * weight_w
-    upper, lower = map + y_low * weight_w, map + y_high * weight_w
-    above = (1 - wx) * tl.load(upper + x_low, mask=mask, other=0.0) + wx * tl.load(upper + x_high, mask=mask, other=0.0)
-    below = (1 - wx) * tl.load(lower + x_low, mask=mask, other=0.0) + wx * tl.load(lower + x_high, mask=mask, other=0.0)
-    return (1 - wy) * above + wy * below
+def _weight_of_pixel(pixel_weight, image, y, x, mask, height, width, weight_h, weight_w, RESIZED: tl.constexpr):
+    if RESIZED:
+        y_low, y_high, wy = _source(y, weight_h, height)
+        x_low, x_high, wx = _source(x, weight_w, width)
+        map = pixel_weight + image * weight_h * weight_w
+        upper, lower = map + y_low * weight_w, map + y_high * weight_w
+        above = (1 - wx) * tl.load(upper + x_low, mask=mask, other=0.0) + wx * tl.load(upper + x_high, mask=mask, other=0.0)
+        below = (1 - wx) * tl.load(lower + x_low, mask=mask, other=0.0) + wx * tl.load(lower + x_high, mask=mask, other=0.0)
+        weight = (1 - wy) * above + wy * below
+    else:  # the weight of an ignored pixel, NaN perhaps, must not reach its neighbours
+        weight = tl.load(pixel_weight + (image * height + y) * width + x, mask=mask, other=0.0)
+    return weight
 
 
 @triton.jit
@@ -136,10 +140,16 @@ def _logit(upper_left, upper_right, lower_left, lower_right, offset, mask, wy, w
 
 
 @triton.jit
+def _settled(value, target):
+    """0 where the pixel is ignored, NaN where its label is wrong."""
+    return tl.where(target == -2, float("nan"), tl.where(target == -1, 0.0, value))
+
+
+@triton.jit
 def _softmax_loss(
-    logits, labels, pixel_weight, class_weight, log_sum, loss, partial, pixels, height, width, h, w, weight_h, weight_w,
+    logits, labels, pixel_weight, class_weight, coefficients, loss, partial, pixels, height, width, h, w, weight_h, weight_w,
     stride_n, stride_c, stride_y, stride_x, keep, share, ignore_index,
-    CLASSES: tl.constexpr, RESIZED: tl.constexpr, SMOOTHED: tl.constexpr, PIXELS: tl.constexpr,
+    CLASSES: tl.constexpr, RESIZED: tl.constexpr, WEIGHT_RESIZED: tl.constexpr, SMOOTHED: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
     mask = index < pixels
@@ -152,9 +162,11 @@ def _softmax_loss(
         x_low, x_high, wx = _source(x, w, width)
     upper, lower = logits + image * stride_n + y_low * stride_y, logits + image * stride_n + y_high * stride_y
 
-    most = tl.full((PIXELS,), -3.4e38, tl.float32)  # not infinity: a class may be masked by a logit of minus infinity
-    total = tl.zeros((PIXELS,), tl.float32)
-    at_target = tl.zeros((PIXELS,), tl.float32)
+    most = tl.full(
+        (PIXELS,), -3.4028234663852886e38, tl.float32
+    )  # not infinity: a class may be masked by a logit of minus infinity
+    rest = tl.zeros((PIXELS,), tl.float32)
+    at_target = tl.full((PIXELS,), float("-inf"), tl.float32)  # for pixels that have no target
     smooth = tl.zeros((PIXELS,), tl.float32)
     weight_sum = 0.0
     step = tl.full((), stride_c, tl.int64)
@@ -164,25 +176,35 @@ def _softmax_loss(
             c * step, mask, wy, wx, RESIZED,
         )  # fmt: skip
         e = tl.exp(-tl.abs(z - most))
-        total = tl.where(z > most, total * e + 1, total + e)
+        counted = tl.where(target == c, 0.0, 1.0)
+        rest = tl.where(z > most, rest * e + counted, rest + counted * e)
+        previous = most
         most = tl.maximum(most, z)
         at_target = tl.where(target == c, z, at_target)
         if SMOOTHED:
             weight = 1.0
             if class_weight is not None:
                 weight = tl.load(class_weight + c)
-            smooth += weight * z
+            smooth += weight * (most - z)  # sum of class weights times most - z, so far
+            smooth += tl.where(c > 0, weight_sum * (most - previous), 0.0)
             weight_sum += weight
-    denominator = most + tl.log(total)
-    value = keep * (denominator - at_target)
+    total = rest + tl.exp(at_target - most)
+    own = keep + tl.zeros((PIXELS,), tl.float32)
     if class_weight is not None:
-        value *= tl.load(class_weight + tl.maximum(target, 0), mask=mask, other=0.0)
-    if SMOOTHED:
-        value += share * (weight_sum * denominator - smooth)
+        own *= tl.load(class_weight + tl.maximum(target, 0), mask=mask, other=0.0)
+    weight = tl.full((PIXELS,), 1.0, tl.float32)
     if pixel_weight is not None:
-        value *= _weight_of_pixel(pixel_weight, image, y, x, mask, height, width, weight_h, weight_w)
-    value = tl.where(target == -2, float("nan"), tl.where(target == -1, 0.0, value))
-    tl.store(log_sum + index, denominator, mask=mask)
+        weight = _weight_of_pixel(pixel_weight, image, y, x, mask, height, width, weight_h, weight_w, WEIGHT_RESIZED)
+    value = own * (tl.log(total) + (most - at_target))
+    if SMOOTHED:
+        value += share * (weight_sum * tl.log(total) + smooth)
+        tl.store(coefficients + 3 * pixels + index, _settled(weight * share, target), mask=mask)
+    all_smooth = share * weight_sum
+    at_label = (all_smooth * (total - rest) - own * rest) / total
+    value = _settled(weight * value, target)
+    tl.store(coefficients + index, most, mask=mask)
+    tl.store(coefficients + pixels + index, _settled(weight * (own + all_smooth) / total, target), mask=mask)
+    tl.store(coefficients + 2 * pixels + index, _settled(weight * at_label, target), mask=mask)
     if loss is not None:
         tl.store(loss + index, value, mask=mask)
     program = tl.program_id(0).to(tl.int64)
@@ -191,30 +213,11 @@ def _softmax_loss(
 
 
 @triton.jit
-def _coefficients(
-    grad, labels, pixel_weight, class_weight, log_sum, image, y, x, mask, height, width, classes, weight_h, weight_w, grad_stride,
-    keep, share, weight_sum, ignore_index,
-):  # fmt: skip
-    """What the gradient at label pixels is made of: d loss / d z_c = all * p_c - own * [c == target] - each * a_c."""
-    at = (image * height + y) * width + x
-    target = _class_of(labels, at, mask, classes, ignore_index)
-    weight = tl.load(grad + at * grad_stride, mask=mask, other=0.0)
-    if pixel_weight is not None:
-        weight *= _weight_of_pixel(pixel_weight, image, y, x, mask, height, width, weight_h, weight_w)
-    weight = tl.where(mask & (target != -1), tl.where(target == -2, float("nan"), weight), 0.0)
-    own = weight * keep
-    if class_weight is not None:
-        own *= tl.load(class_weight + tl.maximum(target, 0), mask=mask, other=0.0)
-    each = weight * share
-    return own + each * weight_sum, own, each, tl.load(log_sum + at, mask=mask, other=0.0), target
-
-
-@triton.jit
 def _softmax_grad(
-    grad, logits, labels, pixel_weight, class_weight, log_sum, out, logit_columns, label_height, label_width, h, w,
-    weight_h, weight_w, classes, grad_stride, stride_n, stride_c, stride_y, stride_x, out_n, out_c, out_y, out_x, keep, share,
-    weight_sum_at, ignore_index,
-    TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, RESIZED: tl.constexpr, SMOOTHED: tl.constexpr, COLUMNS: tl.constexpr, CLASSES: tl.constexpr,
+    grad, logits, labels, class_weight, coefficients, out, pixels, logit_columns, label_height, label_width, h, w, classes,
+    grad_stride, stride_n, stride_c, stride_y, stride_x, out_n, out_c, out_y, out_x, ignore_index,
+    TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, RESIZED: tl.constexpr, SMOOTHED: tl.constexpr,
+    COLUMNS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)  # of all rows of all images
     c = tl.program_id(1).to(tl.int64) * CLASSES + tl.arange(0, CLASSES)
@@ -226,9 +229,7 @@ def _softmax_grad(
         y_begin, y_end = _first_output(k - 1, h, height), _first_output(k + 1, h, height)
         x_begin, x_end = _first_output(j - 1, w, width), _first_output(j + 1, w, width)
     class_weights = tl.full((CLASSES,), 1.0, tl.float32)
-    weight_sum = 0.0
     if SMOOTHED:
-        weight_sum = tl.load(weight_sum_at)
         if class_weight is not None:
             class_weights = tl.load(class_weight + c, mask=own_class, other=0.0)
 
@@ -249,17 +250,21 @@ def _softmax_grad(
                 x_low, x_high, wx = _source(x, w, width)
                 part = share_y * _share(j, x_low, x_high, wx)
                 wx = wx[None, :]
-            all, own, each, denominator, target = _coefficients(
-                grad, labels, pixel_weight, class_weight, log_sum, image, y, x, mask, height, width, classes, weight_h, weight_w,
-                grad_stride, keep, share, weight_sum, ignore_index,
-            )  # fmt: skip
+            at = (image * height + y) * width + x
+            target = _class_of(labels, at, mask, classes, ignore_index)
+            # Whatever comes in at an ignored pixel, NaN perhaps, goes nowhere.
+            incoming = tl.where(target == -1, 0.0, tl.load(grad + at * grad_stride, mask=mask, other=0.0))
+            most = tl.load(coefficients + at, mask=mask, other=0.0)
+            all = incoming * tl.load(coefficients + pixels + at, mask=mask, other=0.0)
+            at_label = incoming * tl.load(coefficients + 2 * pixels + at, mask=mask, other=0.0)
             both = own_class[:, None] & mask[None, :]
             z = _logit(
                 (upper + x_low * stride_x)[None, :], (upper + x_high * stride_x)[None, :], (lower + x_low * stride_x)[None, :],
                 (lower + x_high * stride_x)[None, :], c[:, None] * stride_c, both, wy, wx, RESIZED,
             )  # fmt: skip
-            value = all[None, :] * tl.exp(z - denominator[None, :]) - tl.where(c[:, None] == target[None, :], own[None, :], 0.0)
+            value = tl.where(c[:, None] == target[None, :], at_label[None, :], all[None, :] * tl.exp(z - most[None, :]))
             if SMOOTHED:
+                each = incoming * tl.load(coefficients + 3 * pixels + at, mask=mask, other=0.0)
                 value -= each[None, :] * class_weights[:, None]
             if RESIZED:
                 value *= part[None, :]
@@ -286,36 +291,34 @@ def bal_blur(edges, factors, rows, out):
         _blur_y[grid](rows, factors, out, edges.numel(), h, w, size, PIXELS_PER_PROGRAM)
 
 
-def _sizes(labels, logits, pixel_weight):
-    """(labels' height and width, logits' height and width, weights' height and width)."""
-    return *labels.shape[1:], *logits.shape[2:], *((0, 0) if pixel_weight is None else pixel_weight.shape[1:])
-
-
 def bal_softmax_loss(
-    logits, labels, pixel_weight, class_weight, log_sum, loss, totals, label_smoothing, ignore_index
+    logits, labels, pixel_weight, class_weight, coefficients, loss, totals, label_smoothing, ignore_index
 ):  # fmt: skip
     resized = logits.shape[2:] != labels.shape[1:]
+    weight_h, weight_w = (0, 0) if pixel_weight is None else pixel_weight.shape[1:]
+    weight_resized = pixel_weight is not None and pixel_weight.shape != labels.shape
     programs = triton.cdiv(labels.numel(), PIXELS_PER_PROGRAM)
-    partial = log_sum.new_empty((programs, 2))
+    partial = coefficients.new_empty((programs, 2))
     with torch.cuda.device_of(logits):
         _softmax_loss[(programs,)](
-            logits, labels, pixel_weight, class_weight, log_sum, loss, partial, labels.numel(),
-            *_sizes(labels, logits, pixel_weight), *logits.stride(), 1 - label_smoothing, label_smoothing / logits.shape[1],
-            ignore_index, logits.shape[1], resized, label_smoothing > 0, PIXELS_PER_PROGRAM,
+            logits, labels, pixel_weight, class_weight, coefficients, loss, partial, labels.numel(), *labels.shape[1:],
+            *logits.shape[2:], weight_h, weight_w, *logits.stride(), 1 - label_smoothing, label_smoothing / logits.shape[1],
+            ignore_index, logits.shape[1], resized, weight_resized, label_smoothing > 0, PIXELS_PER_PROGRAM,
         )  # fmt: skip
     totals.copy_(partial.sum(0, dtype=totals.dtype))
 
 
-def bal_softmax_grad(grad, logits, labels, pixel_weight, class_weight, log_sum, out, label_smoothing, ignore_index):
+def bal_softmax_grad(grad, logits, labels, class_weight, coefficients, out, ignore_index):
     n, classes, h, w = logits.shape
     resized = (h, w) != labels.shape[1:]
-    # Two intervals between logits, and half of one more at the border, which the last logit but one looks through in vain.
-    taps = [triton.cdiv(5 * full, 2 * small) + 2 if resized else 1 for full, small in zip(labels.shape[1:], (h, w), strict=True)]
-    weights = torch.ones(classes, device=logits.device) if class_weight is None else class_weight
+    # Two intervals between logits, and at the border half of one more, which the second logit looks through in vain.
+    taps = [
+        triton.cdiv(5 * full, 2 * small) + 2 if resized else 1 for full, small in zip(labels.shape[1:], (h, w), strict=True)
+    ]
     grid = (triton.cdiv(n * h * w, COLUMNS_PER_PROGRAM), triton.cdiv(classes, CLASSES_PER_PROGRAM))
     with torch.cuda.device_of(logits):
         _softmax_grad[grid](
-            grad, logits, labels, pixel_weight, class_weight, log_sum, out, n * h * w, *_sizes(labels, logits, pixel_weight),
-            classes, int(grad.numel() > 1), *logits.stride(), *out.stride(), 1 - label_smoothing, label_smoothing / classes,
-            weights.sum(), ignore_index, *taps, resized, label_smoothing > 0, COLUMNS_PER_PROGRAM, CLASSES_PER_PROGRAM,
+            grad, logits, labels, class_weight, coefficients, out, labels.numel(), n * h * w, *labels.shape[1:], h, w, classes,
+            int(grad.numel() > 1), *logits.stride(), *out.stride(), ignore_index,
+            *taps, resized, coefficients.shape[0] == 4, COLUMNS_PER_PROGRAM, CLASSES_PER_PROGRAM,
         )  # fmt: skip

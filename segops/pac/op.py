@@ -6,7 +6,7 @@ call the op), the schemas, their implementation and fakes, autograd.
 
 import torch
 
-from .._library import LIBRARY, autocast_dtype, memory_format, transformed
+from .._library import LIBRARY, autocast_dtype, full_precision, memory_format, transformed
 from ..backend import select
 from . import factorised, reference
 
@@ -188,11 +188,8 @@ def _fill(out, factors, compute):
     """Runs compute, which writes `out`, outside autocast; where a factor is empty, so is the sum: zeros."""
     if out.numel() == 0 or any(factor.numel() == 0 for factor in factors):
         return out.zero_()
-    if autocast_dtype(out) is None:
+    with full_precision(out):
         compute()
-    else:
-        with torch.autocast(out.device.type, enabled=False):
-            compute()
     return out
 
 

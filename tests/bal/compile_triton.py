@@ -10,7 +10,7 @@ FLOATS = (
     "out",
     "pixel_weight",
     "class_weight",
-    "log_sum",
+    "coefficients",
     "loss",
     "partial",
     "grad",
@@ -38,9 +38,9 @@ for kernel in (triton_kernels._blur_x, triton_kernels._blur_y):
     compile_for(kernel, 90, types(), {"SIZE": 35, "ELEMENTS": 128})
 for capability, logit in ((80, "fp32"), (90, "fp32"), (90, "bf16"), (90, "fp16")):
     for resized, smoothed in ((True, True), (True, False), (False, True), (False, False)):
-        flags = {"RESIZED": resized, "SMOOTHED": smoothed} | ({} if smoothed else NONE)
+        flags = {"RESIZED": resized, "WEIGHT_RESIZED": resized, "SMOOTHED": smoothed} | ({} if smoothed else NONE)
         compile_for(triton_kernels._softmax_loss, capability, types("i64", logit), PAPER | flags)
         compile_for(triton_kernels._softmax_grad, capability, types("i64", logit), GRAD | flags)
 for kernel, constants in ((triton_kernels._softmax_loss, PAPER | {"loss": None}), (triton_kernels._softmax_grad, GRAD)):
-    compile_for(kernel, 90, types("u8"), {"RESIZED": True, "SMOOTHED": True} | constants | NARROW)
+    compile_for(kernel, 90, types("u8"), {"RESIZED": True, "WEIGHT_RESIZED": True, "SMOOTHED": True} | constants | NARROW)
 print("compiled")

@@ -95,6 +95,19 @@ def test_functional_and_forward_mode_differentiation():
     torch.testing.assert_close(grad, torch.autograd.grad(CASE.op(x, w).square().sum(), w)[0])
 
 
+def test_transforms_in_compiled_code():
+    """A derivative that the op does not have must not come out as 0."""
+    x, weight, _ = (t.detach() for t in CASE.tensors(torch.float32))
+    tangent = torch.randn_like(x)
+
+    def derivative(x):
+        return torch.func.jvp(lambda x: CASE.op(x, weight), (x,), (tangent,))[1]
+
+    compiled = torch.compile(derivative, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(compiled, derivative(x))
+    assert compiled.any()
+
+
 def test_checkpoint():
     tensors = CASE.tensors(torch.float32)
     direct = outputs_and_gradients(CASE.op, tensors)
