@@ -484,25 +484,54 @@ struct Coefficients {
   }
 };
 
+// How the outputs of a resize along x add up to its sources: for source j, windows of the outputs that have it for their
+// `high`, from first[j - 1], and for their `low`, from first[j], with what they weigh; 0 beyond.
+template <typename T>
+struct Windows {
+  int64_t size = 0;  // of a window, whole vectors
+  std::vector<T> high, low;
+
+  explicit Windows(const Axis<T>& axis) {
+    const int64_t sources = int64_t(axis.first.size()) - 1;
+    for (int64_t j = 0; j < sources; ++j)
+      size = std::max(size, ceil_div(axis.first[j + 1] - axis.first[j], kLanes<T>) * kLanes<T>);
+    high.resize(sources * size);
+    low.resize(sources * size);
+    for (int64_t j = 0; j < sources; ++j) {
+      for (int64_t x = axis.first[j]; x < axis.first[j + 1]; ++x) {
+        low[j * size + x - axis.first[j]] = 1 - axis.weight[x];
+        if (j + 1 < sources) high[(j + 1) * size + x - axis.first[j]] = axis.weight[x];
+      }
+    }
+  }
+};
+
 // Row k of the logits' gradient from `sums` (classes, padded), the gradient for that row resized along x.
 template <typename T>
-SEGOPS_INLINE void deliver(const Problem<T>& p, const T* sums, T* out, int64_t class_stride, int64_t stride) {
+SEGOPS_INLINE void deliver(
+    const Problem<T>& p, const Windows<T>& windows, const T* sums, T* out, int64_t class_stride, int64_t stride) {
+  using V = Vec<T, kLanes<T>>;
   const int64_t* first = p.columns.first.data();
-  const T* weight = p.columns.weight.data();
   for (int64_t c = 0; c < p.s.classes; ++c, sums += p.padded()) {
     for (int64_t j = 0; j < p.s.w; ++j) {
-      double sum = 0;  // where few logits are resized to many labels, it has many terms
-      if (j > 0)
-        for (int64_t x = first[j - 1]; x < first[j]; ++x) sum += double(weight[x] * sums[x]);
-      for (int64_t x = first[j]; x < first[j + 1]; ++x) sum += double((1 - weight[x]) * sums[x]);
-      out[c * class_stride + j * stride] = T(sum);
+      typename V::type sum{};
+      const auto add = [&](const T* from, const T* weights) __attribute__((always_inline)) {
+        for (int64_t x = 0; x < windows.size; x += kLanes<T>) {
+          const auto weight = V::load(weights + x), part = V::load(from + x) * weight;
+          sum += weight != 0 ? part : typename V::type{};  // what is beyond may be NaN
+        }
+      };
+      if (j > 0) add(sums + first[j - 1], &windows.high[j * windows.size]);
+      add(sums + first[j], &windows.low[j * windows.size]);
+      out[c * class_stride + j * stride] = sum_lanes<T, kLanes<T>>(sum);
     }
   }
 }
 
 // The rows of the logits' gradient in one strip.
 template <typename T, typename Label>
-SEGOPS_INLINE void grad_strip(const Problem<T>& p, const Label* labels, int64_t item, const GradOutput<T>& g) {
+SEGOPS_INLINE void grad_strip(
+    const Problem<T>& p, const Windows<T>& windows, const Label* labels, int64_t item, const GradOutput<T>& g) {
   using V = Vec<T, kLanes<T>>;
   const LossShape& s = p.s;
   const int64_t image = item / p.strips(), begin = item % p.strips() * p.strip, end = std::min(begin + p.strip, s.h);
@@ -540,7 +569,7 @@ SEGOPS_INLINE void grad_strip(const Problem<T>& p, const Label* labels, int64_t 
   }
 
   Coefficients<T> coefficients(p, kRows);
-  std::vector<T> sums(s.classes * padded, T(0)), next_sums(s.classes * padded, T(0));  // for rows k and k + 1, resized along x
+  std::vector<T> sums(s.classes * padded + windows.size, T(0)), next_sums(sums);  // for rows k and k + 1, resized along x
   for (int64_t k = begin; k < end; ++k) {
     for (int64_t from = p.rows.first[k]; from < p.rows.first[k + 1]; from += kRows) {
       const int64_t rows = std::min(kRows, p.rows.first[k + 1] - from);
@@ -573,21 +602,21 @@ SEGOPS_INLINE void grad_strip(const Problem<T>& p, const Label* labels, int64_t 
         }
       }
     }
-    deliver(p, sums.data(), out + k * g.stride[2], g.stride[1], g.stride[3]);
+    deliver(p, windows, sums.data(), out + k * g.stride[2], g.stride[1], g.stride[3]);
     std::swap(sums, next_sums);
     std::fill(next_sums.begin(), next_sums.end(), T(0));
   }
-  deliver(p, sums.data(), g.shared + item * s.classes * s.w, s.w, 1);
+  deliver(p, windows, sums.data(), g.shared + item * s.classes * s.w, s.w, 1);
 }
 
-#define SEGOPS_STRIPS(T, Label)                                                           \
-  SEGOPS_MULTIVERSION void loss_strip_multiversion(                                       \
-      const Problem<T>& p, const Label* labels, int64_t item, const LossOutput<T>& out) { \
-    loss_strip<T, Label>(p, labels, item, out);                                           \
-  }                                                                                       \
-  SEGOPS_MULTIVERSION void grad_strip_multiversion(                                       \
-      const Problem<T>& p, const Label* labels, int64_t item, const GradOutput<T>& out) { \
-    grad_strip<T, Label>(p, labels, item, out);                                           \
+#define SEGOPS_STRIPS(T, Label)                                                                                      \
+  SEGOPS_MULTIVERSION void loss_strip_multiversion(                                                                  \
+      const Problem<T>& p, const Label* labels, int64_t item, const LossOutput<T>& out) {                            \
+    loss_strip<T, Label>(p, labels, item, out);                                                                      \
+  }                                                                                                                  \
+  SEGOPS_MULTIVERSION void grad_strip_multiversion(                                                                  \
+      const Problem<T>& p, const Windows<T>& windows, const Label* labels, int64_t item, const GradOutput<T>& out) { \
+    grad_strip<T, Label>(p, windows, labels, item, out);                                                             \
   }
 SEGOPS_STRIPS(float, int64_t)
 SEGOPS_STRIPS(float, int32_t)
@@ -685,6 +714,7 @@ void bal_softmax_grad_cpu(
   dispatch(logits, coefficients, "bal_softmax_grad", [&](auto type) {
     using T = decltype(type);
     const Problem<T> p(s, logits, std::nullopt, class_weight, coefficients, 0, ignore_index);
+    const Windows<T> windows(p.columns);
     const int64_t items = s.images * p.strips();
     std::vector<T> shared(s.resized() ? items * s.classes * s.w : 0);
     const GradOutput<T> g{
@@ -696,7 +726,7 @@ void bal_softmax_grad_cpu(
         shared.data()};
     dispatch_labels(labels, "bal_softmax_grad", [&](const auto* from) {
       torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t item = begin; item < end; ++item) grad_strip_multiversion(p, from, item, g);
+        for (int64_t item = begin; item < end; ++item) grad_strip_multiversion(p, windows, from, item, g);
       });
     });
     if (!s.resized()) return;

@@ -86,6 +86,18 @@ struct Vec<bf16, 1> {
   }
 };
 
+// The sum of v's lanes, halves first.
+template <typename T, int lanes>
+SEGOPS_INLINE T sum_lanes(typename vector_of<T, lanes>::type v) {
+  if constexpr (lanes == 2) {
+    return v[0] + v[1];
+  } else {
+    typename vector_of<T, lanes / 2>::type half[2];
+    std::memcpy(half, &v, sizeof v);
+    return sum_lanes<T, lanes / 2>(half[0] + half[1]);
+  }
+}
+
 // The lanes of v that `index` names.
 template <typename V, typename I>
 SEGOPS_INLINE V pick(V v, I index) {
