@@ -417,8 +417,8 @@ def _blur_factors(kernel, kernel_size, sigma, pinned):
     if kernel == "gaussian":
         exponent = -(distance**2) / (kernel_size * sigma)
         g, p = exponent.exp(), exponent.expm1() - exponent[0].expm1()
-        range = -(2 * exponent[0]).expm1()  # 1 - q^2
-        factors = p / range, g, g[0] / range * ones, p
+        spread = -(2 * exponent[0]).expm1()  # 1 - q^2
+        factors = p / spread, g, g[0] / spread * ones, p
     else:
         slope = 0.5 - distance.abs() / (kernel_size - 1)
         factors = slope, ones, ones, slope
