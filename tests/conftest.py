@@ -10,6 +10,8 @@ import pytest
 
 import segops
 
+from .targets import TARGETS
+
 # Bounds are those of float32, which TF32 products miss by far.
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
@@ -27,3 +29,11 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "cuda" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(params=TARGETS)
+def target(request):
+    """(device, backend), with the backend forced for the test."""
+    device, backend = request.param
+    with segops.backend(backend):
+        yield device, backend

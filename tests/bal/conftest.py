@@ -9,29 +9,15 @@ import torch.nn.functional as F
 import segops
 from segops.bal import op, reference
 
-CUDA = pytest.mark.cuda
-# (device, backend): every implementation that this machine can run. The Triton interpreter serves where there is no GPU.
-TARGETS = [
-    pytest.param(("cpu", "native"), id="cpu-native"),
-    pytest.param(("cuda", "native"), id="cuda-native", marks=CUDA),
-    pytest.param(("cuda", "triton"), id="cuda-triton", marks=CUDA),
-]
-if not torch.cuda.is_available():
-    TARGETS.append(pytest.param(("cpu", "triton"), id="interpreted-triton"))
+from ..targets import CUDA as CUDA
+from ..targets import TARGETS
+
 INTERPRETED = ("cpu", "triton")
 REFERENCE = pytest.param(("cpu", "reference"), id="reference")
 FAST = [each for each in TARGETS if each.values[0] != INTERPRETED]
 # The interpreter takes seconds for a thousand pixels: it runs what is about kernels, on small maps.
 fast_targets = pytest.mark.parametrize("target", FAST, indirect=True)
 fast_implementations = pytest.mark.parametrize("implementation", [*FAST, REFERENCE], indirect=True)
-
-
-@pytest.fixture(params=TARGETS)
-def target(request):
-    """(device, backend), with the backend forced for the test."""
-    device, backend = request.param
-    with segops.backend(backend):
-        yield device, backend
 
 
 @pytest.fixture(params=[*TARGETS, REFERENCE])

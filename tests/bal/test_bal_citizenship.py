@@ -1,7 +1,6 @@
 """The boundary-aware loss as PyTorch ops: opcheck, compile, export, autocast, transforms, checkpoint, DDP, errors, modules."""
 
 import inspect
-import socket
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 import segops
 from segops.bal import op
 
+from ..targets import free_port
 from .conftest import CUDA, INTERPRETED, draw_labels, fast_implementations, fast_targets, output_and_gradient, relative_error
 
 
@@ -207,13 +207,7 @@ def test_checkpoint(target, loss):
 
 def test_distributed_data_parallel():
     """Two processes over gloo: each gradient is the mean of what the two halves of the batch give."""
-    torch.multiprocessing.spawn(_train_half, (_free_port(),), nprocs=2)
-
-
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    torch.multiprocessing.spawn(_train_half, (free_port(),), nprocs=2)
 
 
 def _train_half(rank, port):

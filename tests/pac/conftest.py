@@ -8,23 +8,7 @@ import torch
 import segops
 from segops.pac import reference
 
-CUDA = pytest.mark.cuda
-# (device, backend): every implementation that this machine can run. The Triton interpreter serves where there is no GPU.
-TARGETS = [
-    pytest.param(("cpu", "native"), id="cpu-native"),
-    pytest.param(("cuda", "native"), id="cuda-native", marks=CUDA),
-    pytest.param(("cuda", "triton"), id="cuda-triton", marks=CUDA),
-]
-if not torch.cuda.is_available():
-    TARGETS.append(pytest.param(("cpu", "triton"), id="interpreted-triton"))
-
-
-@pytest.fixture(params=TARGETS)
-def target(request):
-    """(device, backend), with the backend forced for the test."""
-    device, backend = request.param
-    with segops.backend(backend):
-        yield device, backend
+from ..targets import CUDA as CUDA
 
 
 @dataclass(frozen=True)

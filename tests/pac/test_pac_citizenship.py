@@ -1,13 +1,12 @@
 """Pyramid atrous convolution as a PyTorch op: opcheck, compile, export, autocast, vmap, checkpoint, errors, module."""
 
-import socket
-
 import pytest
 import torch
 
 import segops
 from segops.pac import reference
 
+from ..targets import free_port
 from .conftest import Case, outputs_and_gradients, relative_error
 
 CASE = Case((2, 24, 9, 10), 20)
@@ -118,13 +117,7 @@ def test_checkpoint():
 
 def test_distributed_data_parallel():
     """Two processes over gloo: each gradient is the mean of what the two halves of the batch give."""
-    torch.multiprocessing.spawn(_train_half, (_free_port(),), nprocs=2)
-
-
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    torch.multiprocessing.spawn(_train_half, (free_port(),), nprocs=2)
 
 
 def _train_half(rank, port):
