@@ -35,6 +35,43 @@ def pac(rates, merge, device):
     return baselines
 
 
+def pag(merge, device):
+    """The partial-attention gate: a pooling for each map that is larger than the decoder's, then cat, or a sum."""
+
+    def eager(decoder, *encoders):
+        pooled = [_pooled(encoder, decoder.shape[2:]) for encoder in encoders]
+        return torch.cat([decoder, *pooled], 1) if merge == "concat" else functools.reduce(torch.add, pooled, decoder)
+
+    return _with_compile(eager, device)
+
+
+def pag_unpool(kernel_size, device):
+    """Pooling, and unpooling to where the maxima lay: with indices of eight bytes."""
+
+    def eager(input):
+        pooled, indices = F.max_pool2d(input, kernel_size, ceil_mode=True, return_indices=True)
+        return F.max_unpool2d(pooled, indices, kernel_size, output_size=input.shape[2:])
+
+    return _with_compile(eager, device)
+
+
+def _pooled(encoder, size):
+    """The map max-pooled to the size, by the fastest of PyTorch's ways."""
+    (height, width), (h, w) = encoder.shape[2:], size
+    if (height, width) == (h, w):
+        return encoder
+    if height % h or width % w:
+        return F.adaptive_max_pool2d(encoder, size)
+    return F.max_pool2d(encoder, (height // h, width // w))
+
+
+def _with_compile(eager, device):
+    baselines = {"eager": eager}
+    if device == "cuda":
+        baselines["compile"] = torch.compile(eager, dynamic=False)
+    return baselines
+
+
 # The boundary-aware loss with the settings that the paper found best, which are segops' defaults.
 KERNEL, KERNEL_SIZE, SIGMA, BETA, DOWNSAMPLE, VOID = "gaussian", 35, 3.0, 0.5, 4, 255
 

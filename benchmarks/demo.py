@@ -20,13 +20,14 @@ import segops
 from segops.__main__ import info
 from segops.train import FolderDataset, SyntheticScenes, boundary_mask, confusion_matrix, iou
 
-from . import bench_bal, bench_pac, measure
+from . import bench_bal, bench_pac, bench_pag, measure
 
 
 def race(bench, title, cases, baselines):
     """Checks an op against float64, then times it beside some of the baselines of `bench`, {name there: name to print}."""
     header = "".join(f"{name:>12}{'ratio':>7}" for name in baselines.values())
-    print(f"\n{title:<36}{'pass':<9}{'error/bound':>12}{'segops ms':>11}{header}")
+    width = max(36, *(len(str(case)) + 1 for case in cases))
+    print(f"\n{title:<{width}}{'pass':<9}{'error/bound':>12}{'segops ms':>11}{header}")
     for case in cases:
         error = bench.gate(case)
         if not error <= 1:
@@ -37,11 +38,11 @@ def race(bench, title, cases, baselines):
             # The best of the memory formats, where there are several.
             best = {f: min(t["median"] for name, t in times.items() if name.split()[0] == f) for f in functions}
             ratios = "".join(f"{best[name]:>12.2f}{best[name] / best['segops']:>7.2f}" for name in baselines)
-            print(f"{case!s:<36}{kind:<9}{error:>12.2f}{best['segops']:>11.2f}{ratios}")
+            print(f"{case!s:<{width}}{kind:<9}{error:>12.2f}{best['segops']:>11.2f}{ratios}")
 
 
 def races():
-    """Both ops. float32 is float32: no TF32."""
+    """Every op. float32 is float32: no TF32."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     cases = [
         bench_pac.Case((2, 2048, 33, 33), 256),
@@ -52,9 +53,11 @@ def races():
     race(bench_pac, "pyramid_atrous_conv2d, five rates", cases, {"eager": "PyTorch ms"})
     cases = [bench_bal.Case((2, 21, 65, 65), (513, 513))]
     race(bench_bal, "boundary_aware_loss", cases, {"paper": "paper ms", "handwritten": "by hand ms"})
+    cases = [bench_pag.Case(bench_pag.DECODER_32, memory_format="channels_last")]
+    race(bench_pag, "partial_attention_gate", cases, {"eager": "PyTorch ms"})
     print(
-        "error/bound: the largest error of result and gradients over its bound, must be <= 1; PyTorch: a convolution per rate; "
-        "paper: an edge plane per class; by hand: one plane, the best in PyTorch's own ops\n"
+        "error/bound: the largest error of result and gradients over its bound, must be <= 1; PyTorch: a convolution per rate, a "
+        "pooling per map; paper: an edge plane per class; by hand: one plane, the best in PyTorch's own ops\n"
     )
 
 

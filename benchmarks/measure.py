@@ -43,10 +43,13 @@ def timed_call(function, tensors, kind):
     return lambda: torch.autograd.grad(function(*tensors), inputs, grad)
 
 
-def outputs_and_gradients(function, tensors):
-    """[the result, the gradient of each tensor that requires one] for a gradient drawn once and for all."""
+def outputs_and_gradients(function, tensors, grad_dtype=torch.float32):
+    """[the result, the gradient of each tensor that requires one] for a gradient drawn once and for all.
+
+    It is rounded to `grad_dtype` first: the truth for half precision, in float64, starts from what half precision can hold.
+    """
     result = function(*tensors)
-    grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(1)).to(result)
+    grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(1)).to(grad_dtype).to(result)
     return [result.detach(), *torch.autograd.grad(result, [t for t in tensors if t.requires_grad], grad)]
 
 
@@ -54,15 +57,16 @@ def error_over_bound(values, plain, truth, tf32=False):
     """The largest relative error of `values` against float64 `truth`, over its bound: above 1 is wrong, NaN infinitely so.
 
     The bound is twice plain PyTorch's own error in float32 (1e-6 at least, and 1e-5 at most but for TF32), 1.5 times in half
-    precision.
+    precision. Where plain PyTorch is exact, any error at all is infinitely wrong.
     """
     worst = 0.0
     for value, plain_value, true_value in zip(values, plain, truth, strict=True):
-        error = relative_error(plain_value, true_value)
-        bound = min(1e-5, max(1e-6, 2 * error)) if value.dtype == torch.float32 else 1.5 * error
-        bound = max(bound, 2 * error) if tf32 else bound
-        ratio = relative_error(value, true_value) / bound
-        worst = max(worst, ratio) if ratio == ratio else float("inf")
+        error, plain_error = relative_error(value, true_value), relative_error(plain_value, true_value)
+        bound = min(1e-5, max(1e-6, 2 * plain_error)) if value.dtype == torch.float32 else 1.5 * plain_error
+        bound = max(bound, 2 * plain_error) if tf32 else bound
+        if error != 0:  # nothing is wrong with an exact result, whatever the bound
+            ratio = error / bound if plain_error else float("inf")
+            worst = max(worst, ratio) if ratio == ratio else float("inf")
     return worst
 
 
@@ -128,23 +132,41 @@ def peak_memory(function, device):
     return most
 
 
-def rows(kind, calls, times, baselines, floor, bars, device):
+def kept_memory(function, tensors):
+    """Bytes held from forward to backward: of the storages that autograd saves, each once, but for those of the arguments and of
+    the result, which are there anyway."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: None):
+        result = function(*tensors)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
+    for tensor in (*tensors, result):
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(storages.values())
+
+
+def rows(kind, calls, times, baselines, floor, bars, device, kept=None):
     """A row for each timed call: its times, floor and memory, and its ratios to each of the baselines.
 
-    bars: {baseline: (least ratio of times, least ratio of memory)}, either None; they hold for what "auto" picks.
+    bars: {baseline: (least ratio of times, of peak memory, of `kept`)}, any of them None, the last may be left out; they hold for
+    what "auto" picks.
+    kept: {name: what `kept_memory` says}, in suites that compare it.
     """
     memory = {name: peak_memory(call, device) for name, call in calls.items()}
 
     def beside(name, baseline):
         held = name.startswith("segops") and "triton" not in name
-        bar, memory_bar = bars.get(baseline, (None, None)) if held else (None, None)
-        return {
+        bar, memory_bar, *kept_bar = bars.get(baseline, (None, None)) if held else (None, None)
+        comparison = {
             "baseline": baseline,
             "ratio": times[baseline]["median"] / times[name]["median"],
             "bar": bar,
             "memory_ratio": memory[baseline] / memory[name],
             "memory_bar": memory_bar,
         }
+        if kept:
+            comparison["kept_ratio"] = kept[baseline] / kept[name] if kept[name] else float("inf")
+            comparison["kept_bar"] = kept_bar[0] if kept_bar else None
+        return comparison
 
     return [
         {
@@ -153,6 +175,7 @@ def rows(kind, calls, times, baselines, floor, bars, device):
             **times[name],
             "floor": floor,
             "memory": memory[name],
+            **({"kept": kept[name]} if kept else {}),
             "against": [beside(name, baseline) for baseline in baselines],
         }
         for name in calls

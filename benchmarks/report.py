@@ -25,7 +25,8 @@ def write(results, folder, name):
     (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     lines = [{**row, **beside} for row in results["rows"] for beside in row["against"]]
     with open(folder / f"{name}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, [key for key in lines[0] if key != "against"], extrasaction="ignore", lineterminator="\n")
+        keys = dict.fromkeys(key for line in lines for key in line if key != "against")  # not every pass has all of them
+        writer = csv.DictWriter(file, keys, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
     table = render(results)
@@ -38,7 +39,8 @@ def write(results, folder, name):
 
 
 def render(results):
-    """A Markdown table, a line for each segops row and baseline: times and peak memory of both, their ratios, the bars, the floor."""
+    """A Markdown table, a line for each segops row and baseline: times and peak memory of both, their ratios, the bars, the floor;
+    what both keep for backward, where it was measured."""
     environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items() if value is not None)
     lines = [
         environment,
@@ -46,6 +48,9 @@ def render(results):
         "| case | pass | implementation | ms (p20-p80) | x floor | error / bound | baseline | its ms | ratio | bar | peak MB | its MB | memory ratio | memory bar |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    has_kept = any("kept" in row for row in results["rows"])
+    if has_kept:
+        lines[2:] = [lines[2] + " kept MB | its kept MB | kept ratio | kept bar |", lines[3] + "---|---|---|---|"]
     by_name = {(row["case"], row["kind"], row["name"]): row for row in results["rows"]}
     for row, beside in _comparisons(results):
         baseline = by_name[row["case"], row["kind"], beside["baseline"]]
@@ -55,6 +60,7 @@ def render(results):
             f"| {beside['baseline']} | {baseline['median']:.3g} | {beside['ratio']:.2f} | {_verdict(beside['ratio'], beside['bar'])} "
             f"| {row['memory'] / 1e6:.1f} | {baseline['memory'] / 1e6:.1f} "
             f"| {beside['memory_ratio']:.2f} | {_verdict(beside['memory_ratio'], beside['memory_bar'])} |"
+            + (_kept(row, baseline, beside) if has_kept else "")
         )
     return "\n".join(lines)
 
@@ -62,6 +68,16 @@ def render(results):
 def _comparisons(results):
     """(row, what it is beside one baseline) of the segops rows."""
     return [(row, beside) for row in results["rows"] if row["name"].startswith("segops") for beside in row["against"]]
+
+
+def _kept(row, baseline, beside):
+    """The four cells about memory kept for backward: empty for a pass without one."""
+    if "kept" not in row:
+        return "  |" * 4
+    return (
+        f" {row['kept'] / 1e6:.1f} | {baseline['kept'] / 1e6:.1f} "
+        f"| {beside['kept_ratio']:.2f} | {_verdict(beside['kept_ratio'], beside['kept_bar'])} |"
+    )
 
 
 def _verdict(ratio, bar):

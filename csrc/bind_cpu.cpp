@@ -1,6 +1,7 @@
 // segops._C: the CPU kernels. Schemas live in Python (segops/*/op.py); this file adds implementations only.
 #include "bal/bal.h"
 #include "pac/pac.h"
+#include "pag/pag.h"
 
 #include <pybind11/pybind11.h>
 
@@ -13,6 +14,9 @@ STABLE_TORCH_LIBRARY_IMPL(segops, CPU, m) {
   m.impl("bal_softmax_grad", TORCH_BOX(&segops::bal_softmax_grad_cpu));
   m.impl("pac_shift_gather", TORCH_BOX(&segops::pac_shift_gather_cpu));
   m.impl("pac_shift_scatter", TORCH_BOX(&segops::pac_shift_scatter_cpu));
+  m.impl("pag_pool", TORCH_BOX(&segops::pag_pool_cpu));
+  m.impl("pag_scatter", TORCH_BOX(&segops::pag_scatter_cpu));
+  m.impl("pag_gather", TORCH_BOX(&segops::pag_gather_cpu));
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -1,6 +1,7 @@
 // segops._C_cuda: the CUDA kernels. Schemas live in Python (segops/*/op.py); this file adds implementations only.
 #include "bal/bal.h"
 #include "pac/pac.h"
+#include "pag/pag.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -16,6 +17,9 @@ STABLE_TORCH_LIBRARY_IMPL(segops, CUDA, m) {
   m.impl("bal_softmax_grad", TORCH_BOX(&segops::bal_softmax_grad_cuda));
   m.impl("pac_shift_gather", TORCH_BOX(&segops::pac_shift_gather_cuda));
   m.impl("pac_shift_scatter", TORCH_BOX(&segops::pac_shift_scatter_cuda));
+  m.impl("pag_pool", TORCH_BOX(&segops::pag_pool_cuda));
+  m.impl("pag_scatter", TORCH_BOX(&segops::pag_scatter_cuda));
+  m.impl("pag_gather", TORCH_BOX(&segops::pag_gather_cuda));
 }
 
 PYBIND11_MODULE(_C_cuda, m) {

@@ -4,6 +4,8 @@
     segops.boundary_aware_loss      cross entropy weighted towards boundaries, for logits at any resolution
     segops.upsample_cross_entropy   the same with weights of your own, or none: the full-size logits never exist
     segops.gaussian_edge            the weights: a blurred edge map of the labels
+    segops.partial_attention_gate   encoder maps max-pooled to the decoder's size and merged, in one pass
+    segops.max_pool2d_with_offsets  max pooling that remembers where in one byte, and max_unpool2d_with_offsets
     segops.nn                       the same as modules
     segops.models                   networks that use them (needs timm: pip install segops[models])
     segops.backend                  choose between native (C++, CUDA), triton and reference kernels
@@ -18,6 +20,7 @@ from . import nn
 from .backend import backend
 from .bal import boundary_aware_loss, gaussian_edge, upsample_cross_entropy
 from .pac import pyramid_atrous_conv2d
+from .pag import max_pool2d_with_offsets, max_unpool2d_with_offsets, partial_attention_gate
 
 __version__ = version("segops")
 
@@ -34,7 +37,10 @@ __all__ = [
     "backend",
     "boundary_aware_loss",
     "gaussian_edge",
+    "max_pool2d_with_offsets",
+    "max_unpool2d_with_offsets",
     "nn",
+    "partial_attention_gate",
     "pyramid_atrous_conv2d",
     "upsample_cross_entropy",
 ]

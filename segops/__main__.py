@@ -8,7 +8,15 @@ import torch
 from . import __version__
 from .backend import ORDER, build_info, requested, why_not
 
-OPS = ("pyramid_atrous_conv2d", "gaussian_edge", "upsample_cross_entropy", "boundary_aware_loss")
+OPS = (
+    "pyramid_atrous_conv2d",
+    "gaussian_edge",
+    "upsample_cross_entropy",
+    "boundary_aware_loss",
+    "partial_attention_gate",
+    "max_pool2d_with_offsets",
+    "max_unpool2d_with_offsets",
+)
 
 
 def describe_build(info):

@@ -8,6 +8,8 @@ from .bal import boundary_aware_loss, upsample_cross_entropy
 from .bal.op import check_edge_settings, check_loss_settings
 from .pac import pyramid_atrous_conv2d
 from .pac.op import check_settings
+from .pag import partial_attention_gate
+from .pag.op import check_merge
 
 
 class PyramidAtrousConv2d(torch.nn.Module):
@@ -144,3 +146,30 @@ class BoundaryAwareLoss(torch.nn.Module):
 
     def extra_repr(self):
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+class PartialAttentionGate(torch.nn.Module):
+    """Encoder maps max-pooled to the decoder's size and merged with it: a skip connection from all of an encoder's levels at once.
+
+    The module of `segops.partial_attention_gate` (Haloi, "Partial attention", Eq. 3). It has no parameters.
+
+    Args:
+        merge: "concat" (default) or "sum".
+
+    Shape: decoder (N, C, h, w), encoders a list of (N, C_i, H_i, W_i) -> (N, C + C_i of those with H_i >= h and W_i >= w, h, w),
+        or (N, C, h, w) for "sum".
+
+    Raises:
+        ValueError, TypeError: as the function, at construction for what is known there.
+    """
+
+    def __init__(self, merge="concat"):
+        super().__init__()
+        check_merge(merge)
+        self.merge = merge
+
+    def forward(self, decoder, encoders):
+        return partial_attention_gate(decoder, encoders, merge=self.merge)
+
+    def extra_repr(self):
+        return f"merge={self.merge!r}"

@@ -14,12 +14,26 @@
 #define SEGOPS_MULTIVERSION
 #endif
 // A function marked SEGOPS_MULTIVERSION is compiled once per instruction set; what it calls must be inlined into it.
+// SEGOPS_WIDTHS(function) defines, through the macro `function(target, bytes)`, one version per instruction set that knows the
+// width of its registers: GCC takes comparisons of wider vectors apart, lane by lane.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#define SEGOPS_WIDTHS(function)                                                                  \
+  function(__attribute__((target("avx512f"))), 64) function(__attribute__((target("avx2"))), 32) \
+      function(__attribute__((target("default"))), 16)
+#else
+#define SEGOPS_WIDTHS(function) function(, 16)
+#endif
 #define SEGOPS_INLINE inline __attribute__((always_inline))
 
 namespace segops {
 
 // The bits of a bfloat16.
 struct bf16 {
+  uint16_t bits;
+};
+
+// The bits of a float16.
+struct fp16 {
   uint16_t bits;
 };
 
@@ -43,6 +57,7 @@ struct Vec {
     std::memcpy(&v, p, sizeof v);
     return v;
   }
+  static SEGOPS_INLINE type narrow(type v) { return v; }
   static SEGOPS_INLINE void store(T* p, type v) { std::memcpy(p, &v, sizeof v); }
 };
 
@@ -58,11 +73,48 @@ struct Vec<bf16, lanes> {
     return (type)(__builtin_convertvector(h, word) << 16);
   }
   // Round to nearest even; a NaN stays a NaN, whose payload must not round to infinity.
-  static SEGOPS_INLINE void store(bf16* p, type v) {
+  static SEGOPS_INLINE half narrow(type v) {
     const word w = (word)v;
     const word nan = (word)((w & 0x7fffffffu) > 0x7f800000u);
     const word rounded = (w + 0x7fffu + ((w >> 16) & 1u)) >> 16;
-    const half h = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), half);
+    return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), half);
+  }
+  static SEGOPS_INLINE void store(bf16* p, type v) {
+    const half h = narrow(v);
+    std::memcpy(p, &h, sizeof h);
+  }
+};
+
+template <int lanes>
+struct Vec<fp16, lanes> {
+  using type = typename vector_of<float, lanes>::type;
+  using word = typename vector_of<uint32_t, lanes>::type;
+  using half = typename vector_of<uint16_t, lanes>::type;
+
+  static SEGOPS_INLINE type load(const fp16* p) {
+    half h;
+    std::memcpy(&h, p, sizeof h);
+    const word w = __builtin_convertvector(h, word), magnitude = w & 0x7fffu;
+    const word tiny = (word)(__builtin_convertvector(magnitude, type) * 0x1p-24f);  // below the normal numbers
+    const word normal = (magnitude << 13) + (112u << 23);
+    const word special = (magnitude << 13) | 0x7f800000u;  // infinity and NaN
+    word result = magnitude < 0x400u ? tiny : normal;
+    result = magnitude >= 0x7c00u ? special : result;
+    return (type)(result | ((w & 0x8000u) << 16));
+  }
+  // Round to nearest even.
+  static SEGOPS_INLINE half narrow(type v) {
+    const word w = (word)v, magnitude = w & 0x7fffffffu;
+    const word tiny = (word)((type)magnitude + 0.5f) - (126u << 23);  // 0.5 has its last bit where that of a tiny half is
+    const word normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    const word infinity = word{} + 0x7c00u, nan = word{} + 0x7e00u;
+    word result = magnitude < (113u << 23) ? tiny : normal;
+    result = magnitude >= (143u << 23) ? infinity : result;
+    result = magnitude > 0x7f800000u ? nan : result;
+    return __builtin_convertvector(result | ((w >> 16) & 0x8000u), half);
+  }
+  static SEGOPS_INLINE void store(fp16* p, type v) {
+    const half h = narrow(v);
     std::memcpy(p, &h, sizeof h);
   }
 };
@@ -85,6 +137,33 @@ struct Vec<bf16, 1> {
     p->bits = nan ? 0x7fc0 : uint16_t((w + 0x7fffu + ((w >> 16) & 1u)) >> 16);
   }
 };
+
+// Stores v past the caches, which need not read the memory first; before other threads look, `end_stream()`. Memory that
+// is not aligned to v, and machines that cannot, have an ordinary store.
+template <typename V>
+SEGOPS_INLINE void stream(void* p, V v) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (reinterpret_cast<uintptr_t>(p) % sizeof v == 0) {
+    if constexpr (sizeof(V) == 64) {
+      asm volatile("vmovntps %1, %0" : "=m"(*static_cast<V*>(p)) : "v"(v));
+      return;
+    } else if constexpr (sizeof(V) == 32) {
+      asm volatile("vmovntps %1, %0" : "=m"(*static_cast<V*>(p)) : "x"(v));
+      return;
+    } else if constexpr (sizeof(V) == 16) {
+      asm volatile("movntps %1, %0" : "=m"(*static_cast<V*>(p)) : "x"(v));
+      return;
+    }
+  }
+#endif
+  std::memcpy(p, &v, sizeof v);
+}
+
+SEGOPS_INLINE void end_stream() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  asm volatile("sfence" ::: "memory");
+#endif
+}
 
 // The sum of v's lanes, halves first.
 template <typename T, int lanes>

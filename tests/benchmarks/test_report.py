@@ -2,20 +2,30 @@
 
 import csv
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import segops
-from benchmarks import baselines, bench_bal, bench_pac, measure, report
+from benchmarks import baselines, bench_bal, bench_pac, bench_pag, measure, report
 
 PAC = bench_pac.Case((1, 64, 9, 9), 64)
 BAL = bench_bal.Case((1, 5, 9, 11), (40, 43))
 BALS = [BAL, bench_bal.Case((1, 3, 33, 32), (33, 32)), bench_bal.Case((2, 5, 9, 11), (40, 43), torch.bfloat16)]
+PAG = bench_pag.Case(((2, 3, 4, 5), (2, 4, 8, 10), (2, 5, 4, 5)))
+UNPOOL = bench_pag.Case(((2, 3, 7, 8),), kernel_size=2)
 
 
 @pytest.mark.parametrize(
-    "bench, case, op", [(bench_pac, PAC, "pyramid_atrous_conv2d"), (bench_bal, BAL, "boundary_aware_loss")]
+    "bench, case, op",
+    [
+        (bench_pac, PAC, "pyramid_atrous_conv2d"),
+        (bench_bal, BAL, "boundary_aware_loss"),
+        (bench_pag, PAG, "partial_attention_gate"),
+        (bench_pag, UNPOOL, "max_unpool2d_with_offsets"),
+    ],
 )
 def test_gate_passes_what_is_right_and_stops_what_is_wrong(monkeypatch, bench, case, op):
     assert bench.gate(case) <= 1
@@ -30,6 +40,71 @@ def test_gate_looks_at_the_gradient(monkeypatch):
     right = segops.boundary_aware_loss
     monkeypatch.setattr(segops, "boundary_aware_loss", lambda logits, labels: right(logits.detach() + 0 * logits, labels))
     assert bench_bal.gate(BAL) > 1
+
+
+@pytest.mark.parametrize("memory_format", measure.FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gate_wants_copied_gradients_exact(monkeypatch, dtype, memory_format):
+    case, right = replace(PAG, dtype=dtype, memory_format=memory_format), segops.partial_attention_gate
+    assert bench_pag.gate(case) == 0
+
+    def one_gradient_off(decoder, encoders, merge):
+        result = right(decoder, encoders, merge=merge)
+        scale = torch.ones_like(result)
+        scale[-1, -1, -1, -1] += torch.finfo(dtype).eps
+        return result.detach() + (result - result.detach()) * scale
+
+    monkeypatch.setattr(segops, "partial_attention_gate", one_gradient_off)
+    assert bench_pag.gate(case) == float("inf")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_exact_result_is_right_and_only_that_where_plain_pytorch_is_exact(dtype):
+    truth = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    exact, rounded = truth.to(dtype), truth.to(dtype) * (1 + torch.finfo(dtype).eps)
+    assert measure.error_over_bound([exact], [exact], [truth]) == 0
+    assert measure.error_over_bound([exact], [rounded], [truth]) == 0
+    assert measure.error_over_bound([rounded], [exact], [truth]) == float("inf")
+    assert measure.error_over_bound([exact * torch.nan], [exact], [truth]) == float("inf")
+    assert 0 < measure.error_over_bound([rounded], [rounded], [truth]) < 1
+
+
+@pytest.mark.parametrize("memory_format", measure.FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", [PAG, bench_pag.Case(((2, 3, 4, 5), (2, 4, 9, 11), (2, 5, 8, 6))), UNPOOL], ids=str)
+def test_baselines_copy_what_the_gate_copies(case, dtype, memory_format):
+    case = replace(case, dtype=dtype, memory_format=memory_format)
+    maps = bench_pag.arguments(case)
+    truth = bench_pag.float64_result(case, [each.detach().double() for each in maps])
+    for function in bench_pag.plain(case).values():
+        assert torch.equal(function(*maps).double(), truth)
+
+
+def test_baselines_sum_what_the_gate_sums():
+    case = bench_pag.Case(((1, 3, 4, 5), (1, 3, 8, 10), (1, 3, 9, 11), (1, 3, 4, 5)), "sum")
+    maps = bench_pag.arguments(case)
+    truth = bench_pag.float64_result(case, [each.detach().double() for each in maps])
+    for function in bench_pag.plain(case).values():
+        assert measure.relative_error(function(*maps), truth) < 1e-6
+
+
+def test_bytes_that_the_gate_and_pooling_move():
+    maps = (1, 2, 2, 2), (1, 3, 4, 4), (1, 5, 2, 2)
+    gate = bench_pag.Case(maps)
+    assert bench_pag.moved(gate, "forward") == 4 * (8 + 48 + 20 + 40)
+    assert bench_pag.moved(gate, "full") == 4 * (8 + 48 + 20 + 40 + 12 + 48)  # the pooled map's part, and its gradient
+    total = bench_pag.Case(((1, 2, 2, 2), (1, 2, 4, 4), (1, 2, 2, 2)), "sum", dtype=torch.bfloat16)
+    assert bench_pag.moved(total, "forward") == 2 * (8 + 32 + 8 + 8)
+    assert bench_pag.moved(total, "full") == 2 * (8 + 32 + 8 + 8 + 8 + 32)
+    unpool = bench_pag.Case(((1, 2, 5, 4),), kernel_size=2)
+    assert bench_pag.moved(unpool, "forward") == 2 * (160 + 12 * 5)
+    assert bench_pag.moved(unpool, "full") == 4 * (160 + 12 * 5)
+
+
+@pytest.mark.parametrize("case", [*bench_pag.CPU_CASES, *bench_pag.CUDA_CASES], ids=str)
+def test_switches_of_the_timed_gates_are_on(case):
+    decoder, *encoders = case.shapes
+    assert all(shape[2] >= decoder[2] and shape[3] >= decoder[3] for shape in encoders)
 
 
 @pytest.mark.parametrize("case", BALS, ids=str)
@@ -60,17 +135,46 @@ def test_peak_memory():
     assert measure.peak_memory(function, "cpu") == pytest.approx(8 << 20, rel=0.2)
 
 
+def test_kept_memory():
+    x, y = (torch.randn(100, requires_grad=True) for _ in range(2))
+    assert measure.kept_memory(lambda x: x[10:] * 2, [x]) == 0
+    assert measure.kept_memory(lambda x, y: x[:50] * y[50:], [x, y]) == 0  # the arguments'
+    assert measure.kept_memory(torch.exp, [x]) == 0  # the result's
+    assert measure.kept_memory(lambda x: x.exp().sin() + 0, [x]) == 400  # both save the one map
+    assert measure.kept_memory(lambda x: x.exp()[:50].sin() + 0, [x]) == 400  # views hold all of it
+    assert measure.kept_memory(lambda x, y: (x * 3).sin() * (y * 5).sin(), [x, y]) == 4 * 400
+    with torch.no_grad():
+        assert measure.kept_memory(lambda x: x.exp().sin(), [x]) == 0
+    # An index takes eight bytes.
+    assert measure.kept_memory(baselines.pag("concat", "cpu")["eager"], bench_pag.arguments(PAG)) == 8 * 2 * 4 * 4 * 5
+    assert measure.kept_memory(baselines.pag_unpool(2, "cpu")["eager"], bench_pag.arguments(UNPOOL)) == 8 * 2 * 3 * 4 * 4
+
+
+def test_bars_hold_beside_the_best_baseline_and_eager():
+    case = replace(PAG, bar=2.5)
+    assert (
+        bench_pag.bars(case, "forward", ["eager", "compile"], "compile")
+        == bench_pag.bars(PAG, "full", ["eager"], "eager")
+        == {}
+    )
+    assert bench_pag.bars(case, "full", ["eager"], "eager") == {"eager": (2.5, None, 3)}
+    assert bench_pag.bars(case, "full", ["eager", "compile"], "compile") == {
+        "eager": (None, None, 3),
+        "compile": (2.5, None, None),
+    }
+
+
 def test_summary():
     assert measure.summary([5.0, 1.0, 3.0, 2.0, 4.0])["median"] == 3.0
     assert measure.relative_error(torch.ones(3), torch.ones(3, dtype=torch.float64)) == 0
 
 
-def rows(kind, bars):
+def rows(kind, bars, kept=None):
     """What a suite would write of two kernels that take 2 ms and 1 MB, beside baselines that take 4 and 16 ms, 3 and 9 MB."""
     numbers = {"segops": (2.0, 1), "segops triton": (2.0, 1), "fast": (4.0, 3), "slow": (16.0, 9)}
     times = {name: {"median": ms, "p20": ms, "p80": ms} for name, (ms, _) in numbers.items()}
     calls = {name: lambda mega=mega: torch.empty(mega * 10**6, dtype=torch.uint8) for name, (_, mega) in numbers.items()}
-    return measure.rows(kind, calls, times, ["slow", "fast"], 1.0, bars, "cpu")
+    return measure.rows(kind, calls, times, ["slow", "fast"], 1.0, bars, "cpu", kept)
 
 
 def test_report(tmp_path):
@@ -103,3 +207,27 @@ def test_report(tmp_path):
         lines = list(csv.DictReader(file))
     assert len(lines) == 2 * 4 * 2  # passes, implementations, baselines
     assert lines[0]["baseline"] == "slow" and float(lines[0]["ratio"]) == 8 and lines[0]["bar"] == ""
+
+
+def test_report_of_kept_memory(tmp_path):
+    kept = {"segops": 10**6, "segops triton": 0, "fast": 2 * 10**6, "slow": 8 * 10**6}
+    bars = {"slow": (7, None, 3), "fast": (None, None, 3)}
+    cases = [{"case": "1", "gate": 0.0, **row} for row in rows("forward", {}) + rows("full", bars, kept)]
+    table = report.write({"environment": {"device": "X", "torch": "2"}, "rows": cases}, tmp_path, "a-cpu")
+    header, dashes, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert {len(header), len(dashes), *map(len, lines)} == {18}
+    assert header[14:] == ["kept MB", "its kept MB", "kept ratio", "kept bar"]
+    assert [line[1:3] + line[14:] for line in lines if line[2] == "segops"] == [
+        *[["forward", "segops", "", "", "", ""]] * 2,
+        ["full", "segops", "1.0", "8.0", "8.00", "3 met"],
+        ["full", "segops", "1.0", "2.0", "2.00", "3 MISSED"],
+    ]
+    assert lines[-1][14:] == ["0.0", "2.0", "inf", ""]
+    with open(tmp_path / "a-cpu.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert lines[0]["kept"] == "" and lines[8]["kept"] == "1000000" and float(lines[8]["kept_ratio"]) == 8
+
+
+def test_committed_results_still_render():
+    stored = Path(report.__file__).parent / "results" / "bal-cpu.json"
+    assert report.render(json.loads(stored.read_text())) + "\n" == stored.with_suffix(".md").read_text()

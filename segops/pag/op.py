@@ -1,0 +1,468 @@
+"""The partial-attention gate, and max pooling whose offsets take a byte: the public functions, and the ops behind them.
+
+Both are max pooling over windows that side by side cover a map. What backward needs, and what unpooling takes, is where in its window each
+maximum lay: a number below the window's size, so a byte, where PyTorch keeps the index into the map in eight.
+"""
+
+import functools
+
+import torch
+
+from .._library import LIBRARY, autocast_dtype, memory_format, transformed
+from ..backend import select
+from . import reference
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_MAPS = 32  # kMaxMaps in csrc/pag/pag_cuda.cu
+
+
+def partial_attention_gate(decoder, encoders, *, merge="concat"):
+    """Encoder maps max-pooled to the decoder's size and merged with it, in one pass.
+
+    Haloi, "Rethinking Convolutional Semantic Segmentation Learning", arXiv:1710.07991, "Partial attention", Eq. 3 and Fig. 4::
+
+        switch i is on iff H_i >= h and W_i >= w; the other encoder maps are left out
+        op_i(E_i) = E_i max-pooled to (h, w), per axis with windows [floor(j * H_i / h), ceil((j + 1) * H_i / h)): stride and window
+                    H_i / h where that divides, the identity where it is 1, as `F.adaptive_max_pool2d` where it does not divide
+        merge="concat"   cat([decoder, op_i(E_i) for each i that is on], 1)
+        merge="sum"      decoder + the sum of op_i(E_i)
+
+    Args:
+        decoder: (N, C, h, w), any strides; float32, bfloat16, float16, or float64 (CPU and reference backend).
+        encoders: list or tuple of (N, C_i, H_i, W_i), decoder's dtype and device.
+        merge: "concat" (default), or "sum", for which every map that is on must have C channels.
+
+    Returns:
+        (N, C + sum of C_i, h, w) for "concat", (N, C, h, w) for "sum", in decoder's dtype and suggested memory format; a copy of the
+        decoder where no switch is on. Sums are taken in float32 at least and rounded once. NaN propagates and the
+        gradient of a tie goes to the first element, as in `F.max_pool2d`. Deterministic.
+
+    Backward keeps one byte for each pooled element, two where windows have more than 256 elements. Gradients of the decoder and of encoder maps
+    that need no pooling are views of the output's. Double backward is not supported.
+
+    Under autocast the maps are cast to the widest of their dtypes first. With 32 encoder maps or more that are on, with windows of more than
+    65536 elements, and under `torch.func` transforms and forward-mode differentiation, PyTorch's ops run. Under compile and export the
+    switches specialise.
+
+    Raises:
+        TypeError: a map that is no floating-point tensor, encoders that are no list or tuple, mixed dtypes.
+        ValueError: wrong rank, no channels, an empty height or width, mixed batches or devices, unknown merge, a map that is on and has not
+            C channels under "sum".
+        RuntimeError: a forced backend that cannot run here (see `segops.backend`); double backward.
+    """
+    check_merge(merge)
+    if not isinstance(encoders, (list, tuple)):
+        raise TypeError(f"encoders must be a list or tuple of torch.Tensor; got {type(encoders).__name__}")
+    decoder, *encoders = _autocast(decoder, *encoders)
+    encoders = _switched_on(decoder, encoders, merge)
+    backend = select("partial_attention_gate", decoder)
+    if transformed():
+        return reference.partial_attention_gate(decoder, encoders, merge)
+    if backend == "reference" or len(encoders) >= MAX_MAPS or _has_huge_windows(decoder, encoders):
+        return _laid_out(reference.partial_attention_gate(decoder, encoders, merge), decoder)
+    return torch.ops.segops.pag(decoder, encoders, merge, _is_channels_last(decoder), backend)[0]
+
+
+def max_pool2d_with_offsets(input, kernel_size):
+    """Max pooling that remembers where in its window each maximum lay, in one byte.
+
+    As ``F.max_pool2d(input, kernel_size, ceil_mode=True, return_indices=True)``: stride = kernel_size, no padding, windows clipped
+    at the lower and right border; the same values, ties (the first element) and NaN (which propagates; its last occurrence). Made
+    for SegNet's decoder (Badrinarayanan et al., "SegNet"), at an eighth of the memory that indices take.
+
+    Args:
+        input: (N, C, H, W), any strides; float32, bfloat16, float16, or float64 (CPU and reference backend).
+        kernel_size: int or (kh, kw), kh * kw <= 256.
+
+    Returns:
+        pooled: (N, C, ceil(H / kh), ceil(W / kw)), input's dtype and suggested memory format; differentiable any number of times.
+        offsets: the same shape, uint8: dy * kw + dx of the maximum in the window as it would be unclipped.
+
+    Under `torch.func` transforms and forward-mode differentiation PyTorch's ops run.
+
+    Raises:
+        TypeError: input that is no floating-point tensor, kernel_size that is no int or pair of ints.
+        ValueError: wrong rank, no channels, an empty height or width, kernel_size not positive or of more than 256 elements.
+        RuntimeError: a forced backend that cannot run here (see `segops.backend`).
+    """
+    kernel_size = _check_kernel(kernel_size)
+    _check_map("input", input)
+    backend = select("max_pool2d_with_offsets", input)
+    if transformed():
+        return reference.max_pool2d_with_offsets(input, kernel_size)
+    if backend == "reference":
+        pooled, offsets = reference.max_pool2d_with_offsets(input, kernel_size)
+        return _laid_out(pooled, input), _laid_out(offsets, input)
+    return torch.ops.segops.pag_max_pool(input, kernel_size, _is_channels_last(input), backend)
+
+
+def max_unpool2d_with_offsets(pooled, offsets, kernel_size, output_size):
+    """The inverse of `max_pool2d_with_offsets`: zeros, and each pooled value where its offset says.
+
+    As `F.max_unpool2d`, with a byte per element in place of an index. An offset that points outside its window, which pooling does
+    not make, places nothing.
+
+    Args:
+        pooled: (N, C, h, w), any strides; float32, bfloat16, float16, or float64 (CPU and reference backend).
+        offsets: (N, C, h, w) uint8, as `max_pool2d_with_offsets` returns them.
+        kernel_size: int or (kh, kw), that of the pooling.
+        output_size: (H, W), or a shape that ends in them, with ceil(H / kh) = h and ceil(W / kw) = w.
+
+    Returns:
+        (N, C, H, W), pooled's dtype and suggested memory format; differentiable any number of times. Deterministic.
+
+    Under `torch.func` transforms and forward-mode differentiation PyTorch's ops run.
+
+    Raises:
+        TypeError: pooled that is no floating-point tensor, offsets that are no uint8 tensor, sizes that are no ints.
+        ValueError: wrong rank or shape, mixed devices, kernel_size not positive or of more than 256 elements, an
+            output_size that does not fit.
+        RuntimeError: a forced backend that cannot run here (see `segops.backend`).
+    """
+    kernel_size = _check_kernel(kernel_size)
+    _check_map("pooled", pooled)
+    size = _check_unpooling(pooled, offsets, kernel_size, output_size)
+    backend = select("max_unpool2d_with_offsets", pooled)
+    if transformed():
+        return reference.max_unpool2d_with_offsets(pooled, offsets, kernel_size, size)
+    if backend == "reference":
+        return _laid_out(reference.max_unpool2d_with_offsets(pooled, offsets, kernel_size, size), pooled)
+    return torch.ops.segops.pag_max_unpool(pooled, offsets, kernel_size, size, _is_channels_last(pooled), backend)
+
+
+def _is_channels_last(tensor):
+    return memory_format(tensor) == torch.channels_last
+
+
+def _laid_out(result, like):
+    return result.contiguous(memory_format=memory_format(like))
+
+
+def _has_huge_windows(decoder, encoders):
+    return any(window_elements(each.shape, decoder.shape) > 65536 for each in encoders)  # more than two bytes number
+
+
+def _autocast(*maps):
+    """The floating-point maps in the widest of their dtypes where autocast is on for the first one's device."""
+    floating = [isinstance(each, torch.Tensor) and each.is_floating_point() for each in maps]
+    if not floating[0] or autocast_dtype(maps[0]) is None:
+        return maps
+    widest = functools.reduce(torch.promote_types, (each.dtype for each, cast in zip(maps, floating, strict=True) if cast))
+    return tuple(each.to(widest) if cast else each for each, cast in zip(maps, floating, strict=True))
+
+
+def _check_map(name, tensor):
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {tensor.dtype}")
+    if tensor.dim() != 4:
+        raise ValueError(f"{name} must have shape (N, C, H, W); got {tuple(tensor.shape)}")
+    if 0 in tensor.shape[1:]:
+        raise ValueError(f"{name} must have channels, a height and a width of at least 1; got shape {tuple(tensor.shape)}")
+
+
+def check_merge(merge):
+    if merge not in ("concat", "sum"):
+        raise ValueError(f"merge must be 'concat' or 'sum'; got {merge!r}")
+
+
+def _switched_on(decoder, encoders, merge):
+    """Raises the errors of `partial_attention_gate` that are about its maps; returns the encoder maps that are on."""
+    _check_map("decoder", decoder)
+    on = []
+    for i, encoder in enumerate(encoders):
+        name = f"encoders[{i}]"
+        _check_map(name, encoder)
+        if encoder.dtype != decoder.dtype:
+            raise TypeError(f"{name} must have decoder's dtype {decoder.dtype}; got {encoder.dtype}")
+        if encoder.device != decoder.device:
+            raise ValueError(f"{name} must be on decoder's device {decoder.device}; got {encoder.device}")
+        if encoder.shape[0] != decoder.shape[0]:
+            raise ValueError(f"{name} must have decoder's batch of {decoder.shape[0]}; got shape {tuple(encoder.shape)}")
+        if encoder.shape[2] < decoder.shape[2] or encoder.shape[3] < decoder.shape[3]:
+            continue
+        if merge == "sum" and encoder.shape[1] != decoder.shape[1]:
+            raise ValueError(
+                f"{name} must have decoder's {decoder.shape[1]} channels where merge is 'sum'; got shape {tuple(encoder.shape)}"
+            )
+        on.append(encoder)
+    return on
+
+
+def _is_int(value):
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+
+
+def _check_kernel(kernel_size):
+    """Raises on a bad kernel_size; returns it as [kh, kw]."""
+    sides = [kernel_size] * 2 if _is_int(kernel_size) else kernel_size
+    if not isinstance(sides, (list, tuple)) or len(sides) != 2 or not all(map(_is_int, sides)):
+        raise TypeError(f"kernel_size must be an int or a pair of ints; got {kernel_size!r}")
+    if min(sides) < 1:
+        raise ValueError(f"kernel_size must be positive; got {kernel_size!r}")
+    if sides[0] * sides[1] > 256:
+        raise ValueError(f"kernel_size must have at most 256 elements, which a byte can number; got {kernel_size!r}")
+    return list(sides)
+
+
+def _check_unpooling(pooled, offsets, kernel_size, output_size):
+    """Raises on offsets or an output_size that do not fit; returns output_size as [H, W]."""
+    if not isinstance(offsets, torch.Tensor):
+        raise TypeError(f"offsets must be a torch.Tensor; got {type(offsets).__name__}")
+    if offsets.dtype != torch.uint8:
+        raise TypeError(f"offsets must be uint8; got {offsets.dtype}")
+    if offsets.shape != pooled.shape:
+        raise ValueError(f"offsets must have pooled's shape {tuple(pooled.shape)}; got {tuple(offsets.shape)}")
+    if offsets.device != pooled.device:
+        raise ValueError(f"offsets must be on pooled's device {pooled.device}; got {offsets.device}")
+    if not isinstance(output_size, (list, tuple)) or not all(map(_is_int, output_size)):
+        raise TypeError(f"output_size must be ints (H, W), or a shape that ends in them; got {output_size!r}")
+    size = list(output_size[-2:])
+    if (len(output_size) == 4 and tuple(output_size[:2]) != tuple(pooled.shape[:2])) or len(output_size) not in (2, 4):
+        raise ValueError(
+            f"output_size must be (H, W), or (N, C, H, W) with pooled's {tuple(pooled.shape[:2])}; got {tuple(output_size)}"
+        )
+    for side, windows, kernel in zip(size, pooled.shape[2:], kernel_size, strict=True):
+        if -(-side // kernel) != windows:  # with inequalities, export would not see that it always holds
+            raise ValueError(
+                f"output_size must be what windows of {tuple(kernel_size)} cut into {tuple(pooled.shape[2:])}; got {tuple(output_size)}"
+            )
+    return size
+
+
+# `channels_last` is how an op reads and writes its maps, and its offsets: backward must know without looking at strides.
+# pag -> the merged maps; the offsets of all pooled maps, in order, each map's from a multiple of 16 bytes on
+LIBRARY.define("pag(Tensor decoder, Tensor[] encoders, str merge, bool channels_last, str backend) -> (Tensor, Tensor)")
+LIBRARY.define("pag_grad(Tensor grad, Tensor offsets, SymInt[] size, bool channels_last, str backend) -> Tensor")
+# The other three are linear, once where the maxima lie is known: unpool and gather are each other's derivative.
+LIBRARY.define("pag_max_pool(Tensor input, int[] kernel_size, bool channels_last, str backend) -> (Tensor, Tensor)")
+LIBRARY.define(
+    "pag_max_unpool(Tensor pooled, Tensor offsets, int[] kernel_size, SymInt[] size, bool channels_last, str backend) -> Tensor"
+)
+LIBRARY.define("pag_max_gather(Tensor input, Tensor offsets, int[] kernel_size, bool channels_last, str backend) -> Tensor")
+# The kernels, which csrc/pag/pag.h describes.
+LIBRARY.define(
+    "pag_pool(Tensor[] maps, Tensor(a!) out, Tensor(b!) offsets, int[] kernel_size, bool concat, bool channels_last) -> ()"
+)
+LIBRARY.define("pag_scatter(Tensor pooled, Tensor offsets, Tensor(a!) out, int[] kernel_size, bool channels_last) -> ()")
+LIBRARY.define("pag_gather(Tensor input, Tensor offsets, Tensor(a!) out, int[] kernel_size, bool channels_last) -> ()")
+
+
+def _kernels(backend):
+    if backend == "native":
+        return torch.ops.segops
+    from . import triton_kernels  # importing Triton takes a second: only those who use it pay
+
+    return triton_kernels
+
+
+def _empty(shape, like, channels_last, dtype=None):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
+
+
+def _readable(tensor, channels_last):
+    """The tensor with neighbours side by side along x, or along the channels: a kernel does with any other strides."""
+    dim = 1 if channels_last else 3
+    if tensor.stride(dim) == 1 or tensor.shape[dim] == 1:
+        return tensor
+    return tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _dense(tensor, channels_last):
+    return tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _is_positive(k):
+    """1 if k > 0, 0 if k = 0. Without a branch, of which export would make a guard."""
+    return -(-k // (k + 1))
+
+
+def longest_window(size, out):
+    """The largest ceil((j + 1) * size / out) - floor(j * size / out): size / out, or between integers the next one or the one after it."""
+    rest = size % out
+    between = _is_positive(rest)
+    return size // out + between * (1 + _is_positive(out % (rest + 1 - between)))
+
+
+def window_elements(shape, out_shape):
+    """Elements of the largest window where a map is pooled to out_shape."""
+    return longest_window(shape[2], out_shape[2]) * longest_window(shape[3], out_shape[3])
+
+
+def is_pooled(shape, out_shape):
+    return shape[2] != out_shape[2] or shape[3] != out_shape[3]
+
+
+def offset_bytes(shape, out_shape):
+    """Bytes that the offsets of a map pooled to out_shape take."""
+    each = 1 + _is_positive((window_elements(shape, out_shape) - 1) // 256)
+    return shape[0] * shape[1] * out_shape[2] * out_shape[3] * each
+
+
+def round_up(bytes):
+    return -(-bytes // 16) * 16
+
+
+def _empty_pag(decoder, encoders, merge, channels_last, backend):
+    n, c, h, w = decoder.shape
+    channels = c + sum(each.shape[1] for each in encoders) if merge == "concat" else c
+    held = sum(round_up(offset_bytes(each.shape, decoder.shape)) for each in encoders if is_pooled(each.shape, decoder.shape))
+    return _empty((n, channels, h, w), decoder, channels_last), torch.empty(held, dtype=torch.uint8, device=decoder.device)
+
+
+def _pag(decoder, encoders, merge, channels_last, backend):
+    out, offsets = _empty_pag(decoder, encoders, merge, channels_last, backend)
+    if out.numel():
+        maps = [_readable(each, channels_last) for each in (decoder, *encoders)]
+        _kernels(backend).pag_pool(maps, out, offsets, [], merge == "concat", channels_last)
+        begin = 0
+        for each in encoders:
+            if is_pooled(each.shape, decoder.shape):
+                held = offset_bytes(each.shape, decoder.shape)
+                if held % 16:
+                    offsets[begin + held : begin + round_up(held)] = 0  # what comes out of an op is never by chance
+                begin += round_up(held)
+    return out, offsets
+
+
+def _empty_pag_grad(grad, offsets, size, channels_last, backend):
+    return _empty((*grad.shape[:2], *size), grad, channels_last)
+
+
+def _pag_grad(grad, offsets, size, channels_last, backend):
+    out = _empty_pag_grad(grad, offsets, size, channels_last, backend)
+    if out.numel():
+        _kernels(backend).pag_scatter(_readable(grad, channels_last), offsets, out, [], channels_last)
+    return out
+
+
+def _empty_max_pool(input, kernel_size, channels_last, backend):
+    n, c, *size = input.shape
+    shape = (n, c, *(-(-side // kernel) for side, kernel in zip(size, kernel_size, strict=True)))
+    return _empty(shape, input, channels_last), _empty(shape, input, channels_last, torch.uint8)
+
+
+def _max_pool(input, kernel_size, channels_last, backend):
+    pooled, offsets = _empty_max_pool(input, kernel_size, channels_last, backend)
+    if pooled.numel():
+        _kernels(backend).pag_pool([_readable(input, channels_last)], pooled, offsets, kernel_size, True, channels_last)
+    return pooled, offsets
+
+
+def _empty_max_unpool(pooled, offsets, kernel_size, size, channels_last, backend):
+    return _empty((*pooled.shape[:2], *size), pooled, channels_last)
+
+
+def _max_unpool(pooled, offsets, kernel_size, size, channels_last, backend):
+    out = _empty_max_unpool(pooled, offsets, kernel_size, size, channels_last, backend)
+    if out.numel():
+        offsets = _dense(offsets, channels_last)
+        _kernels(backend).pag_scatter(_readable(pooled, channels_last), offsets, out, kernel_size, channels_last)
+    return out
+
+
+def _empty_max_gather(input, offsets, kernel_size, channels_last, backend):
+    return _empty(offsets.shape, input, channels_last)
+
+
+def _max_gather(input, offsets, kernel_size, channels_last, backend):
+    out = _empty_max_gather(input, offsets, kernel_size, channels_last, backend)
+    if out.numel():
+        offsets = _dense(offsets, channels_last)
+        _kernels(backend).pag_gather(_readable(input, channels_last), offsets, out, kernel_size, channels_last)
+    return out
+
+
+LIBRARY.impl("pag", _pag, "CompositeExplicitAutograd")
+LIBRARY.impl("pag_grad", _pag_grad, "CompositeExplicitAutograd")
+LIBRARY.impl("pag_max_pool", _max_pool, "CompositeExplicitAutograd")
+LIBRARY.impl("pag_max_unpool", _max_unpool, "CompositeExplicitAutograd")
+LIBRARY.impl("pag_max_gather", _max_gather, "CompositeExplicitAutograd")
+torch.library.register_fake("segops::pag", _empty_pag, lib=LIBRARY)
+torch.library.register_fake("segops::pag_grad", _empty_pag_grad, lib=LIBRARY)
+torch.library.register_fake("segops::pag_max_pool", _empty_max_pool, lib=LIBRARY)
+torch.library.register_fake("segops::pag_max_unpool", _empty_max_unpool, lib=LIBRARY)
+torch.library.register_fake("segops::pag_max_gather", _empty_max_gather, lib=LIBRARY)
+for _kernel in ("pag_pool", "pag_scatter", "pag_gather"):
+    torch.library.register_fake(f"segops::{_kernel}", lambda *args: None, lib=LIBRARY)
+
+
+def _setup_pag(ctx, inputs, output):
+    decoder, encoders, *ctx.settings = inputs
+    _, offsets = output
+    ctx.shapes = [each.shape for each in (decoder, *encoders)]
+    ctx.save_for_backward(offsets)
+    ctx.mark_non_differentiable(offsets)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_pag(ctx, grad, _):
+    if grad is None:
+        return None, [None] * (len(ctx.shapes) - 1), None, None, None
+    (offsets,) = ctx.saved_tensors
+    merge, *settings = ctx.settings
+    decoder_shape = ctx.shapes[0]
+    needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
+    grads, channel, offset = [], 0, 0
+    for shape, need in zip(ctx.shapes, needed, strict=True):
+        part = None
+        if need:
+            part = grad.narrow(1, channel, shape[1]) if merge == "concat" else grad
+        if is_pooled(shape, decoder_shape):
+            held = offset_bytes(shape, decoder_shape)
+            if need:
+                part = torch.ops.segops.pag_grad(part, offsets.narrow(0, offset, held), shape[2:], *settings)
+            offset += round_up(held)
+        grads.append(part)
+        channel += shape[1]
+    return grads[0], grads[1:], None, None, None
+
+
+def _refuse_double_backward(ctx, *_):
+    raise RuntimeError("segops.partial_attention_gate: double backward not supported (the reference backend has it)")
+
+
+def _setup_max_pool(ctx, inputs, output):
+    input, *ctx.settings = inputs
+    _, offsets = output
+    ctx.size = input.shape[2:]
+    ctx.save_for_backward(offsets)
+    ctx.mark_non_differentiable(offsets)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_max_pool(ctx, grad, _):
+    if grad is None:
+        return None, None, None, None
+    kernel_size, *settings = ctx.settings
+    return torch.ops.segops.pag_max_unpool(grad, *ctx.saved_tensors, kernel_size, ctx.size, *settings), None, None, None
+
+
+def _setup_max_unpool(ctx, inputs, output):
+    _, offsets, kernel_size, _, *settings = inputs
+    ctx.settings = kernel_size, *settings
+    ctx.save_for_backward(offsets)
+
+
+def _backward_max_unpool(ctx, grad):
+    return torch.ops.segops.pag_max_gather(grad, *ctx.saved_tensors, *ctx.settings), *(None,) * 5
+
+
+def _setup_max_gather(ctx, inputs, output):
+    input, offsets, *ctx.settings = inputs
+    ctx.size = input.shape[2:]
+    ctx.save_for_backward(offsets)
+
+
+def _backward_max_gather(ctx, grad):
+    kernel_size, *settings = ctx.settings
+    return torch.ops.segops.pag_max_unpool(grad, *ctx.saved_tensors, kernel_size, ctx.size, *settings), *(None,) * 4
+
+
+torch.library.register_autograd("segops::pag", _backward_pag, setup_context=_setup_pag, lib=LIBRARY)
+torch.library.register_autograd("segops::pag_grad", _refuse_double_backward, lib=LIBRARY)
+torch.library.register_autograd("segops::pag_max_pool", _backward_max_pool, setup_context=_setup_max_pool, lib=LIBRARY)
+torch.library.register_autograd("segops::pag_max_unpool", _backward_max_unpool, setup_context=_setup_max_unpool, lib=LIBRARY)
+torch.library.register_autograd("segops::pag_max_gather", _backward_max_gather, setup_context=_setup_max_gather, lib=LIBRARY)

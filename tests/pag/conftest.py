@@ -1,0 +1,220 @@
+"""What the tests of the partial-attention gate and of pooling with offsets share: maps, PyTorch's answer, the bounds of the contract."""
+
+import itertools
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._prims_common import suggest_memory_format
+
+import segops
+
+from ..targets import CUDA as CUDA
+from ..targets import TARGETS
+
+INTERPRETED = ("cpu", "triton")
+REFERENCE = pytest.param(("cpu", "reference"), id="reference")
+FAST = [each for each in TARGETS if each.values[0] != INTERPRETED]
+# The interpreter takes milliseconds for each program of a kernel: it runs what is about kernels, on small maps.
+fast_targets = pytest.mark.parametrize("target", FAST, indirect=True)
+fast_implementations = pytest.mark.parametrize("implementation", [*FAST, REFERENCE], indirect=True)
+
+DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
+FORMATS = {"contiguous": (False,), "channels_last": (True,), "mixed": (False, True, True, False), "mixed too": (True, False)}
+
+
+@pytest.fixture(params=[*TARGETS, REFERENCE])
+def implementation(request):
+    """As `target`, and the reference: what the public functions promise holds there too."""
+    device, backend = request.param
+    with segops.backend(backend):
+        yield device, backend
+
+
+def runs(device, backend, dtype):
+    """Whether this implementation has kernels for the dtype, and the interpreter the time."""
+    if (device, backend) == INTERPRETED:
+        return dtype == torch.float32
+    return dtype != torch.float64 or device == "cpu"
+
+
+def pairs(cases, targets=TARGETS, dtypes=DTYPES):
+    """(target, case, dtype) for parametrize: all that run, and on the interpreter the cases that are `small`, in float32."""
+    return [
+        pytest.param(each.values[0], case, dtype, id=f"{each.id}-{str(dtype)[6:]}-{case}", marks=each.marks)
+        for each in targets
+        for dtype in dtypes
+        for case in cases
+        if runs(*each.values[0], dtype) and (each.values[0] != INTERPRETED or case.small)
+    ]
+
+
+def draw(shape, dtype=torch.float64, device="cpu", seed=0, channels_last=False):
+    """The same numbers in every dtype under test; few enough for ties to happen."""
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16).to(device, dtype)
+    return drawn.contiguous(memory_format=torch.channels_last) if channels_last else drawn
+
+
+def draw_integers(shape, dtype=torch.float64, device="cpu", seed=0, channels_last=False):
+    """Numbers of few bits: their sums are exact in every dtype and in any order, and ties are many."""
+    drawn = torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    return drawn.contiguous(memory_format=torch.channels_last) if channels_last else drawn
+
+
+@dataclass(frozen=True)
+class Case:
+    """A decoder of this shape and encoder maps (channels, height, width). Which maps are channels_last, decoder first, goes round."""
+
+    decoder: tuple
+    encoders: tuple = ()
+    merge: str = "concat"
+    channels_last: tuple = (False,)
+    small: bool = False
+
+    def __str__(self):
+        n, *rest = ("x".join(map(str, each)) for each in ((self.decoder[0],), self.decoder[1:], *self.encoders))
+        return f"{n}: {' '.join(rest)}"
+
+    def variants(self, target):
+        """Both merges, in every combination of memory formats; one of each for the interpreter."""
+        for merge, (name, channels_last) in itertools.product(("concat", "sum"), FORMATS.items()):
+            if target != INTERPRETED or (merge, name) in (("concat", "contiguous"), ("sum", "channels_last")):
+                yield f"{merge}, {name}", replace(self, merge=merge, channels_last=channels_last)
+
+    @property
+    def overlaps(self):
+        """Whether windows do: where they do not divide the map."""
+        h, w = self.decoder[2:]
+        return any(height >= h and width >= w and (height % h or width % w) for _, height, width in self.encoders)
+
+    def shapes(self):
+        n, c, *_ = self.decoder
+        return self.decoder, *((n, c if self.merge == "sum" else each[0], *each[1:]) for each in self.encoders)
+
+    def maps(self, dtype=torch.float64, device="cpu", draw=draw):
+        """The decoder, and the encoder maps."""
+        formats = self.channels_last * (1 + len(self.encoders))
+        return [
+            draw(shape, dtype, device, i, channels_last).requires_grad_()
+            for i, (shape, channels_last) in enumerate(zip(self.shapes(), formats, strict=False))
+        ]
+
+    def op(self, decoder, *encoders):
+        return segops.partial_attention_gate(decoder, encoders, merge=self.merge)
+
+    def plain(self, decoder, *encoders):
+        """As one writes it with PyTorch, in the maps' dtype."""
+        h, w = decoder.shape[2:]
+        pooled = [max_pool(each, (h, w)) for each in encoders if each.shape[2] >= h and each.shape[3] >= w]
+        return torch.cat([decoder, *pooled], 1) if self.merge == "concat" else sum(pooled, decoder.clone())
+
+
+def max_pool(map, out):
+    """To this size: the pooling that a network would call, and the adaptive one where there is no such."""
+    (height, width), (h, w) = map.shape[2:], out
+    if height % h or width % w:
+        return F.adaptive_max_pool2d(map, out)
+    return F.max_pool2d(map, (height // h, width // w))
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """A map of this shape under windows of this size."""
+
+    shape: tuple
+    kernel: int | tuple
+    channels_last: bool = False
+    small: bool = False
+
+    def __str__(self):
+        sides = "x".join(map(str, self.kernel)) if isinstance(self.kernel, tuple) else self.kernel
+        return f"{'x'.join(map(str, self.shape))} by {sides}"
+
+    @property
+    def sides(self):
+        return (self.kernel, self.kernel) if isinstance(self.kernel, int) else self.kernel
+
+    def variants(self):
+        for channels_last in (False, True):
+            yield "channels_last" if channels_last else "contiguous", replace(self, channels_last=channels_last)
+
+    def map(self, dtype=torch.float64, device="cpu", draw=draw):
+        return draw(self.shape, dtype, device, 0, self.channels_last).requires_grad_()
+
+    def pool(self, map):
+        return segops.max_pool2d_with_offsets(map, self.kernel)
+
+    def unpool(self, pooled, offsets):
+        return segops.max_unpool2d_with_offsets(pooled, offsets, self.kernel, self.shape)
+
+    def plain_pool(self, map):
+        """Pooled, and the index into the map."""
+        return F.max_pool2d(map, self.kernel, ceil_mode=True, return_indices=True)
+
+    def plain_unpool(self, pooled, index):
+        return F.max_unpool2d(pooled, index, self.kernel, output_size=self.shape[2:])
+
+    def index(self, offsets):
+        """PyTorch's, of where these offsets point."""
+        (kernel_h, kernel_w), (_, _, height, width) = self.sides, self.shape
+        y, x = (torch.arange(0, size, by, device=offsets.device) for size, by in ((height, kernel_h), (width, kernel_w)))
+        dy, dx = offsets.long() // kernel_w, offsets.long() % kernel_w
+        assert ((dy < kernel_h) & (y[:, None] + dy < height) & (x + dx < width)).all(), "an offset outside its window"
+        return (y[:, None] + dy) * width + x + dx
+
+
+def gradients(out, inputs, grad=None, draw=draw, **options):
+    """Of `inputs`, for a gradient of the output that is the same numbers in every dtype."""
+    return torch.autograd.grad(out, inputs, draw(out.shape, out.dtype, out.device, 99) if grad is None else grad, **options)
+
+
+def output_and_gradients(function, inputs, draw=draw):
+    out = function(*inputs)
+    return [out.detach(), *gradients(out, inputs, draw=draw)]
+
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def same_values(a, b):
+    """`torch.equal`, and NaN wherever the other has one."""
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(*(each.masked_fill(each.isnan(), 0) for each in (a, b)))
+
+
+def same_bits(a, b):
+    """Also zeros of the same sign."""
+    integers = INTEGERS[a.element_size()]
+    bits = (each.masked_fill(each.isnan(), 0).contiguous().view(integers) for each in (a, b))
+    return a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(*bits)
+
+
+def fresh_strides(shape, like):
+    """Of a new tensor in the memory format that the other one suggests."""
+    return torch.empty(shape, device="meta", memory_format=suggest_memory_format(like)).stride()
+
+
+def relative_error(value, truth):
+    """In relative norm; of what is zero, as an absolute size."""
+    value, truth = value.double().cpu(), truth.double().cpu()
+    return ((value - truth).norm() / (truth.norm() if truth.any() else 1)).item()
+
+
+def assert_close(name, value, plain, truth):
+    """In relative norm against float64, bounded by PyTorch's own error in the same dtype."""
+    assert value.shape == truth.shape and value.dtype == plain.dtype, name
+    error, plain_error = relative_error(value, truth), relative_error(plain, truth)
+    if value.dtype == torch.float64:
+        bound = 1e-12
+    elif value.dtype == torch.float32:
+        bound = min(1e-5, max(1e-6, 2 * plain_error))
+    else:
+        bound = 1.5 * plain_error
+    assert error <= bound, f"{name}: {error:.2e}, plain PyTorch {plain_error:.2e}, bound {bound:.2e}"
+
+
+def names_of(function):
+    """Of everything that the profiler sees, as often as it does."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    return [event.name for event in profile.events()]

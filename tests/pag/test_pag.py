@@ -1,0 +1,1002 @@
+"""The partial-attention gate, and pooling with offsets: values, gradients and layouts, on every backend that runs here."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import segops
+from segops.pag import op, reference
+
+from .conftest import (
+    CUDA,
+    DTYPES,
+    INTERPRETED,
+    REFERENCE,
+    TARGETS,
+    Case,
+    Pooling,
+    assert_close,
+    draw,
+    draw_integers,
+    fast_implementations,
+    fast_targets,
+    fresh_strides,
+    gradients,
+    names_of,
+    output_and_gradients,
+    pairs,
+    same_bits,
+    same_values,
+)
+
+# The oracle itself, one element at a time, and what the ops compute before any kernel runs.
+
+
+def literal_window(j, size, out):
+    return range(math.floor(j * size / out), math.ceil((j + 1) * size / out))
+
+
+@pytest.mark.parametrize("merge", ["concat", "sum"])
+def test_reference_is_the_paper(merge):
+    case = Case((2, 2, 4, 5), ((2, 8, 10), (2, 9, 7), (2, 4, 5), (2, 3, 20), (2, 12, 5)), merge)
+    decoder, *encoders = maps = [each.detach() for each in case.maps()]
+    parts = [decoder]
+    for encoder in encoders:
+        height, width = encoder.shape[2:]
+        if height < 4 or width < 5:
+            continue
+        parts.append(torch.zeros(2, 2, 4, 5, dtype=torch.float64))
+        for n, c, y, x in itertools.product(*map(range, parts[-1].shape)):
+            rows, columns = literal_window(y, height, 4), literal_window(x, width, 5)
+            parts[-1][n, c, y, x] = max(encoder[n, c, i, j].item() for i in rows for j in columns)
+    expected = torch.cat(parts, 1) if merge == "concat" else torch.stack(parts).sum(0)
+    assert len(parts) == 5
+    with segops.backend("reference"):
+        torch.testing.assert_close(case.op(*maps), expected, rtol=1e-15, atol=1e-15)
+    torch.testing.assert_close(case.plain(*maps), expected, rtol=1e-15, atol=1e-15)
+
+
+def test_reference_offsets_are_positions_in_windows():
+    """Of the first maximum, where windows are clipped too."""
+    map = draw_integers((2, 3, 7, 8))
+    for kernel_h, kernel_w in ((2, 2), (3, 2), (2, 5), (1, 3), (9, 9)):
+        pooled, offsets = reference.max_pool2d_with_offsets(map, (kernel_h, kernel_w))
+        assert pooled.shape == offsets.shape == (2, 3, math.ceil(7 / kernel_h), math.ceil(8 / kernel_w))
+        for n, c, y, x in itertools.product(*(range(size) for size in pooled.shape)):
+            inside = {
+                dy * kernel_w + dx: map[n, c, y * kernel_h + dy, x * kernel_w + dx].item()
+                for dy in range(min(kernel_h, 7 - y * kernel_h))
+                for dx in range(min(kernel_w, 8 - x * kernel_w))
+            }
+            assert pooled[n, c, y, x] == max(inside.values()) == inside[offsets[n, c, y, x].item()]
+            assert offsets[n, c, y, x] == min(at for at, value in inside.items() if value == pooled[n, c, y, x])
+
+
+def test_longest_window():
+    for out in range(1, 25):
+        for size in range(out, 90):
+            lengths = [len(literal_window(j, size, out)) for j in range(out)]
+            assert op.longest_window(size, out) == max(lengths), (size, out)
+
+
+# The gate.
+
+# Exact windows; windows that differ by axis; adaptive ones, which overlap; 256 elements, and more, where an offset takes two bytes.
+CASES = [
+    Case((2, 5, 4, 6), ((3, 8, 12), (4, 16, 24)), small=True),
+    Case((1, 3, 3, 2), ((7, 24, 16),)),
+    Case((1, 4, 5, 4), ((2, 15, 12), (3, 5, 4), (1, 15, 4)), small=True),
+    Case((2, 3, 8, 5), ((4, 16, 20), (3, 8, 20), (2, 24, 5))),
+    Case((2, 3, 4, 5), ((4, 9, 7),), small=True),
+    Case((1, 2, 5, 5), ((3, 7, 7), (2, 7, 5), (1, 5, 9)), small=True),
+    Case((2, 2, 3, 5), ((2, 6, 7), (3, 10, 15), (1, 20, 13))),
+    Case((1, 1, 7, 11), ((2, 29, 50),)),
+    Case((2, 2, 2, 2), ((3, 32, 32), (2, 31, 31))),
+    Case((1, 2, 2, 2), ((3, 40, 40),), small=True),
+    Case((2, 1, 2, 2), ((2, 33, 33), (1, 33, 66), (2, 2, 512), (1, 2, 514))),
+    Case((1, 3, 1, 1), ((2, 16, 16), (2, 257, 1), (1, 1, 256), (2, 70, 90))),
+    Case((2, 3, 1, 1), ((4, 1, 1), (2, 5, 3))),
+    Case((2, 3, 4, 5), ((3, 4, 5),)),
+    Case((2, 3, 4, 4), ((2, 8, 8), (5, 4, 4), (1, 16, 16), (4, 4, 4), (3, 12, 9)), small=True),
+    Case((2, 3, 4, 6), ((2, 3, 12), (3, 8, 12), (4, 8, 5), (1, 3, 5), (2, 4, 6))),
+    Case((2, 3, 4, 6), ((2, 3, 12), (4, 8, 5)), small=True),
+    Case((1, 3, 5, 7)),
+]
+CASES += [Case((2, c, 3, 5), ((c + 1, 6, 10), (c, 3, 5), (c, 7, 9))) for c in (1, 3, 5, 17, 33, 64)]
+SOME = [each for each in CASES if each.small]
+
+
+@pytest.mark.parametrize("target, case, dtype", pairs(CASES), indirect=["target"])
+def test_gate_is_pytorchs(target, case, dtype):
+    """Values of concat to the bit, and gradients where no two windows meet; the rest within the bounds of the contract."""
+    device, _ = target
+    for name, variant in case.variants(target):
+        maps = variant.maps(dtype, device)
+        out, plain = variant.op(*maps), variant.plain(*maps)
+        assert out.dtype == dtype, name
+        on = [i for i, each in enumerate(maps) if each.shape[2] >= out.shape[2] and each.shape[3] >= out.shape[3]]
+        got = gradients(out, maps, allow_unused=True)
+        assert [i for i, each in enumerate(got) if each is not None] == on, name
+        got, wanted = [got[i] for i in on], gradients(plain, [maps[i] for i in on])
+        if variant.merge == "concat":
+            assert same_bits(out.detach(), plain.detach()), name
+        if not variant.overlaps:
+            assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), name
+        if variant.merge == "sum" or variant.overlaps:
+            exact = variant.maps()
+            truth = variant.plain(*exact)
+            assert_close(f"{name}: output", out.detach(), plain.detach(), truth.detach())
+            for i, *each in zip(on, got, wanted, gradients(truth, [exact[i] for i in on]), strict=True):
+                assert_close(f"{name}: map {i}", *each)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=lambda d: str(d)[6:])
+def test_halves_are_copied(target, dtype):
+    """Also by Triton's interpreter, which rounds bfloat16 as no GPU does and is asked for nothing else in it."""
+    case = SOME[0]
+    maps = case.maps(dtype, target[0])
+    for value, plain in zip(*(output_and_gradients(f, maps) for f in (case.op, case.plain)), strict=True):
+        assert torch.equal(value, plain)
+
+
+def assert_equal(case, dtype, device):
+    """Numbers of few bits: exactly what PyTorch has, also where windows overlap."""
+    maps = case.maps(dtype, device, draw_integers)
+    for i, pair in enumerate(zip(*(output_and_gradients(f, maps, draw_integers) for f in (case.op, case.plain)), strict=True)):
+        assert torch.equal(*pair), f"{case}, {case.merge}, channels_last={case.channels_last}, number {i}"
+
+
+@fast_targets
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_tails_of_vectors(target, channels_last):
+    """Every width, and every number of channels, up to more than a vector holds."""
+    for size, dtype in itertools.product(range(1, 41), (torch.float32, torch.bfloat16)):
+        wide = ((1, 4, 2 * size), (2, 2, 3 * size), (1, 2, size), (1, 3, size + 1))
+        assert_equal(Case((1, 2, 2, size), wide, "concat", (channels_last,)), dtype, target[0])
+        deep = ((size, 4, 6), (size, 2, 3), (41 - size, 3, 4))
+        assert_equal(Case((1, size, 2, 3), deep, "concat", (channels_last,)), dtype, target[0])
+        assert_equal(
+            Case((1, size, 2, size), ((size, 2, 2 * size), (size, 4, size)), "sum", (channels_last,)), dtype, target[0]
+        )
+
+
+@fast_targets
+@pytest.mark.parametrize("merge", ["concat", "sum"])
+def test_gate_at_the_size_of_training(target, merge):
+    """Many rows and planes, cut into blocks and among threads."""
+    for dtype, channels_last in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+        assert_equal(
+            Case((2, 16, 32, 40), ((8, 64, 80), (8, 128, 160), (16, 32, 40)), merge, (channels_last,)), dtype, target[0]
+        )
+        assert_equal(Case((3, 8, 33, 45), ((8, 65, 90), (8, 129, 180)), merge, (channels_last,)), dtype, target[0])
+
+
+@pytest.mark.parametrize("dtype, large", [(torch.bfloat16, 256.0), (torch.float16, 2048.0)], ids=str)
+def test_sums_are_rounded_once(implementation, dtype, large):
+    """A one is lost next to the large number, two of them are not: of maps, and of gradients where four windows meet."""
+    device, backend = implementation
+    decoder, ones = (torch.full((1, 2, 2, 2), value, dtype=dtype, device=device) for value in (large, 1.0))
+    assert decoder[0, 0, 0, 0] + 1 == large
+    out = segops.partial_attention_gate(decoder, [ones, torch.ones(1, 2, 4, 6, dtype=dtype, device=device)], merge="sum")
+    assert out.eq(large + 2).all()
+    if backend != "reference":  # whose gradients are PyTorch's
+        encoder = torch.zeros(1, 2, 3, 3, dtype=dtype, device=device)
+        encoder[:, :, 1, 1] = 1
+        grad = torch.tensor([[large, 1.0], [1.0, 0.0]], dtype=dtype, device=device).expand(1, 2, 2, 2)
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            maps = decoder.contiguous(memory_format=memory_format), encoder.requires_grad_()
+            out = segops.partial_attention_gate(maps[0], maps[1:], merge="sum")
+            assert torch.equal(gradients(out, encoder, grad)[0], encoder * (large + 2))
+
+
+@fast_implementations
+@pytest.mark.parametrize("size", [(256, 256), (1, 65537), (300, 301)], ids=str)
+def test_windows_of_more_elements_than_two_bytes_number(implementation, size):
+    """The gradient arrives at the maximum, wherever it is."""
+    device, _ = implementation
+    for channels_last in (False, True):
+        case = Case((1, 2, 1, 1), ((2, *size),), channels_last=(channels_last,))
+        decoder, encoder = case.maps(torch.float32, device)
+        there = torch.zeros_like(encoder)
+        there[:, 0, -1, -1] = there[:, 1, 0, 0] = 1
+        encoder = (encoder + 100 * there).detach().requires_grad_()
+        out = case.op(decoder, encoder)
+        assert torch.equal(out[:, 2:, 0, 0], encoder.amax((2, 3)))
+        assert torch.equal(gradients(out, encoder, torch.ones_like(out))[0], there)
+
+
+def test_all_switches_off_is_a_copy(implementation):
+    device, _ = implementation
+    decoder, smaller = draw((2, 3, 4, 5), torch.float32, device), draw((2, 3, 3, 9), torch.float32, device)
+    for encoders, merge in itertools.product(([], [smaller], (smaller, smaller)), ("concat", "sum")):
+        out = segops.partial_attention_gate(decoder, encoders, merge=merge)
+        assert torch.equal(out, decoder)
+        out.zero_()
+        assert decoder.any()
+
+
+def test_outputs_alias_no_input(implementation):
+    """Neither a map that needs no pooling."""
+    device, _ = implementation
+    decoder, encoder = (draw((2, 3, 4, 5), torch.float32, device, seed) for seed in (0, 1))
+    for merge in ("concat", "sum"):
+        segops.partial_attention_gate(decoder, [encoder], merge=merge).zero_()
+    pooled, offsets = segops.max_pool2d_with_offsets(encoder, 1)
+    segops.max_unpool2d_with_offsets(pooled, offsets, 1, (4, 5)).zero_()
+    assert torch.equal(pooled, encoder)
+    pooled.zero_()
+    assert torch.equal(decoder, draw((2, 3, 4, 5), torch.float32, device))
+    assert torch.equal(encoder, draw((2, 3, 4, 5), torch.float32, device, 1))
+
+
+@fast_implementations
+@pytest.mark.parametrize("merge", ["concat", "sum"])
+def test_maps_that_are_off_need_no_fitting_channels(implementation, merge):
+    decoder, off, on = (draw(shape, torch.float32, implementation[0]) for shape in ((2, 3, 4, 5), (2, 7, 8, 4), (2, 3, 8, 10)))
+    out = segops.partial_attention_gate(decoder, [off, on], merge=merge)
+    assert torch.equal(out, segops.partial_attention_gate(decoder, (on,), merge=merge))
+
+
+@fast_implementations
+def test_as_many_maps_as_there_are(implementation):
+    """More than a kernel takes are left to PyTorch; the answer is the same on both sides of that."""
+    device, backend = implementation
+    for count in (1, 30, 31, 32, 40):
+        for merge in ("concat", "sum"):
+            case = Case((2, 2, 2, 3), ((2, 4, 6),) * count, merge)
+            assert_equal(case, torch.float32, device)
+    for count in (31, 32):
+        maps = Case((2, 2, 2, 3), ((2, 4, 6),) * count).maps(torch.float32, device)
+        names = names_of(lambda: segops.partial_attention_gate(maps[0], maps[1:]))  # noqa: B023
+        assert ("segops::pag" in names) == (backend != "reference" and count == 31)
+
+
+@pytest.mark.parametrize("merge", ["concat", "sum"])
+def test_only_the_gradients_that_are_asked_for(target, merge):
+    """Each combination of maps; a kernel runs for each of those that were pooled, and for no other."""
+    case = Case((2, 3, 4, 5), ((3, 8, 10), (3, 4, 5), (3, 9, 7)), merge)
+    every = output_and_gradients(case.op, case.maps(torch.float32, target[0]))[1:]
+    for asked in itertools.product((False, True), repeat=4) if target != INTERPRETED else [(False, True, True, False)]:
+        maps = [each.requires_grad_(ask) for each, ask in zip(case.maps(torch.float32, target[0]), asked, strict=True)]
+        out = case.op(*maps)
+        assert out.requires_grad == any(asked)
+        if any(asked):
+            grads = iter(())
+
+            def backward(out=out, maps=maps):
+                nonlocal grads
+                grads = iter(gradients(out, [each for each in maps if each.requires_grad]))
+
+            assert names_of(backward).count("segops::pag_grad") == asked[1] + asked[3]
+            assert all(torch.equal(next(grads), grad) for grad, ask in zip(every, asked, strict=True) if ask), asked
+
+
+# Ties, infinities, NaN.
+
+
+def some(value, often=0.2):
+    """A function that puts it into a map here and there, and everywhere in a corner."""
+
+    def fill(map):
+        there = torch.rand(map.shape, generator=torch.Generator().manual_seed(7)) < often
+        there[..., : map.shape[2] // 2 + 1, : map.shape[3] // 2 + 1] = True
+        return map.masked_fill(there.to(map.device), value)
+
+    return fill
+
+
+def signed_zeros(map):
+    return torch.where(map > 0, 0.0, -0.0).to(map)
+
+
+def numbered(map):
+    return torch.arange(map.numel(), device=map.device).view(map.shape)
+
+
+FILLS = {
+    "zeros and ones": lambda map: (map > 0).to(map),
+    "constant": lambda map: torch.full_like(map, -2.5),
+    "signed zeros": signed_zeros,
+    "signed zeros above others": lambda map: torch.where(map < 0, map, signed_zeros(map + (numbered(map) % 3 - 4))),
+    "NaN": some(torch.nan),
+    "NaN here and there": lambda map: map.masked_fill(numbered(map) % 23 == 11, torch.nan),
+    "nothing but NaN": lambda map: torch.full_like(map, torch.nan),
+    "-inf": some(-torch.inf),
+    "nothing but -inf": lambda map: torch.full_like(map, -torch.inf),
+    "inf": some(torch.inf, 0.05),
+    "all of them": lambda map: some(torch.nan, 0.02)(some(torch.inf, 0.02)(some(-torch.inf)(map))),
+    "the least": lambda map: torch.full_like(map, torch.finfo(map.dtype).min),
+}
+TIED = [
+    Case((2, 3, 4, 5), ((3, 8, 10), (3, 9, 7), (3, 4, 5), (3, 4, 15)), small=True),
+    Case((1, 2, 2, 2), ((2, 40, 40), (2, 33, 35), (2, 16, 2))),
+]
+TIED_POOLINGS = [Pooling((2, 3, 7, 9), 2, small=True), Pooling((1, 2, 11, 20), (3, 5)), Pooling((1, 5, 18, 20), 16)]
+by_fill = pytest.mark.parametrize("fill", FILLS.values(), ids=FILLS)
+
+
+@by_fill
+@pytest.mark.parametrize("target, case, dtype", pairs(TIED, [*TARGETS, REFERENCE]), indirect=["target"])
+def test_gate_of_ties_and_nan(target, case, dtype, fill):
+    """The first of equals, the NaN that PyTorch takes: gradients arrive where PyTorch's do. Sums of few bits are exact."""
+    for name, variant in case.variants(target):
+        decoder, *encoders = variant.maps(dtype, target[0], draw_integers)
+        maps = [decoder, *(fill(each.detach()).requires_grad_() for each in encoders)]
+        got, wanted = (output_and_gradients(f, maps, draw_integers) for f in (variant.op, variant.plain))
+        assert same_bits(got[0], wanted[0]), name
+        for i, pair in enumerate(zip(got[1:], wanted[1:], strict=True)):
+            assert torch.equal(*pair), f"{name}: map {i}"
+
+
+@by_fill
+@pytest.mark.parametrize("target, case, dtype", pairs(TIED_POOLINGS, [*TARGETS, REFERENCE]), indirect=["target"])
+def test_pooling_of_ties_and_nan(target, case, dtype, fill):
+    for name, variant in case.variants():
+        map = fill(variant.map(dtype, target[0], draw_integers).detach()).requires_grad_()
+        (pooled, offsets), (plain, index) = variant.pool(map), variant.plain_pool(map)
+        assert same_bits(pooled.detach(), plain.detach()) and torch.equal(variant.index(offsets), index), name
+        assert torch.equal(*(gradients(each, map)[0] for each in (pooled, plain))), name
+        # What is put down is added to a zero, which takes the sign from another.
+        assert same_values(variant.unpool(pooled, offsets), variant.plain_unpool(plain, index)), name
+
+
+# Pooling with offsets, and unpooling.
+
+POOLINGS = [
+    Pooling((2, 3, 7, 8), 1),
+    Pooling((2, 5, 7, 9), 2, small=True),
+    Pooling((2, 4, 8, 12), 2),
+    Pooling((1, 3, 10, 11), 3),
+    Pooling((1, 2, 16, 21), 4),
+    Pooling((2, 2, 9, 14), 5),
+    Pooling((1, 3, 16, 17), 8),
+    Pooling((2, 3, 7, 8), (2, 3), small=True),
+    Pooling((2, 3, 7, 8), (3, 1)),
+    Pooling((2, 3, 5, 8), (1, 4)),
+    Pooling((1, 2, 35, 33), (16, 16)),
+    Pooling((1, 2, 16, 16), 16),
+    Pooling((1, 2, 3, 260), (1, 256)),
+    Pooling((1, 2, 257, 3), (256, 1)),
+    Pooling((2, 3, 3, 2), 5, small=True),
+    Pooling((2, 3, 1, 1), 2),
+    Pooling((2, 3, 1, 9), (3, 2)),
+    Pooling((2, 1, 6, 50), 2),
+    *(Pooling((1, c, 4, 5), 2) for c in (1, 5, 17, 33, 64)),
+]
+
+
+@pytest.mark.parametrize("target, case, dtype", pairs(POOLINGS, [*TARGETS, REFERENCE]), indirect=["target"])
+def test_pooling_is_pytorchs(target, case, dtype):
+    """Values, positions and gradients, of pooling, of unpooling and of both, to the bit."""
+    for name, variant in case.variants():
+        map = variant.map(dtype, target[0])
+        (pooled, offsets), (plain, index) = variant.pool(map), variant.plain_pool(map)
+        assert same_bits(pooled.detach(), plain.detach()) and torch.equal(variant.index(offsets), index), name
+        assert offsets.dtype == torch.uint8 and not offsets.requires_grad
+        out, plain_out = variant.unpool(pooled, offsets), variant.plain_unpool(plain, index)
+        assert same_bits(out.detach(), plain_out.detach()), name
+        for each, plain_each in ((pooled, plain), (out, plain_out)):
+            got, wanted = (gradients(o, map, retain_graph=True)[0] for o in (each, plain_each))
+            assert torch.equal(got, wanted), name
+        # Other values at the same places, as a network that works between the two has them.
+        values = draw(pooled.shape, dtype, target[0], 3, variant.channels_last).requires_grad_()
+        plain_values = values.detach().clone().requires_grad_()
+        got = output_and_gradients(lambda v: variant.unpool(v, offsets), [values])  # noqa: B023
+        wanted = output_and_gradients(lambda v: variant.plain_unpool(v, index), [plain_values])  # noqa: B023
+        assert all(torch.equal(*pair) for pair in zip(got, wanted, strict=True)), name
+
+
+@fast_targets
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_pooling_of_tails_of_vectors(target, channels_last):
+    for size, kernel, dtype in itertools.product(range(1, 41), (2, 3), (torch.float32, torch.bfloat16)):
+        for shape in ((1, 2, 3, kernel * size - size % kernel), (1, size, 3, 5)):
+            case = Pooling(shape, kernel, channels_last)
+            map = case.map(dtype, target[0])
+            (pooled, offsets), (plain, index) = case.pool(map), case.plain_pool(map)
+            assert torch.equal(pooled, plain) and torch.equal(case.index(offsets), index), (case, dtype)
+            out, plain_out = case.unpool(pooled, offsets), case.plain_unpool(plain, index)
+            assert torch.equal(out, plain_out), (case, dtype)
+            assert torch.equal(*(gradients(each, map)[0] for each in (out, plain_out))), (case, dtype)
+
+
+@fast_targets
+def test_pooling_at_the_size_of_training(target):
+    for dtype, channels_last in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+        case = Pooling((2, 32, 129, 161), 2, channels_last)
+        map = case.map(dtype, target[0])
+        (pooled, offsets), (plain, index) = case.pool(map), case.plain_pool(map)
+        assert torch.equal(pooled, plain) and torch.equal(case.index(offsets), index)
+        out, plain_out = case.unpool(pooled, offsets), case.plain_unpool(plain, index)
+        assert torch.equal(out, plain_out) and torch.equal(*(gradients(each, map)[0] for each in (out, plain_out)))
+
+
+def test_round_trip(implementation):
+    """Pooling finds again what unpooling put down, where it is greater than the zeros around it."""
+    for case in (each for each in POOLINGS if each.small or implementation != INTERPRETED):
+        for name, variant in case.variants():
+            pooled, offsets = variant.pool(variant.map(torch.float32, implementation[0]).abs() + 1)
+            for values in (pooled, pooled.flip(3)):
+                again = variant.pool(variant.unpool(values, offsets))
+                assert torch.equal(again[0], values) and torch.equal(again[1], offsets), (str(variant), name)
+
+
+def test_output_size(implementation):
+    """(H, W), or any shape that ends in them; what ceil mode cuts into as many windows."""
+    map = draw((2, 3, 7, 8), torch.float32, implementation[0])
+    pooled, offsets = segops.max_pool2d_with_offsets(map, (3, 2))
+    outs = [
+        segops.max_unpool2d_with_offsets(pooled, offsets, (3, 2), size)
+        for size in ((7, 8), [7, 8], map.shape, map.shape[2:], (2, 3, 7, 8))
+    ]
+    assert all(torch.equal(each, outs[0]) for each in outs) and outs[0].shape == map.shape
+    for size in ((7, 7), (8, 8), (9, 7)):
+        out = segops.max_unpool2d_with_offsets(pooled, torch.zeros_like(offsets), [3, 2], size)
+        assert (
+            out.shape == (2, 3, *size)
+            and torch.equal(out[..., ::3, ::2], pooled)
+            and out.count_nonzero() == pooled.count_nonzero()
+        )
+
+
+def test_offsets_in_another_memory_format(implementation):
+    device, _ = implementation
+    case = Pooling((2, 3, 7, 9), 2)
+    pooled, offsets = case.pool(case.map(torch.float32, device).detach())
+    expected = case.unpool(pooled, offsets)
+    formats = torch.contiguous_format, torch.channels_last
+    for values, where in itertools.product(formats, formats):
+        values = pooled.contiguous(memory_format=values).requires_grad_()
+        out = case.unpool(values, offsets.contiguous(memory_format=where))
+        assert torch.equal(out, expected)
+        assert torch.equal(
+            gradients(out, values)[0], gradients(case.unpool(q := pooled.clone().requires_grad_(), offsets), q)[0]
+        )
+
+
+def test_offsets_outside_of_windows_place_nothing(implementation):
+    """Whether beyond the kernel, or where a clipped window's would be; nor does a gradient come from there."""
+    device, _ = implementation
+    for size, kernel in (((5, 7), 2), ((5, 7), (3, 2)), ((4, 6), 2), ((3, 2), 5)):
+        case = Pooling((1, 2, *size), kernel)
+        kernel_h, kernel_w = case.sides
+        h, w = -(-size[0] // kernel_h), -(-size[1] // kernel_w)
+        for value in {0, 1, kernel_w, kernel_h * kernel_w - 1, kernel_h * kernel_w, 255}:
+            inside = torch.zeros(1, 2, h, w, dtype=torch.bool, device=device)
+            for y, x in itertools.product(range(h), range(w)):
+                y_at, x_at = y * kernel_h + value // kernel_w, x * kernel_w + value % kernel_w
+                inside[..., y, x] = value < kernel_h * kernel_w and y_at < size[0] and x_at < size[1]
+            pooled = torch.arange(1.0, 2 * h * w + 1, device=device).view(1, 2, h, w).requires_grad_()
+            out = case.unpool(pooled, torch.full((1, 2, h, w), value, dtype=torch.uint8, device=device))
+            assert torch.equal(out[out != 0].sort().values, pooled[inside].sort().values), (case, value)
+            assert torch.equal(gradients(out, pooled, torch.ones_like(out))[0], inside.float()), (case, value)
+
+
+# Strides.
+
+
+def other(tensor):
+    """What is around a view, for nobody to read."""
+    return torch.full_like(tensor, torch.nan if tensor.is_floating_point() else 255)
+
+
+VIEWS = {
+    "channels of more": lambda t: torch.cat([other(t), t, other(t)], 1)[:, t.shape[1] : 2 * t.shape[1]],
+    "every other channel": lambda t: torch.stack([t, other(t)], 2).flatten(1, 2)[:, ::2],
+    "rows and columns of more": lambda t: F.pad(t, (2, 3, 1, 4), value=other(t).flatten()[0].item())[..., 1:-4, 2:-3],
+    "every other column": lambda t: torch.stack([t, other(t)], 4).flatten(3)[..., ::2],
+    "every other row": lambda t: torch.stack([t, other(t)], 3).flatten(2, 3)[:, :, ::2],
+    "images of more": lambda t: torch.cat([other(t), t, other(t)])[t.shape[0] : 2 * t.shape[0]],
+    "every other image": lambda t: torch.stack([t, other(t)], 1).flatten(0, 1)[::2],
+    "off by one": lambda t: torch.cat([other(t).flatten()[:1], t.flatten()])[1:].view(t.shape),
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "batch and channels swapped": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "one image expanded": lambda t: t[:1].expand_as(t),
+    "one channel expanded": lambda t: t[:, :1].expand_as(t),
+    "one row expanded": lambda t: t[:, :, :1].expand_as(t),
+    "one column expanded": lambda t: t[..., :1].expand_as(t),
+    "one number expanded": lambda t: t[:1, :1, :1, :1].expand_as(t),
+}
+
+
+def views(tensor, target=None):
+    """(name, view): slices of larger buffers, transposed and expanded, of memory that is contiguous and that is channels_last."""
+    for name, view in VIEWS.items():
+        if target != INTERPRETED or name == "every other column":
+            yield name, view(tensor.contiguous())
+    for name, view in VIEWS.items():
+        if target != INTERPRETED or name == "channels of more":
+            # The same of (N, H, W, C): what is said of columns then holds of channels, and so on.
+            yield f"{name} of channels_last", view(tensor.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
+
+
+STRIDED = (2, 3, 4, 5), ((3, 8, 10), (3, 9, 7), (3, 4, 5))
+
+
+@pytest.mark.parametrize("merge", ["concat", "sum"])
+def test_gate_of_strided_maps(implementation, merge):
+    device, _ = implementation
+    case = Case(*STRIDED, merge)
+    drawn = [each.detach() for each in case.maps(torch.float32, device, draw_integers)]
+    for (name, decoder), *encoders in zip(*(views(each, implementation) for each in drawn), strict=True):
+        strided = [decoder, *(view for _, view in encoders)]
+        # All of the maps, or one: kernels ask each for its strides.
+        for which in ({0, 1, 2, 3}, {0}, {1}, {2, 3}) if implementation != INTERPRETED else ({0, 1, 2, 3},):
+            maps = [(strided if i in which else drawn)[i].detach().requires_grad_() for i in range(4)]
+            dense = [each.detach().contiguous().requires_grad_() for each in maps]
+            out, plain = case.op(*maps), case.plain(*dense)
+            got, wanted = gradients(out, maps, draw=draw_integers), gradients(plain, dense, draw=draw_integers)
+            assert torch.equal(out, plain) and all(torch.equal(*pair) for pair in zip(got, wanted, strict=True)), (name, which)
+
+
+@pytest.mark.parametrize("merge", ["concat", "sum"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_gate_with_strided_gradients(target, channels_last, merge):
+    case = Case(*STRIDED, merge, (channels_last,))
+    maps = case.maps(torch.float32, target[0])
+    out, plain = case.op(*maps), case.plain(*maps)
+    for name, grad in views(draw_integers(plain.shape, torch.float32, target[0]), target):
+        got, wanted = (gradients(each, maps, grad, retain_graph=True) for each in (out, plain))
+        assert all(torch.equal(*pair) for pair in zip(got, wanted, strict=True)), name
+
+
+@pytest.mark.parametrize("merge", ["concat", "sum"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_backward_of_a_sum(target, channels_last, merge):
+    """One number expanded, all the way to leaves, whose gradients have their strides."""
+    case = Case(*STRIDED, merge, (channels_last, not channels_last))
+    maps, others = (case.maps(torch.float32, target[0]) for _ in range(2))
+    case.op(*maps).sum().backward()
+    case.plain(*others).sum().backward()
+    for i, (each, plain) in enumerate(zip(maps, others, strict=True)):
+        assert torch.equal(each.grad, plain.grad) and each.grad.stride() == each.stride(), i
+
+
+@fast_targets
+@pytest.mark.parametrize("merge", ["concat", "sum"])
+def test_leaves_do_not_share_gradients(target, merge):
+    """Gradients of maps that need no pooling are views: of the output's, not of one another once they are kept."""
+    case = Case((1, 3, 4, 5), ((3, 4, 5), (3, 8, 10), (3, 4, 5)), merge)
+    maps = case.maps(torch.float32, target[0])
+    for _ in range(2):
+        case.op(*maps).square().sum().backward()
+    kept = [each.grad.clone() for each in maps]
+    for i, each in enumerate(maps):
+        each.grad.zero_()
+        assert all(torch.equal(maps[j].grad, kept[j]) for j in range(i + 1, len(maps))), i
+
+
+def test_pooling_of_strided_maps(implementation):
+    device, _ = implementation
+    case = Pooling((2, 3, 7, 9), (3, 2))
+    for name, map in views(case.map(torch.float32, device).detach(), implementation):
+        map, dense = map.detach().requires_grad_(), map.detach().contiguous().requires_grad_()
+        (pooled, offsets), (plain, index) = case.pool(map), case.plain_pool(dense)
+        assert torch.equal(pooled, plain) and torch.equal(case.index(offsets), index), name
+        assert torch.equal(*(gradients(out, each)[0] for out, each in ((pooled, map), (plain, dense)))), name
+
+
+def test_unpooling_of_strided_maps(implementation):
+    """Values and offsets, and the gradients that come in."""
+    device, _ = implementation
+    case = Pooling((2, 3, 9, 8), (3, 2))  # no window is clipped, or an expanded offset could point outside
+    _, offsets = case.pool(case.map(torch.float32, device).detach())
+    values, grad = draw(offsets.shape, torch.float32, device, 5), draw(case.shape, torch.float32, device, 6)
+    strided = (views(each, implementation) for each in (values, offsets, grad))
+    for (name, pooled), (_, where), (_, grad_view) in zip(*strided, strict=True):
+        for at in (offsets, where):
+            pooled, dense = pooled.detach().requires_grad_(), pooled.detach().contiguous().requires_grad_()
+            out, plain = case.unpool(pooled, at), case.plain_unpool(dense, case.index(at).contiguous())
+            assert torch.equal(out, plain), name
+            got, wanted = gradients(out, pooled, grad_view)[0], gradients(plain, dense, grad_view)[0]
+            assert torch.equal(got, wanted), name
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 1, 4, 5), (1, 3, 1, 1), (2, 3, 1, 5), (2, 3, 4, 1), (1, 1, 1, 1)], ids=str)
+def test_memory_format_follows_the_first_map(implementation, shape):
+    """Whatever its strides and the other maps': a new tensor's, in the format that the first one suggests."""
+    device, backend = implementation
+
+    def follows(out, map):
+        strides = zip(out.shape, out.stride(), fresh_strides(out.shape, map), strict=True)
+        # That of a side of one tells nothing; but kernels' outputs are told beforehand, to the compiler.
+        return all(stride == fresh for size, stride, fresh in strides if size > 1 or backend != "reference")
+
+    n, c, h, w = shape
+    encoders = [
+        draw((n, c, h, w), torch.float32, device),
+        draw((n, c, 2 * h, 3 * w), torch.float32, device, channels_last=True),
+    ]
+    offsets = torch.zeros(shape, dtype=torch.uint8, device=device)
+    for name, map in views(draw(shape, torch.float32, device), implementation):
+        for merge, some in itertools.product(("concat", "sum"), (encoders, encoders[::-1], encoders[1:], ())):
+            out = segops.partial_attention_gate(map, some, merge=merge)
+            assert follows(out, map), (name, merge)
+        pooled, where = segops.max_pool2d_with_offsets(map, 2)
+        assert follows(pooled, map) and follows(where, map), name
+        for each in (offsets, offsets.contiguous(memory_format=torch.channels_last)):
+            out = segops.max_unpool2d_with_offsets(map, each, (3, 2), (3 * h, 2 * w))
+            assert follows(out, map), name
+
+
+def test_empty_batches(implementation):
+    device, _ = implementation
+    for merge in ("concat", "sum"):
+        for channels_last in (False, True):
+            case = Case((0, 3, 4, 5), ((3, 8, 10), (3, 4, 5), (3, 9, 7), (3, 3, 5), (3, 80, 100)), merge, (channels_last,))
+            maps = case.maps(torch.float32, device)
+            out = case.op(*maps)
+            assert out.shape == (0, 15 if merge == "concat" else 3, 4, 5)
+            grads = torch.autograd.grad(out.sum(), maps, allow_unused=True)
+            assert [None if each is None else each.shape for each in grads] == [
+                None if i == 4 else each.shape for i, each in enumerate(maps)
+            ]
+    map = torch.randn(0, 3, 7, 8, device=device, requires_grad=True)
+    pooled, offsets = segops.max_pool2d_with_offsets(map, 2)
+    assert pooled.shape == offsets.shape == (0, 3, 4, 4)
+    out = segops.max_unpool2d_with_offsets(pooled, offsets, 2, (7, 8))
+    assert out.shape == torch.autograd.grad(out.sum(), map)[0].shape == (0, 3, 7, 8)
+
+
+# Derivatives of float64, step by step.
+
+
+def apart(*shape):
+    """No two alike or near, for the maximum to stay where it is."""
+    order = torch.randperm(math.prod(shape), generator=torch.Generator().manual_seed(3))
+    return (order.view(shape).double() / math.prod(shape)).requires_grad_()
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_gradcheck_of_the_gate(backend, channels_last):
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    shapes = (1, 2, 2, 3), (1, 2, 4, 6), (1, 2, 5, 4), (1, 2, 2, 3), (1, 2, 34, 51)
+    maps = [apart(*each).detach().contiguous(memory_format=memory_format).requires_grad_() for each in shapes]
+    with segops.backend(backend):
+        for merge in ("concat", "sum"):
+            gate = lambda decoder, *encoders: segops.partial_attention_gate(decoder, encoders, merge=merge)  # noqa: B023, E731
+            assert torch.autograd.gradcheck(gate, maps[:4])
+            assert torch.autograd.gradcheck(gate, (maps[0], maps[4]), fast_mode=True)  # offsets of two bytes
+
+
+@fast_implementations
+@pytest.mark.parametrize("merge", ["concat", "sum"])
+def test_no_double_backward_of_the_gate_but_in_the_reference(implementation, merge):
+    device, backend = implementation
+    case = Case((1, 3, 4, 5), ((3, 8, 10),), merge)
+    maps = case.maps(torch.float32, device)
+    (grad,) = torch.autograd.grad(case.op(*maps).square().sum(), maps[1], create_graph=True)
+    if backend == "reference":
+        assert torch.autograd.grad(grad.square().sum(), maps[1])[0].any()
+    else:
+        with pytest.raises(RuntimeError, match="double backward not supported"):
+            torch.autograd.grad(grad.square().sum(), maps[1])
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("kernel", [2, (2, 3), 4], ids=str)
+def test_gradcheck_of_pooling_and_unpooling(backend, kernel):
+    """Differentiable any number of times, each and both."""
+    with segops.backend(backend):
+        map = apart(1, 2, 5, 6)
+        pooled, offsets = segops.max_pool2d_with_offsets(map, kernel)
+
+        def pool(map):
+            return segops.max_pool2d_with_offsets(map, kernel)[0]
+
+        def unpool(values):
+            return segops.max_unpool2d_with_offsets(values, offsets, kernel, (5, 6))
+
+        def between(map):
+            pooled, offsets = segops.max_pool2d_with_offsets(map, kernel)
+            return segops.max_unpool2d_with_offsets(pooled.sin(), offsets, kernel, (5, 6)).square()
+
+        for function, argument in ((pool, map), (unpool, pooled.detach().requires_grad_()), (between, map)):
+            assert torch.autograd.gradcheck(function, argument)
+            assert torch.autograd.gradgradcheck(function, argument)
+
+
+def test_third_derivatives_of_pooling(target):
+    """Against PyTorch's, through both ops behind each."""
+    case = Pooling((1, 2, 5, 6), (2, 3))
+    results = []
+    for ours in (True, False):
+        map = draw_integers(case.shape, torch.float32, target[0]).requires_grad_()
+        pooled, where = case.pool(map) if ours else case.plain_pool(map)
+        each = (case.unpool if ours else case.plain_unpool)(pooled.pow(2), where).pow(2).sum()
+        results.append([])
+        for _ in range(3):
+            (each,) = torch.autograd.grad(each.sum(), map, create_graph=True)
+            results[-1].append(each.detach())
+    for order, pair in enumerate(zip(*results, strict=True), 1):
+        assert torch.equal(*pair) and pair[0].any(), order
+
+
+# Memory, determinism.
+
+
+def saved_by(function):
+    """What autograd keeps: the function's result, and the tensors."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):
+        out = function()
+    return out, kept
+
+
+@fast_targets
+@pytest.mark.parametrize("merge", ["concat", "sum"])
+def test_what_the_gate_keeps_for_backward(target, merge):
+    """A byte for each pooled element, two where windows have more than 256, from a multiple of 16 on; nothing for the others."""
+    for dtype, channels_last in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+        for encoders, windows in (
+            ((), ()),
+            (((3, 5, 7),), (0,)),
+            (((3, 4, 14), (3, 10, 6)), (0, 0)),
+            (((3, 10, 14),), (1,)),
+            (((3, 10, 14), (3, 5, 7), (3, 9, 9), (3, 3, 70)), (1, 0, 1, 0)),
+            (((3, 80, 112), (3, 80, 119), (3, 6, 120), (3, 41, 200)), (1, 2, 1, 2)),
+        ):
+            case = Case((2, 3, 5, 7), encoders, merge, (channels_last,))
+            maps = case.maps(dtype, target[0])
+            out, kept = saved_by(lambda: case.op(*maps))  # noqa: B023
+            assert out.requires_grad
+            expected = sum(-(-2 * 3 * 5 * 7 * bytes // 16) * 16 for bytes in windows)
+            assert sum(each.untyped_storage().nbytes() for each in kept) == expected, encoders
+
+
+@fast_targets
+def test_what_pooling_keeps_for_backward(target):
+    """The offsets, and no copy of them."""
+    case = Pooling((2, 3, 10, 14), 2)
+    map = case.map(torch.float32, target[0])
+    (pooled, offsets), kept = saved_by(lambda: case.pool(map))
+    assert [each.data_ptr() for each in kept] == [offsets.data_ptr()] and offsets.untyped_storage().nbytes() == pooled.numel()
+    _, kept = saved_by(lambda: case.unpool(pooled, offsets))
+    assert [each.data_ptr() for each in kept] == [offsets.data_ptr()]
+
+
+@pytest.fixture
+def uninitialised_is_nan():
+    """What torch.empty hands out is NaN, or the greatest int: PyTorch's own check of those that do not write all they should."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("target, case, dtype", pairs(CASES, dtypes=[torch.float32, torch.bfloat16]), indirect=["target"])
+def test_deterministic_and_all_written(target, case, dtype, uninitialised_is_nan):
+    for name, variant in case.variants(target):
+        maps = variant.maps(dtype, target[0])
+        runs = []
+        for _ in range(3):
+            out = variant.op(*maps)
+            runs.append([out.detach(), *(each for each in gradients(out, maps, allow_unused=True) if each is not None)])
+        assert all(each.isfinite().all() for each in runs[0]), name
+        for again in runs[1:]:
+            assert all(torch.equal(*pair) for pair in zip(runs[0], again, strict=True)), name
+
+
+@pytest.mark.parametrize("target, case, dtype", pairs(POOLINGS, dtypes=[torch.float32, torch.bfloat16]), indirect=["target"])
+def test_pooling_is_deterministic_and_writes_all(target, case, dtype, uninitialised_is_nan):
+    for name, variant in case.variants():
+        runs = []
+        for _ in range(3):
+            map = variant.map(dtype, target[0])
+            pooled, offsets = variant.pool(map)
+            out = variant.unpool(pooled, offsets)
+            runs.append([pooled, offsets, out, *gradients(out, map, retain_graph=True), *gradients(pooled, map)])
+        assert all(each.isfinite().all() for each in runs[0]), name
+        for again in runs[1:]:
+            assert all(torch.equal(*pair) for pair in zip(runs[0], again, strict=True)), name
+
+
+@pytest.mark.parametrize("merge", ["concat", "sum"])
+def test_all_bytes_of_the_offsets_are_determined(target, merge, uninitialised_is_nan, monkeypatch):
+    """Also those between one map's and the next's: what compares an op's outputs, such as opcheck, compares all of them."""
+    case = Case((1, 3, 4, 5), ((3, 8, 10), (3, 9, 7), (3, 4, 5), (3, 80, 100)), merge)
+    decoder, *encoders = (each.detach() for each in case.maps(torch.float32, target[0]))
+    arguments = decoder, encoders, merge, False, target[1]
+    _, offsets = torch.ops.segops.pag(*arguments)  # over bytes of 255, and then over what is left there of 84
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    del [torch.full_like(offsets, 84) for _ in range(8)][:]
+    assert torch.equal(torch.ops.segops.pag(*arguments)[1], offsets)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_same_bits_on_any_number_of_threads(channels_last):
+    threads, results = torch.get_num_threads(), []
+    case = Case((2, 16, 17, 21), ((16, 34, 42), (16, 40, 50), (16, 17, 21)), "sum", (channels_last,))
+    pooling = Pooling((2, 16, 65, 67), 2, channels_last)
+    try:
+        with segops.backend("native"):
+            for count in (1, 2, 3, 7):
+                torch.set_num_threads(count)
+                map = pooling.map(torch.float32)
+                chain = pooling.unpool(*pooling.pool(map))
+                maps = case.maps(torch.float32)
+                results.append([*output_and_gradients(case.op, maps), chain.detach(), *gradients(chain, map)])
+    finally:
+        torch.set_num_threads(threads)
+    for again in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(results[0], again, strict=True))
+
+
+def guarded(shape, channels_last, device, dtype=torch.float32, nothing=torch.nan):
+    """A tensor of nothing yet, with more of it before and behind, and a function that tells whether that and only that is left."""
+    buffer = torch.full((math.prod(shape) + 128,), nothing, dtype=dtype, device=device)
+    n, c, h, w = shape
+    inside = buffer[64:-64].view(n, h, w, c).permute(0, 3, 1, 2) if channels_last else buffer[64:-64].view(shape)
+
+    def is_fine():
+        around = torch.cat([buffer[:64], buffer[-64:]])
+        return (around.isnan().all() and not inside.isnan().any()) if dtype.is_floating_point else around.eq(nothing).all()
+
+    return inside, is_fine
+
+
+def assert_pool_writes_all(pool, out_shape, offsets_shape, channels_last, device):
+    """Runs it over memory of nothing, with more of that around; returns what it wrote."""
+    out, out_is_fine = guarded(out_shape, channels_last, device)
+    offsets, offsets_are_fine = guarded(offsets_shape, channels_last, device, torch.uint8, 171)
+    pool(out, offsets)
+    assert out_is_fine() and offsets_are_fine()
+    return out, offsets
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_kernels_write_all_and_nothing_beyond(target, channels_last):
+    """Each on its own, between memory that is not its own."""
+    device, backend = target
+    kernels, layout = op._kernels(backend), torch.channels_last if channels_last else torch.contiguous_format
+    sizes = [(4, 5, 8, 10), (3, 5, 8, 7), (2, 2, 40, 40), (1, 1, 16, 16), (3, 33, 5, 70), (2, 65, 2, 130), (1, 17, 3, 18)]
+    for (h, w, height, width), channels in itertools.product(sizes, (1, 3, 33)) if target != INTERPRETED else [(sizes[1], 3)]:
+        decoder = draw_integers((2, channels, h, w), torch.float32, device, 0, channels_last)
+        encoder = draw_integers((2, channels, height, width), torch.float32, device, 1, channels_last)
+        held = op.round_up(op.offset_bytes(encoder.shape, decoder.shape))
+        for concat in (True, False):
+            maps = [decoder, encoder, encoder]
+            out, offsets = assert_pool_writes_all(
+                lambda out, offsets: kernels.pag_pool(maps, out, offsets.flatten(), [], concat, channels_last),  # noqa: B023
+                (2, channels * (3 if concat else 1), h, w), (2 * held, 1, 1, 1), channels_last, device,
+            )  # fmt: skip
+            grad, grad_is_fine = guarded(encoder.shape, channels_last, device)
+            kernels.pag_scatter(decoder, offsets.flatten()[held:], grad, [], channels_last)
+            assert grad_is_fine() and torch.equal(grad.sum((2, 3)), decoder.sum((2, 3)))
+    sizes = [((7, 9), (2, 2)), ((2, 3), (5, 4)), ((7, 130), (3, 2)), ((17, 33), (16, 16))]
+    for (size, kernel), channels in itertools.product(sizes, (1, 3, 33)) if target != INTERPRETED else [(sizes[0], 3)]:
+        map = torch.randn(2, channels, *size, device=device).contiguous(memory_format=layout)
+        shape = 2, channels, *(-(-side // by) for side, by in zip(size, kernel, strict=True))
+        pooled, offsets = assert_pool_writes_all(
+            lambda out, offsets: kernels.pag_pool([map], out, offsets, kernel, True, channels_last),  # noqa: B023
+            shape, shape, channels_last, device,
+        )  # fmt: skip
+        (out, out_is_fine), (again, again_is_fine) = (guarded(each, channels_last, device) for each in (map.shape, shape))
+        kernels.pag_scatter(pooled, offsets, out, kernel, channels_last)
+        kernels.pag_gather(out, offsets, again, kernel, channels_last)
+        assert out_is_fine() and again_is_fine() and torch.equal(again, pooled)
+
+
+# Any shape.
+
+SIDE = st.integers(1, 12)
+ENCODER = st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(1, 5), st.integers(0, 3), st.integers(0, 3))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    n=st.integers(0, 2), c=st.integers(1, 20), h=SIDE, w=SIDE, encoders=st.lists(ENCODER, max_size=4),
+    merge=st.sampled_from(["concat", "sum"]), channels_last=st.lists(st.booleans(), min_size=1, max_size=3),
+    dtype=st.sampled_from(DTYPES),
+)  # fmt: skip
+def test_gate_of_any_shape(n, c, h, w, encoders, merge, channels_last, dtype):
+    """As the reference has it: windows that divide, that do not, maps that are too small."""
+    encoders = tuple((channels, max(h * a - less, 1), max(w * b - fewer, 1)) for channels, a, b, less, fewer in encoders)
+    case = Case((n, c, h, w), encoders, merge, tuple(channels_last))
+    results = []
+    for backend in ("native", "reference"):
+        with segops.backend(backend):
+            maps = case.maps(dtype, draw=draw_integers)
+            out = case.op(*maps)
+            results.append([out.detach(), *gradients(out, maps, draw=draw_integers, allow_unused=True)])
+    for value, exact in zip(*results, strict=True):
+        assert (value is None) == (exact is None) and (value is None or torch.equal(value, exact))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    n=st.integers(0, 2), c=st.integers(1, 20), h=st.integers(1, 40), w=st.integers(1, 40), kernel_h=st.integers(1, 16),
+    kernel_w=st.integers(1, 16), channels_last=st.booleans(), dtype=st.sampled_from(DTYPES),
+)  # fmt: skip
+def test_pooling_of_any_shape(n, c, h, w, kernel_h, kernel_w, channels_last, dtype):
+    case = Pooling((n, c, h, w), (kernel_h, kernel_w), channels_last)
+    results = []
+    for backend in ("native", "reference"):
+        with segops.backend(backend):
+            map = case.map(dtype, draw=draw_integers)
+            pooled, offsets = case.pool(map)
+            out = case.unpool(pooled, offsets)
+            results.append(
+                [pooled.detach(), offsets, out.detach(), *gradients(out, map, retain_graph=True), *gradients(pooled, map)]
+            )
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+# GPUs.
+
+
+def gate_and_pooling(maps, grad):
+    """Everything that runs on the device: the gate, and pooling and unpooling of what it returns, forward and backward."""
+    out = segops.partial_attention_gate(maps[0], maps[1:])
+    pooled, offsets = segops.max_pool2d_with_offsets(out, 2)
+    out = segops.max_unpool2d_with_offsets(pooled, offsets, 2, out.shape)
+    return [out.detach(), *torch.autograd.grad(out, maps, grad)]
+
+
+@CUDA
+def test_current_stream_and_cuda_graph():
+    case = Case((2, 8, 17, 19), ((8, 34, 38), (8, 40, 50), (8, 17, 19)))
+    maps = case.maps(torch.float32, "cuda")
+    grad = torch.randn(2, 32, 17, 19, device="cuda")
+    for backend in ("native", "triton"):
+        with segops.backend(backend):
+            expected = gate_and_pooling(maps, grad)
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                on_side = gate_and_pooling(maps, grad)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = gate_and_pooling(maps, grad)
+            graph.replay()
+            torch.cuda.synchronize()
+        for value, again, replayed in zip(expected, on_side, captured, strict=True):
+            assert torch.equal(value, again) and torch.equal(value, replayed)
+
+
+@CUDA
+def test_no_synchronisation():
+    maps = Case((2, 8, 17, 19), ((8, 34, 38), (8, 40, 50), (8, 17, 19))).maps(torch.float32, "cuda")
+    grad = torch.randn(2, 32, 17, 19, device="cuda")
+    for backend in ("native", "triton"):
+        with segops.backend(backend):
+            gate_and_pooling(maps, grad)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                gate_and_pooling(maps, grad)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+@CUDA
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_indices_beyond_32_bits(channels_last):
+    """Maps of more than 2^31 elements: the last rows and channels are right, forward and backward."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    c, side = 136, 4000
+    assert c * side**2 > 2**31
+    encoder = (
+        torch.empty(1, c, side, side, device="cuda", dtype=torch.bfloat16, memory_format=layout).normal_().requires_grad_()
+    )
+    decoder = torch.zeros(1, c, side // 2, side // 2, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=layout)
+    tail = encoder[:, -3:, -8:].detach().cpu().requires_grad_()
+    plain, _ = F.max_pool2d(tail, 2, return_indices=True)
+    for backend in ("native", "triton"):
+        with segops.backend(backend):
+            out = segops.partial_attention_gate(decoder, [encoder], merge="sum")
+            assert torch.equal(out[:, -3:, -4:].cpu(), plain)
+            (grad,) = torch.autograd.grad(out, encoder, out)
+            assert torch.equal(grad[:, -3:, -8:].cpu(), torch.autograd.grad(plain, tail, plain, retain_graph=True)[0])
+            del out, grad
+            pooled, offsets = segops.max_pool2d_with_offsets(encoder, 2)
+            assert torch.equal(pooled[:, -3:, -4:].cpu(), plain)
+            out = segops.max_unpool2d_with_offsets(pooled, offsets, 2, encoder.shape)
+            assert torch.equal(out[:, -3:, -8:].cpu(), torch.autograd.grad(plain, tail, plain, retain_graph=True)[0])
+            del pooled, offsets, out
