@@ -159,13 +159,21 @@ View<T> view(const Tensor& tensor) {
   return {data, tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
 }
 
+// Division of numbers below 2^16 by one of them.
+struct Divisor {
+  uint64_t reciprocal;
+
+  explicit Divisor(int32_t divisor) : reciprocal((uint64_t(1) << 32) / divisor + 1) {}
+  SEGOPS_INLINE int32_t quotient(uint32_t n) const { return int32_t(n * reciprocal >> 32); }
+};
+
 // Which elements a vector of windows reads along x, for windows of any length: its lanes' column dx and offset dx, the last one
-// repeated where a window is shorter. Tables of (longest, count rounded up to a vector).
+// repeated where a window is shorter. Tables of (longest, count, padded by a vector).
 struct Columns {
   int64_t padded;
   std::vector<int32_t> column, offset;
 
-  explicit Columns(const Axis& x) : padded((x.count + 15) / 16 * 16), column(padded * x.longest()), offset(column.size()) {
+  explicit Columns(const Axis& x) : padded(x.count + kPadding), column(padded * x.longest()), offset(column.size()) {
     for (int32_t dx = 0; dx < x.longest(); ++dx) {
       for (int64_t lane = 0; lane < padded; ++lane) {
         const int32_t i = int32_t(std::min<int64_t>(lane, x.count - 1));
@@ -217,12 +225,84 @@ reduce_blocks(int64_t i, int64_t whole, const T* p, int64_t stride, int64_t rows
   return i;
 }
 
+// The maxima of columns, padded to whole vectors, and where in the column they lie.
+template <typename T>
+struct ColumnMaxima {
+  std::vector<accumulator<T>> value;
+  std::vector<typename Lanes<T, 4>::Integer> at;
+
+  explicit ColumnMaxima(int64_t columns) : value(columns + kPadding), at(columns + kPadding) {}
+};
+
+// Windows i .. of a row, of any width: first down the columns, which lie as vectors do, then along the windows.
+template <typename T, int bytes>
+SEGOPS_INLINE void pool_rest(
+    int64_t i, const Axis& x, const Columns& columns, const T* p, int64_t stride, int64_t rows, Offsets offsets,
+    const Target<T>& target, ColumnMaxima<T>& maxima) {
+  constexpr int lanes = kLanes<T, bytes>;
+  using L = Lanes<T, lanes>;
+  using Value = typename L::Value;
+  using Int = typename L::Int;
+  for (int64_t c = x.begin(int32_t(i)); c < x.size; c += lanes) {
+    Max<T, lanes> max;
+    for (int64_t dy = 0; dy < rows; ++dy) max.take(L::load(p + dy * stride + c, x.size - c), typename L::Integer(dy));
+    std::memcpy(&maxima.value[c], &max.value, sizeof(Value));
+    std::memcpy(&maxima.at[c], &max.at, sizeof(Int));
+  }
+  constexpr auto infinity = std::numeric_limits<accumulator<T>>::infinity();
+  const typename L::Integer row = x.longest();
+  for (; i < x.count; i += lanes) {
+    Value value{};
+    Int at{};
+    for (int64_t dx = 0; dx < row; ++dx) {
+      const int32_t *column = &columns.column[dx * columns.padded + i], *offset = &columns.offset[dx * columns.padded + i];
+      accumulator<T> values[lanes];
+      typename L::Integer places[lanes];
+      for (int k = 0; k < lanes; ++k) {
+        values[k] = maxima.value[column[k]];
+        places[k] = maxima.at[column[k]] * row + offset[k];
+      }
+      Value v;
+      Int place;
+      std::memcpy(&v, values, sizeof v);
+      std::memcpy(&place, places, sizeof place);
+      if (dx == 0) {
+        value = v;
+        at = place;
+        continue;
+      }
+      // As `Max::take`, but columns do not come in the order of rows: of equals the first counts, of NaN the last.
+      const Value u = v == v ? v : Value{} + infinity, w = v == v ? value : Value{} - infinity;
+      const Int first = place < at ? place : at, last = place > at ? place : at;
+      const Int equal = v == value ? first : at, larger = value == value ? place : last;
+      const Int next = u > w ? larger : equal;
+      value = next == at ? value : v;
+      at = next;
+    }
+    const int64_t n = std::min<int64_t>(lanes, x.count - i);
+    Max<T, lanes> max;
+    max.at = at;
+    max.finish(offsets.from(i), n);
+    target.template put<lanes>(i, value, n);
+  }
+}
+
+// Windows i .. of a row, of any width, one by one.
+template <typename T, typename Offset>
+SEGOPS_INLINE void gather_rest(
+    int64_t i, const Axis& x, const T* p, int64_t stride, int64_t rows, const Offset* offsets, T* out) {
+  const Divisor row(x.longest());
+  for (; i < x.count; ++i) {
+    const int32_t dy = row.quotient(offsets[i]), column = x.begin(int32_t(i)) + offsets[i] - dy * x.longest();
+    out[i] = dy < rows && column < x.end(int32_t(i)) ? p[dy * stride + column] : T{};
+  }
+}
+
 // A row of windows of one plane, whose first row begins at p.
 template <template <typename, int> class Op, typename T, int bytes>
 SEGOPS_INLINE void reduce_row(
-    const Axis& x, const Columns& columns, const T* p, int64_t stride, int64_t rows, Offsets offsets, const Target<T>& target) {
-  constexpr int lanes = kLanes<T, bytes>;
-  using L = Lanes<T, lanes>;
+    const Axis& x, const Columns& columns, const T* p, int64_t stride, int64_t rows, Offsets offsets, const Target<T>& target,
+    ColumnMaxima<T>& scratch) {
   int64_t i = 0;
   const auto blocks = [&](auto width) __attribute__((always_inline)) {
     const int64_t whole = x.size / width;
@@ -234,24 +314,13 @@ SEGOPS_INLINE void reduce_row(
   if (x.kernel == 2) blocks(size<2>);
   if (x.kernel == 4) blocks(size<4>);
   if (x.kernel == 8) blocks(size<8>);
-  const typename L::Integer row = x.longest();
-  for (; i < x.count; i += lanes) {
-    const int64_t n = std::min<int64_t>(lanes, x.count - i);
-    Op<T, lanes> op;
-    op.start(offsets.from(i), n);
-    for (int64_t dy = 0; dy < rows; ++dy) {
-      for (int64_t dx = 0; dx < row; ++dx) {
-        const int32_t* column = columns.column.data() + dx * columns.padded + i;
-        T picked[lanes];
-        for (int k = 0; k < lanes; ++k) picked[k] = k < n ? p[dy * stride + column[k]] : T{};
-        typename vector_of<int32_t, lanes>::type offset;
-        std::memcpy(&offset, columns.offset.data() + dx * columns.padded + i, sizeof offset);
-        op.take(L::V::load(picked), __builtin_convertvector(offset, typename L::Int) + typename L::Integer(dy) * row);
-      }
-    }
-    op.finish(offsets.from(i), n);
-    target.template put<lanes>(i, op.value, n);
-  }
+  if (i == x.count) return;
+  if constexpr (std::is_same_v<Op<T, 4>, Max<T, 4>>)
+    pool_rest<T, bytes>(i, x, columns, p, stride, rows, offsets, target, scratch);
+  else if (offsets.two_bytes)
+    gather_rest(i, x, p, stride, rows, reinterpret_cast<const uint16_t*>(offsets.data), target.out);
+  else
+    gather_rest(i, x, p, stride, rows, reinterpret_cast<const uint8_t*>(offsets.data), target.out);
 }
 
 // Channels c .. of one window, `lanes` at a time; p points to its first pixel.
@@ -313,6 +382,7 @@ struct Reduction {
   int64_t n, c, y;
   Target<T> target;
   int64_t out_pixel;
+  ColumnMaxima<T>& scratch;
 };
 
 template <template <typename, int> class Op, typename T, int bytes>
@@ -324,7 +394,7 @@ SEGOPS_INLINE void reduce(const Reduction<T>& r) {
   if (!r.channels_last) {
     if (copied) return copy<T, bytes>(p, w.x.count, r.target);
     const Offsets at = r.offsets.from(((r.n * r.channels + r.c) * w.y.count + r.y) * w.x.count);
-    return reduce_row<Op, T, bytes>(w.x, r.columns, p, r.in.row, rows, at, r.target);
+    return reduce_row<Op, T, bytes>(w.x, r.columns, p, r.in.row, rows, at, r.target, r.scratch);
   }
   for (int32_t x = 0; x < w.x.count; ++x) {
     const int32_t left = w.x.begin(x), width = w.x.end(x) - left;
@@ -392,8 +462,9 @@ SEGOPS_INLINE void scatter_row(
   if (i == x.count) return;
   const int64_t left = x.begin(int32_t(i));
   for (int64_t dy = 0; dy < rows; ++dy) std::memset(target.out + dy * stride + left, 0, (x.size - left) * sizeof(T));
+  const Divisor row(x.kernel);
   for (; i < x.count; ++i) {
-    const int32_t dy = offsets[i] / x.kernel, dx = offsets[i] % x.kernel, column = x.begin(int32_t(i)) + dx;
+    const int32_t dy = row.quotient(offsets[i]), column = x.begin(int32_t(i)) + offsets[i] - dy * x.kernel;
     if (dy < rows && column < x.size) target.out[dy * stride + column] = pooled[i];
   }
 }
@@ -401,9 +472,9 @@ SEGOPS_INLINE void scatter_row(
 // Adds a row of pooled values to the rows of their windows, `sums` (rows, x.size).
 template <typename T, typename Offset>
 SEGOPS_INLINE void add_row(const Axis& x, const T* pooled, const Offset* offsets, accumulator<T>* sums, int64_t rows) {
-  const int32_t row = x.longest();
+  const Divisor row(x.longest());
   for (int32_t i = 0; i < x.count; ++i) {
-    const int32_t dy = offsets[i] / row, column = x.begin(i) + offsets[i] % row;
+    const int32_t dy = row.quotient(offsets[i]), column = x.begin(i) + offsets[i] - dy * x.longest();
     if (dy >= rows || column >= x.end(i)) continue;
     if constexpr (sizeof(T) >= 4) {
       sums[dy * x.size + column] += pooled[i];
@@ -633,26 +704,32 @@ void pag_pool_cpu(
     const View<T> to = view<T>(out);
     const bool past = streamed(out);
     std::vector<View<T>> from;
-    for (const Tensor& map : maps) from.push_back(view<T>(map));
-    const auto row = [&](size_t m, int64_t n, int64_t c, int64_t y, accumulator<T>* total) {
+    int64_t widest = 0;
+    for (const Tensor& map : maps) {
+      from.push_back(view<T>(map));
+      widest = std::max(widest, map.size(3));
+    }
+    const auto row = [&](size_t m, int64_t n, int64_t c, int64_t y, ColumnMaxima<T>& scratch, accumulator<T>* total) {
       const Part& part = parts[m];
       const Offsets at{part.offsets < 0 ? nullptr : held + part.offsets, part.windows.two_bytes};
       T* p = to.data + n * to.image + (part.first_channel + c) * to.channel + y * to.row;
-      pool_row({part.windows, columns[m], from[m], part.channels, at, channels_last, n, c, y, {p, past, total}, to.pixel});
+      pool_row(
+          {part.windows, columns[m], from[m], part.channels, at, channels_last, n, c, y, {p, past, total}, to.pixel, scratch});
     };
-    const auto sum = [&](int64_t n, int64_t c, int64_t y, Total& total) {
+    const auto sum = [&](int64_t n, int64_t c, int64_t y, ColumnMaxima<T>& scratch, Total& total) {
       std::fill(total.begin(), total.end(), accumulator<T>(0));
-      for (size_t m = 0; m < maps.size(); ++m) row(m, n, c, y, total.data());
+      for (size_t m = 0; m < maps.size(); ++m) row(m, n, c, y, scratch, total.data());
     };
     if (channels_last) {
       share(images * height, width * channels, [&](int64_t begin, int64_t end) {
+        ColumnMaxima<T> scratch(0);
         Total total(concat ? 0 : width * channels + kPadding);
         for (int64_t r = begin; r < end; ++r) {
           const int64_t n = r / height, y = r % height;
           if (concat) {
-            for (size_t m = 0; m < maps.size(); ++m) row(m, n, 0, y, nullptr);
+            for (size_t m = 0; m < maps.size(); ++m) row(m, n, 0, y, scratch, nullptr);
           } else {
-            sum(n, 0, y, total);
+            sum(n, 0, y, scratch, total);
             T* p = to.data + n * to.image + y * to.row;
             for (int64_t x = 0; x < width; ++x)
               round_total(total.data() + x * channels, channels, Target<T>{p + x * to.pixel, past});
@@ -668,20 +745,22 @@ void pag_pool_cpu(
         pieces.push_back(pieces.back() + (images * part.channels * height + rows.back() - 1) / rows.back());
       }
       parallel(pieces.back(), 2, [&](int64_t begin, int64_t end) {
+        ColumnMaxima<T> scratch(widest);
         size_t m = 0;
         for (int64_t piece = begin; piece < end; ++piece) {
           while (piece >= pieces[m + 1]) ++m;
           const int64_t planes = parts[m].channels, first = (piece - pieces[m]) * rows[m];
           for (int64_t r = first; r < std::min(first + rows[m], images * planes * height); ++r)
-            row(m, r / height / planes, r / height % planes, r % height, nullptr);
+            row(m, r / height / planes, r / height % planes, r % height, scratch, nullptr);
         }
       });
     } else {
       share(images * channels * height, width, [&](int64_t begin, int64_t end) {
+        ColumnMaxima<T> scratch(widest);
         Total total(width + kPadding);
         for (int64_t r = begin; r < end; ++r) {
           const int64_t n = r / height / channels, c = r / height % channels, y = r % height;
-          sum(n, c, y, total);
+          sum(n, c, y, scratch, total);
           round_total(total.data(), width, Target<T>{to.data + n * to.image + c * to.channel + y * to.row, past});
         }
       });
@@ -719,10 +798,11 @@ void pag_gather_cpu(Tensor input, Tensor offsets, Tensor out, std::vector<int64_
     const View<T> from = view<T>(input), to = view<T>(out);
     const bool past = streamed(out);
     share(out.size(0) * planes * height, out.size(3) * channels / planes, [&](int64_t begin, int64_t end) {
+      ColumnMaxima<T> scratch(0);
       for (int64_t r = begin; r < end; ++r) {
         const int64_t n = r / height / planes, c = r / height % planes, y = r % height;
         T* p = to.data + n * to.image + c * to.channel + y * to.row;
-        gather_row({w, columns, from, channels, at, channels_last, n, c, y, {p, past}, to.pixel});
+        gather_row({w, columns, from, channels, at, channels_last, n, c, y, {p, past}, to.pixel, scratch});
       }
     });
   });
