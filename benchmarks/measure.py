@@ -57,7 +57,7 @@ def error_over_bound(values, plain, truth, tf32=False):
     """The largest relative error of `values` against float64 `truth`, over its bound: above 1 is wrong, NaN infinitely so.
 
     The bound is twice plain PyTorch's own error in float32 (1e-6 at least, and 1e-5 at most but for TF32), 1.5 times in half
-    precision. Where plain PyTorch is exact, any error at all is infinitely wrong.
+    precision. Where plain PyTorch has none, as where values are only copied, any error at all is infinitely wrong.
     """
     worst = 0.0
     for value, plain_value, true_value in zip(values, plain, truth, strict=True):

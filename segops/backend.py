@@ -106,8 +106,8 @@ def why_not(name, device_type, device_index, dtype):
     """Why backend `name` cannot run on this device and dtype, or None if it can."""
     if name == "reference":
         return None
-    if dtype == torch.float64 and device_type != "cpu":
-        return f"float64 runs on the CPU and in the reference, not on {device_type}"
+    if dtype == torch.float64 and (device_type != "cpu" or name == "triton"):
+        return f"float64 runs in C++ on the CPU and in the reference, not in {name} on {device_type}"
     if device_type not in ("cpu", "cuda") or (device_type == "cuda" and not torch.version.cuda):
         return f"segops has kernels for the CPU and NVIDIA GPUs, not for {device_type} here"
     if device_type == "cuda" and not torch.cuda.is_available():

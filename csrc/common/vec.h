@@ -142,8 +142,11 @@ struct Vec<bf16, 1> {
 // is not aligned to v, and machines that cannot, have an ordinary store.
 template <typename V>
 SEGOPS_INLINE void stream(void* p, V v) {
-#if defined(__x86_64__) && defined(__GNUC__)
   if (reinterpret_cast<uintptr_t>(p) % sizeof v == 0) {
+#if defined(__clang__)
+    __builtin_nontemporal_store(v, static_cast<V*>(p));
+    return;
+#elif defined(__x86_64__) && defined(__GNUC__)  // which has no such builtin
     if constexpr (sizeof(V) == 64) {
       asm volatile("vmovntps %1, %0" : "=m"(*static_cast<V*>(p)) : "v"(v));
       return;
@@ -151,11 +154,11 @@ SEGOPS_INLINE void stream(void* p, V v) {
       asm volatile("vmovntps %1, %0" : "=m"(*static_cast<V*>(p)) : "x"(v));
       return;
     } else if constexpr (sizeof(V) == 16) {
-      asm volatile("movntps %1, %0" : "=m"(*static_cast<V*>(p)) : "x"(v));
+      asm volatile("%vmovntps %1, %0" : "=m"(*static_cast<V*>(p)) : "x"(v));
       return;
     }
-  }
 #endif
+  }
   std::memcpy(p, &v, sizeof v);
 }
 
@@ -186,6 +189,19 @@ SEGOPS_INLINE V pick(V v, I index) {
   return result;
 #else
   return __builtin_shuffle(v, index);
+#endif
+}
+
+// The elements that `index` names of those of a and then of b.
+template <typename V, typename I>
+SEGOPS_INLINE V pick(V a, V b, I index) {
+#ifdef __clang__
+  constexpr unsigned lanes = sizeof(V) / sizeof(a[0]);
+  V result;
+  for (unsigned i = 0; i < lanes; ++i) result[i] = index[i] < int(lanes) ? a[index[i]] : b[index[i] - lanes];
+  return result;
+#else
+  return __builtin_shuffle(a, b, index);
 #endif
 }
 

@@ -34,17 +34,20 @@ struct Axis {
   int32_t size, count;
   int32_t kernel;  // 0: adaptive windows of different lengths
 
-  SEGOPS_HOST_DEVICE int32_t begin(int32_t j) const { return kernel ? j * kernel : int32_t(int64_t(j) * size / count); }
+  SEGOPS_HOST_DEVICE int32_t begin(int32_t j) const { return kernel ? j * kernel : scale(j, size, 0, count); }
   SEGOPS_HOST_DEVICE int32_t end(int32_t j) const {
-    if (!kernel) return int32_t((int64_t(j + 1) * size + count - 1) / count);
+    if (!kernel) return scale(j + 1, size, count - 1, count);
     return (j + 1) * kernel < size ? (j + 1) * kernel : size;
   }
   // The first and the last window that hold element i.
-  SEGOPS_HOST_DEVICE int32_t first(int32_t i) const { return kernel ? i / kernel : int32_t(int64_t(i) * count / size); }
-  SEGOPS_HOST_DEVICE int32_t last(int32_t i) const {
-    return kernel ? i / kernel : int32_t((int64_t(i + 1) * count + size - 1) / size) - 1;
+  SEGOPS_HOST_DEVICE int32_t first(int32_t i) const { return kernel ? i / kernel : scale(i, count, 0, size); }
+  SEGOPS_HOST_DEVICE int32_t last(int32_t i) const { return kernel ? i / kernel : scale(i + 1, count, size - 1, size) - 1; }
+  // (i * by + plus) / over. 64-bit division costs a GPU several times as much.
+  SEGOPS_HOST_DEVICE static int32_t scale(int32_t i, int32_t by, int32_t plus, int32_t over) {
+    const uint64_t product = uint64_t(i) * uint32_t(by) + uint32_t(plus);
+    return int32_t(product >> 32 ? product / uint32_t(over) : uint32_t(product) / uint32_t(over));
   }
-  SEGOPS_HOST_DEVICE int32_t longest() const {
+  int32_t longest() const {
     if (kernel) return kernel;
     return size / count + (count % (size % count) == 0 ? 1 : 2);
   }
@@ -52,15 +55,16 @@ struct Axis {
 
 struct Windows {
   Axis y, x;
+  int32_t row;     // elements that an offset counts to a row
   bool two_bytes;  // an offset takes two
 
-  SEGOPS_HOST_DEVICE int32_t row() const { return x.longest(); }
   SEGOPS_HOST_DEVICE bool identity() const { return y.kernel == 1 && x.kernel == 1; }
   SEGOPS_HOST_DEVICE bool overlap() const { return !y.kernel || !x.kernel; }
 };
 
 inline Axis axis(int64_t size, int64_t count, int64_t kernel, const char* op) {
-  STD_TORCH_CHECK(0 < count && count <= size && size < (int64_t(1) << 30), op, ": no windows of ", size, " elements: ", count);
+  STD_TORCH_CHECK(size < (int64_t(1) << 30), op, ": height and width must be below 2^30; got ", size);
+  STD_TORCH_CHECK(0 < count && count <= size, op, ": ", size, " elements cannot make ", count, " windows");
   if (kernel == 0 && size % count == 0) kernel = size / count;
   STD_TORCH_CHECK(
       kernel == 0 || (kernel <= (1 << 20) && (size + kernel - 1) / kernel == count), op, ": ", count, " windows do not cover ",
@@ -75,9 +79,13 @@ inline Windows windows(const Tensor& map, const Tensor& pooled, const std::vecto
   Windows result{
       axis(map.size(2), pooled.size(2), given ? kernel_size[0] : 0, op),
       axis(map.size(3), pooled.size(3), given ? kernel_size[1] : 0, op),
+      0,
       false,
   };
-  result.two_bytes = int64_t(result.y.longest()) * result.x.longest() > 256;
+  result.row = result.x.longest();
+  const int64_t elements = int64_t(result.y.longest()) * result.row;
+  STD_TORCH_CHECK(elements <= 65536, op, ": two bytes do not number windows of ", elements, " elements");
+  result.two_bytes = elements > 256;
   return result;
 }
 
@@ -106,21 +114,23 @@ inline std::vector<Part> check_pool(
   STD_TORCH_CHECK(!maps.empty() && out.dim() == 4, op, ": needs maps and an out of (N, C, h, w)");
   check_map(out, out, channels_last, op);
   std::vector<Part> parts;
-  int64_t channels = 0, bytes = 0;
+  int64_t channels = 0, bytes = 0, needed = 0;
   for (const Tensor& map : maps) {
     check_map(map, out, channels_last, op);
     const Windows w = windows(map, out, kernel_size, op);
     const bool remembers = !kernel_size.empty() || !w.identity();
     parts.push_back({w, map.size(1), concat ? channels : 0, remembers ? bytes : -1});
-    if (remembers) bytes += (offset_bytes(w, out, map.size(1)) + 15) / 16 * 16;
+    if (remembers) {
+      needed = bytes + offset_bytes(w, out, map.size(1));
+      bytes = (needed + 15) / 16 * 16;
+    }
     channels = concat ? channels + map.size(1) : map.size(1);
     STD_TORCH_CHECK(channels <= out.size(1) && (concat || channels == out.size(1)), op, ": channels do not fit out's");
   }
   STD_TORCH_CHECK(channels == out.size(1), op, ": channels do not fit out's");
-  const int64_t held = offsets.numel() + (kernel_size.empty() ? 0 : 15);  // those of the public op need no rounding up
   STD_TORCH_CHECK(
-      offsets.scalar_type() == ScalarType::Byte && held >= bytes && (kernel_size.empty() || maps.size() == 1), op,
-      ": offsets must be ", bytes, " bytes");
+      offsets.scalar_type() == ScalarType::Byte && offsets.numel() >= needed, op, ": offsets must be ", needed, " bytes");
+  STD_TORCH_CHECK(kernel_size.empty() || maps.size() == 1, op, ": kernel_size is for one map");
   return parts;
 }
 

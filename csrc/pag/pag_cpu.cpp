@@ -2,7 +2,7 @@
 //
 // Pool and gather read windows in the same order and differ in what they do with an element: `Max` and `Select`.
 // With channels_last, a vector is channels of one pixel. Otherwise it is neighbouring windows of one row: rows of 1, 2, 4 or 8
-// elements per window are loaded as they lie and dealt out, those of other windows picked element by element.
+// elements per window are loaded as they lie and dealt out; of other windows, first the columns are pooled, then along them.
 // Rows of windows are independent, so threads share them; but where windows overlap, threads share planes.
 
 #include "../common/vec.h"
@@ -81,14 +81,18 @@ struct Offsets {
   Offsets from(int64_t i) const { return {data ? data + i * (two_bytes ? 2 : 1) : nullptr, two_bytes}; }
 };
 
-// What becomes of the elements of a window: the largest is found, or the one at a known offset.
+// What becomes of the elements of a window: the largest is found, or the one at a known offset. Without constructors, which
+// clang 14 forgets to emit where only multiversioned functions call them.
 template <typename T, int lanes>
 struct Max {
   using L = Lanes<T, lanes>;
-  typename L::Value value = typename L::Value{} - std::numeric_limits<accumulator<T>>::infinity();
-  typename L::Int at{};
+  typename L::Value value;
+  typename L::Int at;
 
-  SEGOPS_INLINE void start(Offsets, int64_t) {}
+  SEGOPS_INLINE void start(Offsets, int64_t) {
+    value = typename L::Value{} - std::numeric_limits<accumulator<T>>::infinity();
+    at = typename L::Int{};
+  }
   template <typename At>
   SEGOPS_INLINE void take(typename L::Value v, At offset) {
     // NaN counts as larger than anything. One comparison in each choice: several, and GCC 12 chooses lane by lane.
@@ -110,10 +114,11 @@ struct Max {
 template <typename T, int lanes>
 struct Select {
   using L = Lanes<T, lanes>;
-  typename L::Value value{};
-  typename L::Int at{};
+  typename L::Value value;
+  typename L::Int at;
 
   SEGOPS_INLINE void start(Offsets offsets, int64_t n) {
+    value = typename L::Value{};
     at = offsets.two_bytes ? L::load_offsets(reinterpret_cast<const uint16_t*>(offsets.data), n)
                            : L::load_offsets(reinterpret_cast<const uint8_t*>(offsets.data), n);
   }
@@ -133,8 +138,8 @@ SEGOPS_INLINE void deal(typename L::Value* v) {
     typename L::Value e[half], o[half];
 #pragma GCC unroll 4
     for (int i = 0; i < half; ++i) {
-      e[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], even);
-      o[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], odd);
+      e[i] = pick(v[2 * i], v[2 * i + 1], even);
+      o[i] = pick(v[2 * i], v[2 * i + 1], odd);
     }
     deal<half, L>(e);
     deal<half, L>(o);
@@ -163,7 +168,7 @@ View<T> view(const Tensor& tensor) {
 struct Divisor {
   uint64_t reciprocal;
 
-  explicit Divisor(int32_t divisor) : reciprocal((uint64_t(1) << 32) / divisor + 1) {}
+  static SEGOPS_INLINE Divisor of(int32_t divisor) { return {(uint64_t(1) << 32) / divisor + 1}; }
   SEGOPS_INLINE int32_t quotient(uint32_t n) const { return int32_t(n * reciprocal >> 32); }
 };
 
@@ -245,6 +250,7 @@ SEGOPS_INLINE void pool_rest(
   using Int = typename L::Int;
   for (int64_t c = x.begin(int32_t(i)); c < x.size; c += lanes) {
     Max<T, lanes> max;
+    max.start(offsets, lanes);
     for (int64_t dy = 0; dy < rows; ++dy) max.take(L::load(p + dy * stride + c, x.size - c), typename L::Integer(dy));
     std::memcpy(&maxima.value[c], &max.value, sizeof(Value));
     std::memcpy(&maxima.at[c], &max.at, sizeof(Int));
@@ -291,7 +297,7 @@ SEGOPS_INLINE void pool_rest(
 template <typename T, typename Offset>
 SEGOPS_INLINE void gather_rest(
     int64_t i, const Axis& x, const T* p, int64_t stride, int64_t rows, const Offset* offsets, T* out) {
-  const Divisor row(x.longest());
+  const Divisor row = Divisor::of(x.longest());
   for (; i < x.count; ++i) {
     const int32_t dy = row.quotient(offsets[i]), column = x.begin(int32_t(i)) + offsets[i] - dy * x.longest();
     out[i] = dy < rows && column < x.end(int32_t(i)) ? p[dy * stride + column] : T{};
@@ -405,7 +411,7 @@ SEGOPS_INLINE void reduce(const Reduction<T>& r) {
     if (copied)
       copy<T, bytes>(from, r.channels, target);
     else
-      reduce_pixel<Op, T, bytes>(from, r.in.row, r.in.pixel, rows, width, w.row(), r.channels, at, target);
+      reduce_pixel<Op, T, bytes>(from, r.in.row, r.in.pixel, rows, width, w.row, r.channels, at, target);
   }
 }
 
@@ -431,8 +437,8 @@ SEGOPS_INLINE int64_t scatter_blocks(
 #pragma GCC unroll 8
     for (int k = 0; k < width; ++k) {  // window of element k * lanes + lane of the block, and its column there
       const Int window = (L::counting() + k * lanes) / width, column = (L::counting() + k * lanes) % width;
-      spread[k] = __builtin_shuffle(v, window);
-      wanted[k] = __builtin_shuffle(at, window) - column;
+      spread[k] = pick(v, window);
+      wanted[k] = pick(at, window) - column;
     }
     for (int64_t dy = 0; dy < rows; ++dy) {
 #pragma GCC unroll 8
@@ -462,7 +468,7 @@ SEGOPS_INLINE void scatter_row(
   if (i == x.count) return;
   const int64_t left = x.begin(int32_t(i));
   for (int64_t dy = 0; dy < rows; ++dy) std::memset(target.out + dy * stride + left, 0, (x.size - left) * sizeof(T));
-  const Divisor row(x.kernel);
+  const Divisor row = Divisor::of(x.kernel);
   for (; i < x.count; ++i) {
     const int32_t dy = row.quotient(offsets[i]), column = x.begin(int32_t(i)) + offsets[i] - dy * x.kernel;
     if (dy < rows && column < x.size) target.out[dy * stride + column] = pooled[i];
@@ -472,7 +478,7 @@ SEGOPS_INLINE void scatter_row(
 // Adds a row of pooled values to the rows of their windows, `sums` (rows, x.size).
 template <typename T, typename Offset>
 SEGOPS_INLINE void add_row(const Axis& x, const T* pooled, const Offset* offsets, accumulator<T>* sums, int64_t rows) {
-  const Divisor row(x.longest());
+  const Divisor row = Divisor::of(x.longest());
   for (int32_t i = 0; i < x.count; ++i) {
     const int32_t dy = row.quotient(offsets[i]), column = x.begin(i) + offsets[i] - dy * x.longest();
     if (dy >= rows || column >= x.end(i)) continue;
@@ -577,7 +583,7 @@ SEGOPS_INLINE void scatter_windows(const Scatter<T>& s, const T* pooled, const O
 template <typename T, int bytes, typename Offset>
 SEGOPS_INLINE void scatter_pixels(const Scatter<T>& s, const T* pooled, const Offset* offsets, Target<T> target) {
   const Axis &y_axis = s.windows.y, &x_axis = s.windows.x;
-  const int32_t y = int32_t(s.y), row = s.windows.row();
+  const int32_t y = int32_t(s.y), row = s.windows.row;
   const int32_t first = y_axis.first(y), last = y_axis.last(y);
   for (int32_t x = 0; x < x_axis.size; ++x, target.out += s.out.pixel) {
     Holder<T, Offset> holders[4];  // at most two windows along an axis share an element
@@ -717,7 +723,7 @@ void pag_pool_cpu(
           {part.windows, columns[m], from[m], part.channels, at, channels_last, n, c, y, {p, past, total}, to.pixel, scratch});
     };
     const auto sum = [&](int64_t n, int64_t c, int64_t y, ColumnMaxima<T>& scratch, Total& total) {
-      std::fill(total.begin(), total.end(), accumulator<T>(0));
+      std::fill(total.begin(), total.end(), accumulator<T>(-0.));  // to which -0 may be added and stay
       for (size_t m = 0; m < maps.size(); ++m) row(m, n, c, y, scratch, total.data());
     };
     if (channels_last) {
@@ -772,6 +778,7 @@ void pag_scatter_cpu(Tensor pooled, Tensor offsets, Tensor out, std::vector<int6
   const Windows w = check_offsets(pooled, out, offsets, kernel_size, channels_last, "pag_scatter");
   const Offsets at{static_cast<char*>(const_cast<void*>(offsets.const_data_ptr())), w.two_bytes};
   const bool by_plane = !channels_last && w.overlap();
+  if (out.numel() == 0) return;
   const int64_t channels = out.size(1), planes = channels_last ? 1 : channels;
   const int64_t parts = by_plane ? 1 : channels_last ? w.y.size : w.y.count;
   dispatch(out, "pag_scatter", [&](auto type) {

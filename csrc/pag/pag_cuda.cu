@@ -174,7 +174,7 @@ __device__ inline void pool_windows(const Map& m, const Position& p, bool channe
     if (m.width == 8) pool_row<T, V, 8>(m, p, top, rows, best);
     return;
   }
-  const int32_t left = w.x.begin(p.x), columns = w.x.end(p.x) - left, row = w.row();
+  const int32_t left = w.x.begin(p.x), columns = w.x.end(p.x) - left, row = w.row;
   for (int32_t dy = 0; dy < rows; ++dy) {
     for (int32_t dx = 0; dx < columns; ++dx) {
       const auto pack = *reinterpret_cast<const Pack<T, V>*>(m.in.at<T>(p.n, p.c, top + dy, left + dx));
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(kThreads) scatter_windows(const Pooled s, int6
       }
     }
   } else {
-    const int32_t columns = w.x.end(p.x) - left, row = w.row();
+    const int32_t columns = w.x.end(p.x) - left, row = w.row;
     for (int32_t dy = 0; dy < rows; ++dy) {
       for (int32_t dx = 0; dx < columns; ++dx) {
         Pack<T, V> pack;
@@ -265,10 +265,11 @@ __global__ void __launch_bounds__(kThreads) scatter_elements(const Pooled s, int
   if (index >= work) return;
   const Windows& w = s.windows;
   const Position p = locate(index, V, s.channels, w.y.size, w.x.size, s.channels_last);
-  const int32_t row = w.row();
+  const int32_t row = w.row;
   float sum[V] = {};
-  for (int32_t j = w.y.first(p.y); j <= w.y.last(p.y); ++j) {
-    for (int32_t i = w.x.first(p.x); i <= w.x.last(p.x); ++i) {
+  const int32_t last_y = w.y.last(p.y), first_x = w.x.first(p.x), last_x = w.x.last(p.x);
+  for (int32_t j = w.y.first(p.y); j <= last_y; ++j) {
+    for (int32_t i = first_x; i <= last_x; ++i) {
       const int64_t window = s.channels_last ? ((p.n * w.y.count + j) * w.x.count + i) * s.channels + p.c
                                              : ((p.n * s.channels + p.c) * w.y.count + j) * w.x.count + i;
       int at[V];
@@ -291,7 +292,7 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const Pooled s, int64_
   const Position p = locate(index, 1, s.channels, w.y.count, w.x.count, s.channels_last);
   int at[1];
   load_offsets<1>(s.offsets, w.two_bytes, p.first, at);
-  const int32_t y = w.y.begin(p.y) + at[0] / w.row(), x = w.x.begin(p.x) + at[0] % w.row();
+  const int32_t y = w.y.begin(p.y) + at[0] / w.row, x = w.x.begin(p.x) + at[0] % w.row;
   T value;
   narrow(0.f, value);
   if (y < w.y.end(p.y) && x < w.x.end(p.x)) value = *s.map.at<T>(p.n, p.c, y, x);
@@ -329,6 +330,7 @@ void pag_pool_cuda(
     std::vector<Tensor> maps, Tensor out, Tensor offsets, std::vector<int64_t> kernel_size, bool concat, bool channels_last) {
   const std::vector<Part> parts = check_pool(maps, out, offsets, kernel_size, concat, channels_last);
   STD_TORCH_CHECK(maps.size() <= kMaxMaps, "pag_pool: at most ", kMaxMaps, " maps");
+  if (out.numel() == 0) return;
   const Launch launch(out);
   char* held = static_cast<char*>(offsets.mutable_data_ptr());
   const int64_t pixels = out.size(0) * out.size(2) * out.size(3);
@@ -360,6 +362,7 @@ void pag_pool_cuda(
 
 void pag_scatter_cuda(Tensor pooled, Tensor offsets, Tensor out, std::vector<int64_t> kernel_size, bool channels_last) {
   const Windows w = check_offsets(pooled, out, offsets, kernel_size, channels_last, "pag_scatter");
+  if (out.numel() == 0) return;
   const Launch launch(out);
   void* held = const_cast<void*>(offsets.const_data_ptr());
   const Pooled s{view(pooled), view(out), w, held, out.size(1), channels_last};
@@ -391,6 +394,7 @@ void pag_scatter_cuda(Tensor pooled, Tensor offsets, Tensor out, std::vector<int
 
 void pag_gather_cuda(Tensor input, Tensor offsets, Tensor out, std::vector<int64_t> kernel_size, bool channels_last) {
   const Windows w = check_offsets(out, input, offsets, kernel_size, channels_last, "pag_gather");
+  if (out.numel() == 0) return;
   const Launch launch(out);
   const Pooled s{view(out), view(input), w, const_cast<void*>(offsets.const_data_ptr()), out.size(1), channels_last};
   dispatch_cuda(out, "pag_gather", [&](auto type) { launch_gather<decltype(type)>(launch, s, out.numel()); });

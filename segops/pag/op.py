@@ -41,8 +41,8 @@ def partial_attention_gate(decoder, encoders, *, merge="concat"):
     that need no pooling are views of the output's. Double backward is not supported.
 
     Under autocast the maps are cast to the widest of their dtypes first. With 32 encoder maps or more that are on, with windows of more than
-    65536 elements, and under `torch.func` transforms and forward-mode differentiation, PyTorch's ops run. Under compile and export the
-    switches specialise.
+    65536 elements, and under `torch.func` transforms and forward-mode differentiation, PyTorch's ops run. Compile and export
+    specialise on which maps are on, which are pooled, and which have windows of more than 256 elements.
 
     Raises:
         TypeError: a map that is no floating-point tensor, encoders that are no list or tuple, mixed dtypes.
@@ -78,7 +78,8 @@ def max_pool2d_with_offsets(input, kernel_size):
         pooled: (N, C, ceil(H / kh), ceil(W / kw)), input's dtype and suggested memory format; differentiable any number of times.
         offsets: the same shape, uint8: dy * kw + dx of the maximum in the window as it would be unclipped.
 
-    Under `torch.func` transforms and forward-mode differentiation PyTorch's ops run.
+    Under `torch.func` transforms and forward-mode differentiation PyTorch's ops run. `torch.export` with dynamic sizes needs their
+    bound, as PyTorch's own pooling does: more than one window, `Dim("h", min=kernel_size + 1)`, or `Dim.AUTO`.
 
     Raises:
         TypeError: input that is no floating-point tensor, kernel_size that is no int or pair of ints.
@@ -139,7 +140,7 @@ def _laid_out(result, like):
 
 
 def _has_huge_windows(decoder, encoders):
-    return any(window_elements(each.shape, decoder.shape) > 65536 for each in encoders)  # more than two bytes number
+    return any(has_windows_above(65536, each.shape, decoder.shape) for each in encoders)  # which two bytes do not number
 
 
 def _autocast(*maps):
@@ -156,6 +157,8 @@ def _check_map(name, tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got layout {tensor.layout}")
     if tensor.dim() != 4:
         raise ValueError(f"{name} must have shape (N, C, H, W); got {tuple(tensor.shape)}")
     if 0 in tensor.shape[1:]:
@@ -274,21 +277,19 @@ def _dense(tensor, channels_last):
     return tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def _is_positive(k):
-    """1 if k > 0, 0 if k = 0. Without a branch, of which export would make a guard."""
-    return -(-k // (k + 1))
-
-
 def longest_window(size, out):
     """The largest ceil((j + 1) * size / out) - floor(j * size / out): size / out, or between integers the next one or the one after it."""
     rest = size % out
-    between = _is_positive(rest)
-    return size // out + between * (1 + _is_positive(out % (rest + 1 - between)))
+    if rest == 0:
+        return size // out
+    return size // out + (1 if out % rest == 0 else 2)
 
 
-def window_elements(shape, out_shape):
-    """Elements of the largest window where a map is pooled to out_shape."""
-    return longest_window(shape[2], out_shape[2]) * longest_window(shape[3], out_shape[3])
+def has_windows_above(elements, shape, out_shape):
+    """Whether any window has more elements than that where a map is pooled to out_shape."""
+    if (shape[2] // out_shape[2] + 2) * (shape[3] // out_shape[3] + 2) <= elements:  # simple enough to trace with dynamic sizes
+        return False
+    return longest_window(shape[2], out_shape[2]) * longest_window(shape[3], out_shape[3]) > elements
 
 
 def is_pooled(shape, out_shape):
@@ -297,8 +298,7 @@ def is_pooled(shape, out_shape):
 
 def offset_bytes(shape, out_shape):
     """Bytes that the offsets of a map pooled to out_shape take."""
-    each = 1 + _is_positive((window_elements(shape, out_shape) - 1) // 256)
-    return shape[0] * shape[1] * out_shape[2] * out_shape[3] * each
+    return shape[0] * shape[1] * out_shape[2] * out_shape[3] * (2 if has_windows_above(256, shape, out_shape) else 1)
 
 
 def round_up(bytes):

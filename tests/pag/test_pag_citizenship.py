@@ -200,9 +200,9 @@ def test_export_of_the_gate_with_derived_sizes(target, merge, channels_last):
 
 
 @fast_targets
-@pytest.mark.parametrize("example", [(8, 10), (9, 7), (80, 100)], ids=str)
+@pytest.mark.parametrize("example", [(8, 10), (9, 7), (40, 60)], ids=str)
 def test_export_of_the_gate_with_independent_sizes(target, example):
-    """Only switches specialise: windows of any size, whatever those of the example."""
+    """Only switches specialise, and the bytes of an offset: else windows of any size, whatever those of the example."""
     device, _ = target
     n, h, w, height, width = dims("n", "h", "w", "height", "width")
     shapes = {0: n, 2: h, 3: w}, [{0: n, 2: height, 3: width}]
@@ -216,7 +216,7 @@ def test_export_of_the_gate_with_independent_sizes(target, example):
         (3, (6, 7), (12, 14)),
         (1, (4, 5), (9, 8)),
         (5, (5, 4), (7, 20)),
-        (2, (2, 3), (70, 61)),
+        (2, (2, 3), (20, 21)),
         (2, (7, 9), (8, 10)),
     ):
         assert torch.equal(program(*maps(*sizes)), module(*maps(*sizes))), sizes
@@ -598,3 +598,41 @@ def test_module():
         module.load_state_dict({})
     assert segops.nn.PartialAttentionGate().merge == "concat" and segops.nn.PartialAttentionGate(merge="sum").merge == "sum"
     assert segops.nn.PartialAttentionGate()(D, (E,)).shape == (2, 6, 4, 5)
+
+
+# What the kernels refuse by themselves.
+
+
+def test_kernels_refuse_offsets_that_are_too_short():
+    input, pooled = torch.randn(1, 1, 8, 8), torch.empty(1, 1, 4, 4)
+    with pytest.raises(RuntimeError, match="offsets must be 16 bytes"):
+        torch.ops.segops.pag_pool([input], pooled, torch.zeros(15, dtype=torch.uint8), [2, 2], True, False)
+    with pytest.raises(RuntimeError, match="offsets must be bytes, 16"):
+        torch.ops.segops.pag_scatter(pooled, torch.zeros(15, dtype=torch.uint8), input, [2, 2], False)
+
+
+def test_kernels_refuse_windows_that_two_bytes_do_not_number():
+    decoder, encoder = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 300, 300)
+    with pytest.raises(RuntimeError, match="do not number windows of 90000 elements"):
+        torch.ops.segops.pag(decoder, [encoder], "concat", False, "native")
+
+
+def test_kernels_take_empty_maps():
+    out = torch.empty(0, 1, 4, 4)
+    torch.ops.segops.pag_scatter(torch.empty(0, 1, 2, 2), torch.empty(0, dtype=torch.uint8), out, [2, 2], False)
+
+
+def test_sparse_maps_are_refused():
+    with pytest.raises(TypeError, match=r"input must be a dense tensor; got layout torch\.sparse_coo"):
+        segops.max_pool2d_with_offsets(torch.zeros(1, 1, 4, 4).to_sparse(), 2)
+
+
+def test_float64_is_not_for_triton():
+    with segops.backend("triton"), pytest.raises(RuntimeError, match="float64 runs in C\\+\\+ on the CPU and in the reference"):
+        segops.max_pool2d_with_offsets(torch.zeros(1, 1, 4, 4, dtype=torch.float64), 2)
+
+
+def test_sums_keep_negative_zero(target):
+    device, _ = target
+    maps = [torch.full((1, 3, 2, 5), -0.0, device=device), torch.full((1, 3, 4, 5), -0.0, device=device)]
+    assert segops.partial_attention_gate(maps[0], maps[1:], merge="sum").signbit().all()
