@@ -25,12 +25,6 @@
 
 #include <cmath>
 
-#ifdef __CUDACC__
-#define SEGOPS_HOST_DEVICE __host__ __device__
-#else
-#define SEGOPS_HOST_DEVICE
-#endif
-
 namespace segops {
 
 enum : int { kIgnored = -1, kWrong = -2 };

@@ -11,6 +11,13 @@
 #include <optional>
 #include <vector>
 
+// Before a function that kernels on a GPU call as well.
+#ifdef __CUDACC__
+#define SEGOPS_HOST_DEVICE __host__ __device__
+#else
+#define SEGOPS_HOST_DEVICE
+#endif
+
 namespace segops {
 
 using torch::headeronly::ScalarType;

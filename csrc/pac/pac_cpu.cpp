@@ -4,7 +4,7 @@
 // the left and right border use the list as it stands, the others drop the reads that fall outside. Channels
 // are then summed 64 at a time in registers.
 
-#include "../common/vec.h"
+#include "../common/cpu.h"
 #include "pac.h"
 
 #include <algorithm>
@@ -105,21 +105,6 @@ SEGOPS_SUM_ROW(double)
 SEGOPS_SUM_ROW(bf16)
 #undef SEGOPS_SUM_ROW
 
-// Calls fn with a value of the tensor's storage type.
-template <typename F>
-void dispatch(const Tensor& tensor, const char* op, const F& fn) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return fn(float{});
-    case ScalarType::Double:
-      return fn(double{});
-    case ScalarType::BFloat16:
-      return fn(bf16{});
-    default:
-      STD_TORCH_CHECK(false, op, ": the CPU kernel takes float32, float64 or bfloat16");
-  }
-}
-
 // Adds to `sum` the reads of tap (dy, dx) at `rate` from image row y; `offset` leads to the tap's or group's channels.
 void add_read(
     Sum& sum, const ShiftShape& s, int64_t y, int64_t dy, int64_t dx, int64_t rate, int64_t source_stride, int64_t offset) {
@@ -172,7 +157,7 @@ void pac_shift_gather_cpu(
     }
     return sums;
   };
-  dispatch(out, "pac_shift_gather", [&](auto type) {
+  dispatch<float, double, bf16>(out, "pac_shift_gather", [&](auto type) {
     using T = decltype(type);
     sum_rows(
         static_cast<const T*>(planes.const_data_ptr()), source_stride, static_cast<T*>(out.mutable_data_ptr()), out.stride(2),
@@ -204,7 +189,7 @@ void pac_shift_scatter_cpu(
     }
     return sums;
   };
-  dispatch(out, "pac_shift_scatter", [&](auto type) {
+  dispatch<float, double, bf16>(out, "pac_shift_scatter", [&](auto type) {
     using T = decltype(type);
     sum_rows<T>(
         static_cast<const T*>(source.const_data_ptr()), source_stride, static_cast<T*>(out.mutable_data_ptr()),

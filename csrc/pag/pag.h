@@ -21,12 +21,6 @@
 
 #include <algorithm>
 
-#ifdef __CUDACC__
-#define SEGOPS_HOST_DEVICE __host__ __device__
-#else
-#define SEGOPS_HOST_DEVICE
-#endif
-
 namespace segops {
 
 // The windows along one axis.

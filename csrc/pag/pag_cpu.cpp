@@ -5,7 +5,7 @@
 // elements per window are loaded as they lie and dealt out; of other windows, first the columns are pooled, then along them.
 // Rows of windows are independent, so threads share them; but where windows overlap, threads share planes.
 
-#include "../common/vec.h"
+#include "../common/cpu.h"
 #include "pag.h"
 
 #include <limits>
@@ -307,8 +307,8 @@ SEGOPS_INLINE void gather_rest(
 // A row of windows of one plane, whose first row begins at p.
 template <template <typename, int> class Op, typename T, int bytes>
 SEGOPS_INLINE void reduce_row(
-    const Axis& x, const Columns& columns, const T* p, int64_t stride, int64_t rows, Offsets offsets, const Target<T>& target,
-    ColumnMaxima<T>& scratch) {
+    const Axis& x, const T* p, int64_t stride, int64_t rows, Offsets offsets, const Target<T>& target, const Columns* columns,
+    ColumnMaxima<T>* scratch) {
   int64_t i = 0;
   const auto blocks = [&](auto width) __attribute__((always_inline)) {
     const int64_t whole = x.size / width;
@@ -322,7 +322,7 @@ SEGOPS_INLINE void reduce_row(
   if (x.kernel == 8) blocks(size<8>);
   if (i == x.count) return;
   if constexpr (std::is_same_v<Op<T, 4>, Max<T, 4>>)
-    pool_rest<T, bytes>(i, x, columns, p, stride, rows, offsets, target, scratch);
+    pool_rest<T, bytes>(i, x, *columns, p, stride, rows, offsets, target, *scratch);
   else if (offsets.two_bytes)
     gather_rest(i, x, p, stride, rows, reinterpret_cast<const uint16_t*>(offsets.data), target.out);
   else
@@ -380,7 +380,6 @@ SEGOPS_INLINE void copy(const T* p, int64_t n, const Target<T>& target) {
 template <typename T>
 struct Reduction {
   const Windows& windows;
-  const Columns& columns;
   View<T> in;
   int64_t channels;
   Offsets offsets;
@@ -388,7 +387,8 @@ struct Reduction {
   int64_t n, c, y;
   Target<T> target;
   int64_t out_pixel;
-  ColumnMaxima<T>& scratch;
+  const Columns* columns = nullptr;  // these two for pooling planes
+  ColumnMaxima<T>* scratch = nullptr;
 };
 
 template <template <typename, int> class Op, typename T, int bytes>
@@ -400,7 +400,7 @@ SEGOPS_INLINE void reduce(const Reduction<T>& r) {
   if (!r.channels_last) {
     if (copied) return copy<T, bytes>(p, w.x.count, r.target);
     const Offsets at = r.offsets.from(((r.n * r.channels + r.c) * w.y.count + r.y) * w.x.count);
-    return reduce_row<Op, T, bytes>(w.x, r.columns, p, r.in.row, rows, at, r.target, r.scratch);
+    return reduce_row<Op, T, bytes>(w.x, p, r.in.row, rows, at, r.target, r.columns, r.scratch);
   }
   for (int32_t x = 0; x < w.x.count; ++x) {
     const int32_t left = w.x.begin(x), width = w.x.end(x) - left;
@@ -654,23 +654,6 @@ SEGOPS_WIDTHS(SEGOPS_ROWS_OF_ALL)
 #undef SEGOPS_ROWS_OF_ALL
 #undef SEGOPS_ROWS
 
-// Calls fn with a value of the tensor's storage type.
-template <typename F>
-void dispatch(const Tensor& tensor, const char* op, const F& fn) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return fn(float{});
-    case ScalarType::Double:
-      return fn(double{});
-    case ScalarType::BFloat16:
-      return fn(bf16{});
-    case ScalarType::Half:
-      return fn(fp16{});
-    default:
-      STD_TORCH_CHECK(false, op, ": the CPU kernel takes float32, float64, bfloat16 or float16");
-  }
-}
-
 // Elements that are worth to be handed out by themselves. A thread takes two such pieces at least.
 constexpr int64_t kPiece = 16384;
 
@@ -701,10 +684,11 @@ void pag_pool_cpu(
     std::vector<Tensor> maps, Tensor out, Tensor offsets, std::vector<int64_t> kernel_size, bool concat, bool channels_last) {
   const std::vector<Part> parts = check_pool(maps, out, offsets, kernel_size, concat, channels_last);
   std::vector<Columns> columns;
-  for (const Part& part : parts) columns.emplace_back(part.windows.x);
+  for (const Part& part : parts)
+    if (!channels_last) columns.emplace_back(part.windows.x);
   char* held = static_cast<char*>(offsets.mutable_data_ptr());
   const int64_t images = out.size(0), channels = out.size(1), height = out.size(2), width = out.size(3);
-  dispatch(out, "pag_pool", [&](auto type) {
+  dispatch<float, double, bf16, fp16>(out, "pag_pool", [&](auto type) {
     using T = decltype(type);
     using Total = std::vector<accumulator<T>>;
     const View<T> to = view<T>(out);
@@ -715,27 +699,37 @@ void pag_pool_cpu(
       from.push_back(view<T>(map));
       widest = std::max(widest, map.size(3));
     }
-    const auto row = [&](size_t m, int64_t n, int64_t c, int64_t y, ColumnMaxima<T>& scratch, accumulator<T>* total) {
+    const auto row = [&](size_t m, int64_t n, int64_t c, int64_t y, accumulator<T>* total, ColumnMaxima<T>* scratch) {
       const Part& part = parts[m];
       const Offsets at{part.offsets < 0 ? nullptr : held + part.offsets, part.windows.two_bytes};
       T* p = to.data + n * to.image + (part.first_channel + c) * to.channel + y * to.row;
       pool_row(
-          {part.windows, columns[m], from[m], part.channels, at, channels_last, n, c, y, {p, past, total}, to.pixel, scratch});
+          {part.windows,
+           from[m],
+           part.channels,
+           at,
+           channels_last,
+           n,
+           c,
+           y,
+           {p, past, total},
+           to.pixel,
+           channels_last ? nullptr : &columns[m],
+           scratch});
     };
-    const auto sum = [&](int64_t n, int64_t c, int64_t y, ColumnMaxima<T>& scratch, Total& total) {
+    const auto sum = [&](int64_t n, int64_t c, int64_t y, Total& total, ColumnMaxima<T>* scratch) {
       std::fill(total.begin(), total.end(), accumulator<T>(-0.));  // to which -0 may be added and stay
-      for (size_t m = 0; m < maps.size(); ++m) row(m, n, c, y, scratch, total.data());
+      for (size_t m = 0; m < maps.size(); ++m) row(m, n, c, y, total.data(), scratch);
     };
     if (channels_last) {
       share(images * height, width * channels, [&](int64_t begin, int64_t end) {
-        ColumnMaxima<T> scratch(0);
         Total total(concat ? 0 : width * channels + kPadding);
         for (int64_t r = begin; r < end; ++r) {
           const int64_t n = r / height, y = r % height;
           if (concat) {
-            for (size_t m = 0; m < maps.size(); ++m) row(m, n, 0, y, scratch, nullptr);
+            for (size_t m = 0; m < maps.size(); ++m) row(m, n, 0, y, nullptr, nullptr);
           } else {
-            sum(n, 0, y, scratch, total);
+            sum(n, 0, y, total, nullptr);
             T* p = to.data + n * to.image + y * to.row;
             for (int64_t x = 0; x < width; ++x)
               round_total(total.data() + x * channels, channels, Target<T>{p + x * to.pixel, past});
@@ -757,7 +751,7 @@ void pag_pool_cpu(
           while (piece >= pieces[m + 1]) ++m;
           const int64_t planes = parts[m].channels, first = (piece - pieces[m]) * rows[m];
           for (int64_t r = first; r < std::min(first + rows[m], images * planes * height); ++r)
-            row(m, r / height / planes, r / height % planes, r % height, scratch, nullptr);
+            row(m, r / height / planes, r / height % planes, r % height, nullptr, &scratch);
         }
       });
     } else {
@@ -766,7 +760,7 @@ void pag_pool_cpu(
         Total total(width + kPadding);
         for (int64_t r = begin; r < end; ++r) {
           const int64_t n = r / height / channels, c = r / height % channels, y = r % height;
-          sum(n, c, y, scratch, total);
+          sum(n, c, y, total, &scratch);
           round_total(total.data(), width, Target<T>{to.data + n * to.image + c * to.channel + y * to.row, past});
         }
       });
@@ -781,7 +775,7 @@ void pag_scatter_cpu(Tensor pooled, Tensor offsets, Tensor out, std::vector<int6
   if (out.numel() == 0) return;
   const int64_t channels = out.size(1), planes = channels_last ? 1 : channels;
   const int64_t parts = by_plane ? 1 : channels_last ? w.y.size : w.y.count;
-  dispatch(out, "pag_scatter", [&](auto type) {
+  dispatch<float, double, bf16, fp16>(out, "pag_scatter", [&](auto type) {
     using T = decltype(type);
     const View<T> from = view<T>(pooled), to = view<T>(out);
     const bool past = streamed(out);
@@ -797,19 +791,17 @@ void pag_scatter_cpu(Tensor pooled, Tensor offsets, Tensor out, std::vector<int6
 
 void pag_gather_cpu(Tensor input, Tensor offsets, Tensor out, std::vector<int64_t> kernel_size, bool channels_last) {
   const Windows w = check_offsets(out, input, offsets, kernel_size, channels_last, "pag_gather");
-  const Columns columns(w.x);
   const Offsets at{static_cast<char*>(const_cast<void*>(offsets.const_data_ptr())), w.two_bytes};
   const int64_t channels = out.size(1), height = out.size(2), planes = channels_last ? 1 : channels;
-  dispatch(out, "pag_gather", [&](auto type) {
+  dispatch<float, double, bf16, fp16>(out, "pag_gather", [&](auto type) {
     using T = decltype(type);
     const View<T> from = view<T>(input), to = view<T>(out);
     const bool past = streamed(out);
     share(out.size(0) * planes * height, out.size(3) * channels / planes, [&](int64_t begin, int64_t end) {
-      ColumnMaxima<T> scratch(0);
       for (int64_t r = begin; r < end; ++r) {
         const int64_t n = r / height / planes, c = r / height % planes, y = r % height;
         T* p = to.data + n * to.image + c * to.channel + y * to.row;
-        gather_row({w, columns, from, channels, at, channels_last, n, c, y, {p, past}, to.pixel, scratch});
+        gather_row({w, from, channels, at, channels_last, n, c, y, {p, past}, to.pixel});
       }
     });
   });
