@@ -23,6 +23,15 @@ def memory_format(tensor):
     return torch.channels_last
 
 
+def is_channels_last(tensor):
+    return memory_format(tensor) == torch.channels_last
+
+
+def format_of(channels_last):
+    """The memory format that the flag stands for in the ops' schemas."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def autocast_dtype(tensor):
     """The dtype that autocast asks for on the tensor's device, or None where it is off."""
     device = tensor.device.type

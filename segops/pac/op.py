@@ -6,7 +6,7 @@ call the op), the schemas, their implementation and fakes, autograd.
 
 import torch
 
-from .._library import LIBRARY, autocast_dtype, full_precision, memory_format, transformed
+from .._library import LIBRARY, autocast_dtype, format_of, full_precision, is_channels_last, memory_format, transformed
 from ..backend import select
 from . import factorised, reference
 
@@ -140,14 +140,6 @@ def _kernels(backend):
     return factorised.ShiftKernels(triton_kernels.shift_gather, triton_kernels.shift_scatter)
 
 
-def _format(channels_last):
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def _is_channels_last(tensor):
-    return memory_format(tensor) == torch.channels_last
-
-
 def _groups(rates, merge):
     return len(rates) if merge == "concat" else 1
 
@@ -161,12 +153,12 @@ def _empty_output(input, weight, bias, rates, merge, backend):
 def _empty_input_grad(grad, weight, channels_last, rates, merge, backend):
     n, _, h, w = grad.shape
     shape = (n, weight.shape[1], h, w)
-    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=_format(channels_last))
+    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=format_of(channels_last))
 
 
 def _empty_weight_grad(grad, input, kernel_size, channels_last, rates, merge, backend):
     shape = (grad.shape[1] // _groups(rates, merge), input.shape[1], kernel_size, kernel_size)
-    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=_format(channels_last))
+    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=format_of(channels_last))
 
 
 def _pac(input, weight, bias, rates, merge, backend):
@@ -213,9 +205,9 @@ def _backward_pac(ctx, grad):
     rates, merge, _ = ctx.settings
     grad_input = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_input = torch.ops.segops.pac_input_grad(grad, weight, _is_channels_last(input), *ctx.settings)
+        grad_input = torch.ops.segops.pac_input_grad(grad, weight, is_channels_last(input), *ctx.settings)
     if ctx.needs_input_grad[1]:
-        grad_weight = torch.ops.segops.pac_weight_grad(grad, input, weight.shape[-1], _is_channels_last(weight), *ctx.settings)
+        grad_weight = torch.ops.segops.pac_weight_grad(grad, input, weight.shape[-1], is_channels_last(weight), *ctx.settings)
     if ctx.needs_input_grad[2]:
         # Every branch adds the bias: to the one output of "sum", to its own of "concat".
         total = grad.sum((0, 2, 3), dtype=torch.promote_types(grad.dtype, torch.float32))
@@ -235,7 +227,7 @@ def _backward_pac_input_grad(ctx, gg):
     if ctx.needs_input_grad[0]:
         grad_grad = torch.ops.segops.pac(gg, weight, None, *ctx.settings)
     if ctx.needs_input_grad[1]:
-        grad_weight = torch.ops.segops.pac_weight_grad(grad, gg, weight.shape[-1], _is_channels_last(weight), *ctx.settings)
+        grad_weight = torch.ops.segops.pac_weight_grad(grad, gg, weight.shape[-1], is_channels_last(weight), *ctx.settings)
     return grad_grad, grad_weight, None, None, None, None
 
 
@@ -250,7 +242,7 @@ def _backward_pac_weight_grad(ctx, gg):
     if ctx.needs_input_grad[0]:
         grad_grad = torch.ops.segops.pac(input, gg, None, *ctx.settings)
     if ctx.needs_input_grad[1]:
-        grad_input = torch.ops.segops.pac_input_grad(grad, gg, _is_channels_last(input), *ctx.settings)
+        grad_input = torch.ops.segops.pac_input_grad(grad, gg, is_channels_last(input), *ctx.settings)
     return grad_grad, grad_input, None, None, None, None, None
 
 

@@ -8,7 +8,7 @@ import functools
 
 import torch
 
-from .._library import LIBRARY, autocast_dtype, memory_format, transformed
+from .._library import LIBRARY, autocast_dtype, format_of, is_channels_last, memory_format, transformed
 from ..backend import select
 from . import reference
 
@@ -60,7 +60,7 @@ def partial_attention_gate(decoder, encoders, *, merge="concat"):
         return reference.partial_attention_gate(decoder, encoders, merge)
     if backend == "reference" or len(encoders) >= MAX_MAPS or _has_huge_windows(decoder, encoders):
         return _laid_out(reference.partial_attention_gate(decoder, encoders, merge), decoder)
-    return torch.ops.segops.pag(decoder, encoders, merge, _is_channels_last(decoder), backend)[0]
+    return torch.ops.segops.pag(decoder, encoders, merge, is_channels_last(decoder), backend)[0]
 
 
 def max_pool2d_with_offsets(input, kernel_size):
@@ -94,7 +94,7 @@ def max_pool2d_with_offsets(input, kernel_size):
     if backend == "reference":
         pooled, offsets = reference.max_pool2d_with_offsets(input, kernel_size)
         return _laid_out(pooled, input), _laid_out(offsets, input)
-    return torch.ops.segops.pag_max_pool(input, kernel_size, _is_channels_last(input), backend)
+    return torch.ops.segops.pag_max_pool(input, kernel_size, is_channels_last(input), backend)
 
 
 def max_unpool2d_with_offsets(pooled, offsets, kernel_size, output_size):
@@ -128,11 +128,7 @@ def max_unpool2d_with_offsets(pooled, offsets, kernel_size, output_size):
         return reference.max_unpool2d_with_offsets(pooled, offsets, kernel_size, size)
     if backend == "reference":
         return _laid_out(reference.max_unpool2d_with_offsets(pooled, offsets, kernel_size, size), pooled)
-    return torch.ops.segops.pag_max_unpool(pooled, offsets, kernel_size, size, _is_channels_last(pooled), backend)
-
-
-def _is_channels_last(tensor):
-    return memory_format(tensor) == torch.channels_last
+    return torch.ops.segops.pag_max_unpool(pooled, offsets, kernel_size, size, is_channels_last(pooled), backend)
 
 
 def _laid_out(result, like):
@@ -261,20 +257,17 @@ def _kernels(backend):
 
 
 def _empty(shape, like, channels_last, dtype=None):
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=format_of(channels_last))
 
 
 def _readable(tensor, channels_last):
     """The tensor with neighbours side by side along x, or along the channels: a kernel does with any other strides."""
     dim = 1 if channels_last else 3
-    if tensor.stride(dim) == 1 or tensor.shape[dim] == 1:
-        return tensor
-    return tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return tensor if tensor.stride(dim) == 1 or tensor.shape[dim] == 1 else _dense(tensor, channels_last)
 
 
 def _dense(tensor, channels_last):
-    return tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return tensor.contiguous(memory_format=format_of(channels_last))
 
 
 def longest_window(size, out):
