@@ -1,0 +1,121 @@
+"""What every reference model shares: its output, its checks, prediction, and room for images of any size."""
+
+import inspect
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from segops._library import memory_format
+
+
+class Output(NamedTuple):
+    """What a model returns: a pytree, which torch.compile and torch.export take.
+
+    logits: (N, num_classes, h, w), at the network's own resolution: before any resizing that the network does not learn from.
+    aux_logits: (N, num_classes, h', w') of the auxiliary head, or None. A tuple of these, one for each scale, where the input has several.
+    class_logits: (N, image_classes) of a classifier of whole images, or None.
+    """
+
+    logits: torch.Tensor
+    aux_logits: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+    class_logits: torch.Tensor | None = None
+
+
+class Model(nn.Module):
+    """Base of all models: `num_classes`, `in_channels`, and what a checkpoint may lack."""
+
+    def __init__(self, num_classes, in_channels):
+        super().__init__()
+        for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive int; got {value!r}")
+        self.num_classes, self.in_channels = num_classes, in_channels
+
+    def adapt_state_dict(self, state_dict):
+        """A checkpoint as this model loads it: here unchanged; models that grow out of others fill in what those lack."""
+        return state_dict
+
+
+class SegmentationModel(Model):
+    """Base of what segments. Subclasses give `segment`; where that needs sides that are multiples of `multiple`, images are padded at
+    the bottom and right by reflection, and logits of the padded size are cropped."""
+
+    multiple = 1
+    align_corners = False  # of the resizing from logits to image
+
+    def forward(self, images):
+        """(N, in_channels, H, W) floating point -> Output.
+
+        Raises:
+            ValueError: another number of dimensions or channels, or an empty image.
+            TypeError: integer images.
+        """
+        check_images(images, self.in_channels)
+        if self.multiple == 1:
+            return self.segment(images)
+        output = self.segment(pad_to_multiple(images, self.multiple))
+        return Output(crop(output.logits, 0, images.shape[2:]), output.aux_logits, output.class_logits)
+
+    def segment(self, images):
+        raise NotImplementedError(f"{type(self).__name__} must define segment(images) -> Output")
+
+    @torch.no_grad()
+    def predict(self, images):
+        """Class indices (N, H, W), int64, at the images' size: logits resized bilinearly, then the largest; with a single class
+        1 where its logit is positive. Leaves the mode as it is: call eval() before."""
+        logits = self(images).logits
+        if logits.shape[2:] != images.shape[2:]:
+            logits = F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=self.align_corners)
+        return (logits[:, 0] > 0).long() if self.num_classes == 1 else logits.argmax(1)
+
+
+def check_images(images, channels, name="images"):
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise ValueError(f"{name} must be (N, {channels}, H, W); got {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise TypeError(f"{name} must be floating point; got {images.dtype}")
+
+
+def pad_to_multiple(images, multiple):
+    """Pads by reflection at the bottom and right, up to the next multiple of both sides."""
+    # Written as a product: symbolic sizes of poolings stay short where the factor is in sight.
+    height, width = (multiple * ((side + multiple - 1) // multiple) for side in images.shape[2:])
+    return mirror(images, 0, height - images.shape[2], 0, width - images.shape[3])
+
+
+def mirror(images, top, bottom, left, right):
+    """Pads by reflection, the edge not repeated.
+
+    Unlike F.pad as often as it takes, so that an image may be smaller than its margin; and an exported program does not keep to sizes
+    that need padding, or to those that need none.
+    """
+    rows = _reflected(images.shape[2], top, bottom, images.device)
+    columns = _reflected(images.shape[3], left, right, images.device)
+    return images[:, :, rows[:, None], columns].contiguous(memory_format=memory_format(images))
+
+
+def _reflected(size, before, after, device):
+    period = max(2 * (size - 1), 1)
+    index = torch.arange(-before, size + after, device=device) % period
+    return torch.minimum(index, period - index)
+
+
+def crop(map, offset, size):
+    """The window of `size` (h, w) that begins at (offset, offset)."""
+    if not torch.compiler.is_exporting():
+        return map[:, :, offset : offset + size[0], offset : offset + size[1]]
+    # A slice's strides would tie the exported program to sizes that need cropping, or to those that need none.
+    rows, columns = (torch.arange(offset, offset + side, device=map.device) for side in size)
+    return map[:, :, rows[:, None], columns]
+
+
+def check_options(owner, function, options):
+    """Refuses options that are no parameters of `function`."""
+    parameters = inspect.signature(function).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for name in options:
+        if name not in parameters:
+            raise TypeError(f"{owner} has no option {name!r}; it has {', '.join(parameters)}")
