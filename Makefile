@@ -1,5 +1,5 @@
 # make setup   .venv with everything, segops built and installed editable; a matter of minutes the first time, nothing after
-# make demo    what segops is, in five minutes: DATA=folder trains on images/{train,val}/ID.jpg and labels/{train,val}/ID.png
+# make demo    what segops is, in five minutes: MODEL=name trains another model than pacnet, DATA=folder trains on images/{train,val}/ID.jpg and labels/{train,val}/ID.png
 # make test    linters and the test suite
 # make bench   the benchmark suite, results under benchmarks/results
 PYTHON ?= python3
@@ -19,7 +19,7 @@ $(VENV)/installed: $(SOURCES)
 	touch $@
 
 demo: setup
-	$(BIN)/python -m benchmarks.demo $(if $(DATA),--data "$(DATA)") $(ARGS)
+	$(BIN)/python -m benchmarks.demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: setup
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """`make demo`: what segops is, in five minutes. Info, gates and races against plain PyTorch, then a network that trains.
 
 python -m benchmarks.demo                                  synthetic scenes
+python -m benchmarks.demo --model unet                     another model than pacnet: python -m segops models lists them
 python -m benchmarks.demo --data DIR --classes 11 --void 11    DIR/images/{train,val}/ID.jpg, DIR/labels/{train,val}/ID.png
 """
 
@@ -21,6 +22,8 @@ from segops.__main__ import info
 from segops.train import FolderDataset, SyntheticScenes, boundary_mask, confusion_matrix, iou
 
 from . import bench_bal, bench_pac, bench_pag, measure
+
+DISCRIMINATORS = ("fcn_discriminator", "patchgan")
 
 
 def race(bench, title, cases, baselines):
@@ -108,8 +111,23 @@ def evaluate(model, loader, num_classes, device, autocast):
     return iou(whole), iou(band)
 
 
+def small_model(options, num_classes):
+    """The model at a width that two cores can train."""
+    name, default = options.model, segops.models.model_info(options.model).backbone
+    if name in DISCRIMINATORS:
+        raise ValueError(f"--model must segment; {name} judges what other models segment")
+    small = {"backbone": options.backbone, "channels": options.channels}
+    if small["backbone"] is None and default is not None:
+        small["backbone"] = "vgg11_bn" if default.startswith("vgg") else "resnet18"
+    if small["channels"] is None and name in ("unet", "unet_inception", "r2unet", "runet", "segnet_basic"):
+        small["channels"] = 16
+    if name == "jointseg":
+        small["widths"] = (16, 32, 64, 128)
+    return segops.models.create_model(name, num_classes, **{key: value for key, value in small.items() if value is not None})
+
+
 def train(options):
-    """Trains pacnet and returns what was measured."""
+    """Trains a model and returns what was measured."""
     torch.manual_seed(options.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     train_set, val_set, num_classes = datasets(options)
@@ -118,9 +136,9 @@ def train(options):
     )
     val_loader = torch.utils.data.DataLoader(InMemory(val_set, "val", False), options.batch)
 
-    model = segops.models.create_model("pacnet", num_classes, backbone=options.backbone, channels=options.channels)
+    model = small_model(options, num_classes)
     model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9, weight_decay=1e-4, nesterov=True)
     # The paper's weights average tens and vary by image: with their mean at 1 the learning rate of cross entropy holds.
     criterion = segops.nn.BoundaryAwareLoss(normalize="mean") if options.loss == "bal" else segops.nn.UpsampleCrossEntropy()
     steps = options.epochs * len(train_loader)
@@ -130,7 +148,7 @@ def train(options):
     def autocast():
         return torch.autocast(device, dtype=torch.bfloat16, enabled=half)
 
-    print(f"pacnet, {options.backbone} from random weights, {num_classes} classes: {len(train_set)} training images, {len(val_set)} to validate, "
+    print(f"{options.model} from random weights, {num_classes} classes: {len(train_set)} training images, {len(val_set)} to validate, "
           f"{options.epochs} epochs of {len(train_loader)} steps, {'bfloat16 autocast' if half else 'float32'}")  # fmt: skip
     history, start = [], time.perf_counter()
     with tqdm(total=steps, unit="step") as bar:
@@ -140,7 +158,7 @@ def train(options):
             for images, labels in train_loader:
                 images = images.to(device, memory_format=torch.channels_last)
                 with autocast():
-                    logits = model(images)
+                    logits = model(images).logits
                 loss = criterion(logits, labels.to(device))
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -215,8 +233,10 @@ def main():
         "--loss", choices=("bal", "ce"), default="bal", help="boundary-aware loss (default) or plain cross entropy"
     )
     parser.add_argument("--batch", type=int, default=8, help="images a step (default: 8)")
-    parser.add_argument("--backbone", default="resnet18", help="any timm feature backbone (default: resnet18)")
-    parser.add_argument("--channels", type=int, default=256, help="width of pacnet's three branches (default: 256)")
+    parser.add_argument("--model", default="pacnet", help="any of `python -m segops models` (default: pacnet)")
+    parser.add_argument("--backbone", help="any timm backbone that the model takes (default: resnet18, or vgg11_bn for a VGG)")
+    parser.add_argument("--channels", type=int, help="the model's option of that name (default: the model's, 16 for U-Nets)")
+    parser.add_argument("--lr", type=float, default=0.05, help="learning rate at the start (default: 0.05)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-race", action="store_true", help="leave out the timing")
     parser.add_argument(

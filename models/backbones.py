@@ -141,16 +141,27 @@ def _dilated_vgg(name, output_stride, options):
     return features
 
 
+def check_vgg(name):
+    check_timm(name)
+    if not name.startswith("vgg"):
+        raise ValueError(f"backbone must be a VGG of timm (vgg16, vgg16_bn, vgg11, ...) for this model; got {name!r}")
+
+
 def create_vgg(name, in_channels, pretrained):
     """timm's whole VGG, for the models that take it apart: `features`, and fc6 and fc7 as convolutions in `pre_logits`.
 
     Raises:
         ValueError: it is not a VGG.
     """
-    check_timm(name)
-    if not name.startswith("vgg"):
-        raise ValueError(f"backbone must be a VGG of timm (vgg16, vgg16_bn, vgg11, ...) for this model; got {name!r}")
+    check_vgg(name)
     return timm.create_model(name, in_chans=in_channels, pretrained=pretrained, num_classes=1)
+
+
+def create_vgg_features(name, in_channels, pretrained):
+    """Its `features` alone, as an nn.Sequential. Raises as `create_vgg`."""
+    check_vgg(name)
+    features = timm.create_model(name, in_chans=in_channels, pretrained=pretrained, features_only=True)
+    return nn.Sequential(*features.children())
 
 
 def vgg_stages(features):

@@ -11,7 +11,7 @@ import copy
 import torch
 from torch import nn
 
-from .backbones import Backbone, create_vgg, is_resnet, set_rate
+from .backbones import Backbone, check_vgg, create_vgg, is_resnet, set_rate
 from .contexts import create_context
 from .layers import conv_norm_relu, he_, normal_, resize, separable_conv
 from .model import Output
@@ -58,11 +58,11 @@ def deeplabv1_largefov(num_classes, in_channels=3, backbone="vgg16", output_stri
         rate: of fc6, default 12.
         channels: width of fc6 and fc7, default 1024. With pretrained=True they are subsampled from the classifier's.
     """
-    vgg = create_vgg(backbone, in_channels, pretrained)
+    check_vgg(backbone)
     encoder = Backbone(backbone, output_stride, in_channels, pretrained)
     head = large_field_of_view(encoder.channels[-1], channels, num_classes, rate)
     if pretrained:
-        subsample_fully_connected(head, vgg)
+        subsample_fully_connected(head, create_vgg(backbone, in_channels, pretrained))
     return Segmenter(num_classes, in_channels, encoder, nn.AvgPool2d(3, 1, 1), head)
 
 

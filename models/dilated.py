@@ -8,6 +8,7 @@ from .backbones import create_vgg, vgg_stages
 from .layers import normal_
 from .model import Output, SegmentationModel, mirror
 
+
 class FrontEnd(SegmentationModel):
     """VGG16 without its last two pooling layers: conv5 at rate 2, fc6 at rate 4, no padding anywhere. Images are mirrored at their borders
     instead, 186 pixels a side; logits are at stride 8.

@@ -11,7 +11,7 @@ from torch import nn
 
 from segops import max_pool2d_with_offsets, max_unpool2d_with_offsets
 
-from .backbones import create_vgg, vgg_stages
+from .backbones import create_vgg_features, vgg_stages
 from .contexts import AtrousSpatialPyramidPooling
 from .layers import he_
 from .model import Output, SegmentationModel
@@ -61,7 +61,7 @@ def mirrored(stages):
 
 
 def vgg_unpooling(num_classes, in_channels, backbone, pretrained, make_head):
-    stages = vgg_stages(create_vgg(backbone, in_channels, pretrained).features)
+    stages = vgg_stages(create_vgg_features(backbone, in_channels, pretrained))
     width = stages[0][0].out_channels
     decoder, head = mirrored(stages), make_head(width)
     for module in (*decoder, head):

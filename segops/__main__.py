@@ -1,4 +1,4 @@
-"""The command line: `python -m segops info`."""
+"""The command line: `python -m segops info`, `python -m segops models`."""
 
 import argparse
 import platform
@@ -54,10 +54,21 @@ def info():
         print("no CUDA device is visible")
 
 
+def models():
+    """Prints the reference models: parameters, multiply-adds, paper."""
+    try:
+        from .models.table import lines
+    except ImportError as error:
+        raise SystemExit(f"segops: {error}") from error
+    for line in lines():
+        print(line)
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m segops", description="Kernels for semantic segmentation, as PyTorch ops.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("info", help="versions, what was built, and which backend each op runs on").set_defaults(run=info)
+    commands.add_parser("models", help="the reference models: parameters, multiply-adds, paper").set_defaults(run=models)
     parser.parse_args().run()
 
 
