@@ -1,12 +1,14 @@
 """timm backbones as feature extractors, dilated as far as they can be."""
 
 import difflib
+import functools
 
 import timm
 import torch
 from torch import nn
 
 from .layers import MaxPool2d
+from .model import crop, pad_to_multiple
 
 LEVELS = (-4, -3, -2, -1)  # of a timm pyramid: strides 4, 8, 16, 32 where nothing is dilated
 
@@ -52,15 +54,19 @@ class Backbone(nn.Module):
         self.channels_last = getattr(self.features, "output_fmt", None) == "NHWC"
         if full_rate or multi_grid is not None:
             self._set_rates(name, output_stride, full_rate, multi_grid or (1,))
+        self.multiple = _multiple(name, output_stride)
         self.unrectified = {}
-        if name.startswith("xception") and -4 in levels:
-            self._tap_unrectified()
 
     def forward(self, images):
-        maps = self.features(images)
+        size = images.shape[2:]
+        maps = self.features(images if self.multiple == 1 else pad_to_multiple(images, self.multiple))
+        if self.channels_last:
+            maps = [map.permute(0, 3, 1, 2) for map in maps]
+        if self.multiple > 1:
+            maps = [crop(map, 0, [-(-side // s) for side in size]) for map, s in zip(maps, self.strides, strict=True)]
         if self.unrectified:
             maps[0] = self.unrectified.pop(maps[0].device)
-        return [map.permute(0, 3, 1, 2) for map in maps] if self.channels_last else maps
+        return maps
 
     def _set_rates(self, name, output_stride, full_rate, multi_grid):
         if not is_resnet(name):
@@ -72,8 +78,9 @@ class Backbone(nn.Module):
                 factor = multi_grid[index % len(multi_grid)] if stride == 32 else 1
                 set_rate(block, factor * (rate if index else first), factor * rate)
 
-    def _tap_unrectified(self):
-        """TensorFlow's DeepLab v3+ takes the second convolution of block 2 before the ReLU, timm after it."""
+    def tap_before_relu(self):
+        """Makes the first map of an aligned Xception, the second convolution of block 2, what it is before the ReLU: TensorFlow's DeepLab v3+
+        takes it there, timm behind it."""
         stack = self.features["blocks_1"].stack
         stack.act3.inplace = False
         stack.conv2.register_forward_hook(self._keep)
@@ -91,6 +98,10 @@ def check_timm(name):
 def is_resnet(name):
     """Whether timm's model is a ResNet, whose stages have names and whose blocks have rates."""
     return timm.is_model(name) and timm.model_entrypoint(name).__module__ == "timm.models.resnet"
+
+
+def is_aligned_xception(name):
+    return name.split(".")[0] in ("xception41", "xception65", "xception71")
 
 
 def pyramid(name):
@@ -113,16 +124,28 @@ def set_rate(block, first, rate):
 def _features(name, output_stride, **options):
     """The timm model cut after its last feature map, or None where it has none at this output stride."""
     options |= {"features_only": True}
-    try:
-        features = timm.create_model(name, output_stride=output_stride, **options)
-    except (AssertionError, NotImplementedError, ValueError):
-        return _dilated_vgg(name, output_stride, options)
-    except TypeError:  # the architecture has a fixed stride, and no such argument
+    for sizes in ({"dynamic_img_size": True, "dynamic_img_pad": True}, {"strict_img_size": False}, {}):  # ViTs, Swins, others
+        for strides in ({"output_stride": output_stride}, {}):
+            try:
+                features = timm.create_model(name, **strides, **sizes, **options)
+            except (AssertionError, NotImplementedError, ValueError):
+                return _dilated_vgg(name, output_stride, options)
+            except (RuntimeError, TypeError):  # no such argument, or no feature maps at all
+                continue
+            return features if features.feature_info.reduction()[-1] == output_stride else None
+    return None
+
+
+@functools.cache
+def _multiple(name, output_stride):
+    """What the sides of images must be multiples of: 1, or 32 for models whose maps of two strides meet, or which cut images into windows."""
+    with torch.device("meta"), torch.no_grad():
+        features = _features(name, output_stride).eval()
         try:
-            features = timm.create_model(name, **options)
-        except (RuntimeError, TypeError):  # it has no feature maps at all
-            return None
-    return features if features.feature_info.reduction()[-1] == output_stride else None
+            features(torch.empty(1, 3, 65, 97))
+        except (AssertionError, RuntimeError, ValueError):
+            return 32
+    return 1
 
 
 def _dilated_vgg(name, output_stride, options):

@@ -11,7 +11,7 @@ import copy
 import torch
 from torch import nn
 
-from .backbones import Backbone, check_vgg, create_vgg, is_resnet, set_rate
+from .backbones import Backbone, check_vgg, create_vgg, is_aligned_xception, is_resnet, set_rate
 from .contexts import create_context
 from .layers import conv_norm_relu, he_, normal_, resize, separable_conv
 from .model import Output
@@ -257,6 +257,8 @@ def deeplabv3plus(
             makes it 53,570,741 parameters).
     """
     encoder = Backbone(backbone, output_stride, in_channels, pretrained, encoder_levels(aux, low_level=True))
+    if is_aligned_xception(backbone):
+        encoder.tap_before_relu()
     if context == "aspp":
         context_options = {"rates": scaled((6, 12, 18), 16, output_stride), "separable": True} | context_options
     if context in ("aspp", "pac"):

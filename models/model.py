@@ -1,7 +1,7 @@
 """What every reference model shares: its output, its checks, prediction, and room for images of any size."""
 
 import inspect
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,8 @@ from torch import nn
 from segops._library import memory_format
 
 
-class Output(NamedTuple):
+@dataclass(eq=False)
+class Output:
     """What a model returns: a pytree, which torch.compile and torch.export take.
 
     logits: (N, num_classes, h, w), at the network's own resolution: before any resizing that the network does not learn from.
@@ -21,6 +22,9 @@ class Output(NamedTuple):
     logits: torch.Tensor
     aux_logits: torch.Tensor | tuple[torch.Tensor, ...] | None = None
     class_logits: torch.Tensor | None = None
+
+
+torch.export.register_dataclass(Output, serialized_type_name="segops.models.Output")
 
 
 class Model(nn.Module):

@@ -21,54 +21,63 @@ from .refinenet import RefineNet
 from .segnet import SegNetBasic, segnet, segnet_aspp
 from .unet import r2unet, runet, unet, unet_inception
 
-FCN_PAPER = "Long, Shelhamer, Darrell, Fully Convolutional Networks for Semantic Segmentation, arXiv:1411.4038"
-SEGNET_PAPER = "Badrinarayanan, Kendall, Cipolla, SegNet, arXiv:1511.00561"
-DILATED_PAPER = "Yu, Koltun, Multi-Scale Context Aggregation by Dilated Convolutions, arXiv:1511.07122"
+FCN_PAPER = "Long et al., Fully Convolutional Networks for Semantic Segmentation, arXiv:1411.4038"
+SEGNET_PAPER = "Badrinarayanan et al., SegNet, arXiv:1511.00561"
+DILATED_PAPER = "Yu and Koltun, Multi-Scale Context Aggregation by Dilated Convolutions, arXiv:1511.07122"
 DEEPLABV3_PAPER = "Chen et al., Rethinking Atrous Convolution for Semantic Image Segmentation, arXiv:1706.05587"
 PAC_PAPER = "D. Yu, Semantic Image Segmentation with Pyramid Atrous Convolution and Boundary-aware Loss"
 R2UNET_PAPER = "Alom et al., Recurrent Residual Convolutional Neural Network based on U-Net (R2U-Net), arXiv:1802.06955"
 JOINTSEG_PAPER = "Haloi, Rethinking Convolutional Semantic Segmentation Learning, arXiv:1710.07991"
 
-# name -> what builds it, its output stride where that is fixed, the paper.
+# name -> what builds it, its output stride where that is fixed (of FCNs that of the finest scores, of others that of the deepest map), the paper.
 MODELS = {
     "fcn32s": (partial(FCN, output_stride=32), 32, FCN_PAPER),
     "fcn16s": (partial(FCN, output_stride=16), 16, FCN_PAPER),
     "fcn8s": (partial(FCN, output_stride=8), 8, FCN_PAPER),
     "segnet": (segnet, 32, SEGNET_PAPER),
     "segnet_basic": (SegNetBasic, 16, SEGNET_PAPER),
-    "segnet_aspp": (segnet_aspp, 32, "Fischer, Malhotra, Neural Networks final project, 2021"),
+    "segnet_aspp": (segnet_aspp, 32, "Fischer and Malhotra, Neural Networks final project, 2021"),
     "dilated_frontend": (FrontEnd, 8, DILATED_PAPER),
     "dilated_context": (FrontEndContext, 8, DILATED_PAPER),
-    "deeplabv1_largefov": (deeplabv1_largefov, None, "Chen et al., DeepLab v1, arXiv:1412.7062"),
-    "deeplabv2": (deeplabv2, None, "Chen et al., DeepLab v2, arXiv:1606.00915"),
+    "deeplabv1_largefov": (
+        deeplabv1_largefov,
+        None,
+        "Chen et al., Semantic Image Segmentation with Deep Convolutional Nets and Fully Connected CRFs, arXiv:1412.7062",
+    ),
+    "deeplabv2": (deeplabv2, None, "Chen et al., DeepLab: ... Atrous Convolution, and Fully Connected CRFs, arXiv:1606.00915"),
     "deeplabv3": (deeplabv3, None, DEEPLABV3_PAPER),
     "deeplabv3_cascaded": (deeplabv3_cascaded, None, DEEPLABV3_PAPER),
-    "deeplabv3plus": (deeplabv3plus, None, "Chen et al., DeepLab v3+, arXiv:1802.02611"),
+    "deeplabv3plus": (
+        deeplabv3plus,
+        None,
+        "Chen et al., Encoder-Decoder with Atrous Separable Convolution for Semantic Image Segmentation, arXiv:1802.02611",
+    ),
     "deeplabv3_pac": (partial(deeplabv3, context="pac", fuse=True), None, PAC_PAPER),
     "pacnet": (pacnet, None, PAC_PAPER),
-    "refinenet": (RefineNet, 32, "Lin et al., RefineNet, arXiv:1611.06612"),
+    "refinenet": (RefineNet, 32, "Lin et al., RefineNet: Multi-Path Refinement Networks, arXiv:1611.06612"),
     "pspnet": (pspnet, None, "Zhao et al., Pyramid Scene Parsing Network, arXiv:1612.01105"),
-    "gcn": (GCN, 32, "Peng et al., Large Kernel Matters, arXiv:1703.02719"),
-    "unet": (unet, 16, "Ronneberger, Fischer, Brox, U-Net, arXiv:1505.04597"),
+    "gcn": (GCN, 32, "Peng et al., Large Kernel Matters: ... Global Convolutional Network, arXiv:1703.02719"),
+    "unet": (unet, 16, "Ronneberger et al., U-Net, arXiv:1505.04597"),
     "unet_inception": (unet_inception, 16, JOINTSEG_PAPER),
     "r2unet": (r2unet, 16, R2UNET_PAPER),
     "runet": (runet, 16, R2UNET_PAPER),
     "jointseg": (JointSeg, 8, JOINTSEG_PAPER),
     "fcn_discriminator": (
         FCNDiscriminator,
-        1,
+        16,
         "Lalwani, DeepLab with adversarial loss for semi-supervised semantic segmentation",
     ),
     "patchgan": (
         PatchGAN,
-        1,
+        8,
         "Isola et al., Image-to-Image Translation with Conditional Adversarial Networks, arXiv:1611.07004",
     ),
 }
 
 
 class ModelInfo(NamedTuple):
-    """What `model_info` says. parameters: trainable ones, with 21 classes and 3 channels; backbone: the default, None for an encoder of its own."""
+    """What `model_info` says. parameters: trainable ones, with 21 classes and 3 channels; backbone: the default, None for an encoder of its own;
+    output_stride: the default."""
 
     name: str
     paper: str
