@@ -1,6 +1,7 @@
 """Loading weights: checkpoints of these models, and torchvision's segmentation networks."""
 
-import pickle
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import timm.models
@@ -16,32 +17,37 @@ SHOWN = 5  # mismatches that an error lists
 def load_checkpoint(model, path):
     """Loads a file of weights, as torch.save or safetensors write them, into a model.
 
-    The file holds a state_dict, or a dictionary with one under "state_dict" or "model".
+    The file holds a state_dict, or a dictionary with one under "state_dict" or "model"; "model." before every name is dropped.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file. TypeError: no path.
         ValueError: it is no file of weights, or of another model: lists the first mismatches.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"checkpoint must be a path; got {type(path).__name__}")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint must be a file; there is none at {path}")
     try:
         state_dict = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except Exception as error:  # torch.load raises what its parsers do
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"checkpoint must be a file of weights; {path} cannot be read: {reason}") from error
+        raise ValueError(f"checkpoint must be a file of weights; {path} is not: {type(error).__name__}: {reason}") from error
+    if all(key.startswith("model.") for key in state_dict):  # as a training module holds the model
+        state_dict = {key.removeprefix("model."): value for key, value in state_dict.items()}
     load_state_dict(model, state_dict, f"checkpoint {path}")
 
 
-def load_state_dict(model, state_dict, source="state_dict"):
-    """Loads weights; where names or shapes differ, an error lists the first of them."""
+def load_state_dict(model, state_dict, source, names=lambda key: key):
+    """Loads weights; where names or shapes differ, an error lists the first of them, by `names(our name)`."""
     state_dict, own = model.adapt_state_dict(state_dict), model.state_dict()
-    mismatches = [f"{key} is missing" for key in own if key not in state_dict]
-    mismatches += [f"{key} is unknown" for key in state_dict if key not in own]
+    mismatches = [f"{names(key)} is missing" for key in own if key not in state_dict]
+    mismatches += [f"{names(key)} is unknown" for key in state_dict if key not in own]
+    shapes = {key: getattr(value, "shape", None) for key, value in state_dict.items()}
     mismatches += [
-        f"{key} has shape {tuple(state_dict[key].shape)} instead of {tuple(value.shape)}"
+        f"{names(key)} has shape {shapes[key] and tuple(shapes[key])} instead of {tuple(value.shape)}"
         for key, value in own.items()
-        if key in state_dict and state_dict[key].shape != value.shape
+        if key in shapes and shapes[key] != value.shape
     ]
     if mismatches:
         more = f"; and {len(mismatches) - SHOWN} more" if len(mismatches) > SHOWN else ""
@@ -71,14 +77,19 @@ COMMON = {"backbone.": "encoder.features."} | {
 def from_torchvision(name, state_dict):
     """Our model with the weights of one of torchvision's segmentation networks: the same outputs to 1e-5, at output stride 8.
 
+    `create_model("deeplabv3", ..., head="torchvision", multi_grid=None, output_stride=8)` is the same network; the FCNs have no name there.
+
     Args:
         name: "deeplabv3_resnet50", "deeplabv3_resnet101", "fcn_resnet50" or "fcn_resnet101".
         state_dict: that network's. Classes and auxiliary head are read off it.
 
     Raises:
         ValueError: another name, or weights of another network: lists the first mismatches.
+        TypeError: no state_dict.
     """
     names = [f"{kind}_{backbone}" for kind in TORCHVISION for backbone in ("resnet50", "resnet101")]
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a state_dict; got {type(state_dict).__name__}")
     if name not in names:
         raise ValueError(f"name must be one of {', '.join(map(repr, names))}; got {name!r}")
     kind, backbone = name.split("_")
@@ -92,12 +103,14 @@ def from_torchvision(name, state_dict):
         head = fcn_head(encoder.channels[-1], num_classes)
         model = Segmenter(num_classes, 3, encoder, nn.Identity(), head, auxiliary=auxiliary_head(encoder, num_classes, aux))
     prefixes = COMMON | TORCHVISION[kind]
-    load_state_dict(model, {_renamed(key, prefixes): value for key, value in state_dict.items()}, f"torchvision's {name}")
+    theirs = {ours: theirs for theirs, ours in prefixes.items()}
+    renamed = {_renamed(key, prefixes): value for key, value in state_dict.items()}
+    load_state_dict(model, renamed, f"state_dict of torchvision's {name}", lambda key: _renamed(key, theirs))
     return model
 
 
 def _renamed(key, prefixes):
-    for theirs, ours in prefixes.items():
-        if key.startswith(theirs):
-            return ours + key.removeprefix(theirs)
+    for before, after in prefixes.items():
+        if key.startswith(before):
+            return after + key.removeprefix(before)
     return key

@@ -3,13 +3,15 @@
 Each maps (N, in_channels, h, w) to (N, context.channels, h, w). CONTEXTS gives them by name to models that take `context=`.
 """
 
+import functools
+
 import torch
 from torch import nn
 
 from segops.nn import PyramidAtrousConv2d
 
 from .layers import BatchNorm2d, conv_norm_relu, global_pool, resize, separable_conv
-from .model import check_options
+from .model import check_all_positive, check_options, check_positive
 
 
 class AtrousSpatialPyramidPooling(nn.Module):
@@ -21,6 +23,8 @@ class AtrousSpatialPyramidPooling(nn.Module):
 
     def __init__(self, in_channels, channels=256, rates=(6, 12, 18), dropout=0.1, separable=False):
         super().__init__()
+        check_positive("channels", channels)
+        check_all_positive("rates", rates)
         self.channels = channels
         if separable:
             atrous = [separable_conv(in_channels, channels, rate) for rate in rates]
@@ -70,13 +74,14 @@ class PyramidAtrousContext(nn.Module):
     concatenation as it is; fuse=True puts DeepLab v3's 1x1 fuse convolution and dropout behind it.
     """
 
-    def __init__(self, in_channels, channels=256, rates=(1, 3, 5, 7, 9), merge="sum", norm="post", fuse=False, dropout=0.1):
+    def __init__(self, in_channels, channels=256, rates=(1, 3, 5, 7, 9), merge="sum", norm="post", fuse=False):
         super().__init__()
+        check_positive("channels", channels)
         self.channels = channels if fuse else 3 * channels
         self.project = conv_norm_relu(in_channels, channels)
         self.pool = global_pool(in_channels, channels)
         self.pac = PyramidAtrousBlock(in_channels, channels, rates, merge, norm)
-        self.fuse = nn.Sequential(conv_norm_relu(3 * channels, channels), nn.Dropout(dropout)) if fuse else nn.Identity()
+        self.fuse = nn.Sequential(conv_norm_relu(3 * channels, channels), nn.Dropout(0.1)) if fuse else nn.Identity()
 
     def forward(self, features):
         pooled = self.pool(features).expand(-1, -1, *features.shape[2:])
@@ -91,7 +96,9 @@ class PyramidPooling(nn.Module):
 
     def __init__(self, in_channels, channels=None, bins=(1, 2, 3, 6)):
         super().__init__()
-        channels = channels or max(in_channels // len(bins), 1)
+        check_all_positive("bins", bins)
+        channels = max(in_channels // len(bins), 1) if channels is None else channels
+        check_positive("channels", channels)
         self.channels = in_channels + len(bins) * channels
         self.levels = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(size), conv_norm_relu(in_channels, channels)) for size in bins
@@ -127,5 +134,5 @@ def create_context(name, in_channels, **options):
     """
     if name not in CONTEXTS:
         raise ValueError(f"context must be one of {', '.join(map(repr, CONTEXTS))}; got {name!r}")
-    check_options(f"context {name!r}", CONTEXTS[name], options)
+    check_options(f"context {name!r}", functools.partial(CONTEXTS[name], in_channels), options)
     return CONTEXTS[name](in_channels, **options)

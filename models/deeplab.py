@@ -14,7 +14,7 @@ from torch import nn
 from .backbones import Backbone, check_vgg, create_vgg, is_aligned_xception, is_resnet, set_rate
 from .contexts import create_context
 from .layers import conv_norm_relu, he_, normal_, resize, separable_conv
-from .model import Output
+from .model import Output, check_all_positive
 from .segmenter import Segmenter, auxiliary_head, encoder_levels
 
 
@@ -59,6 +59,8 @@ def deeplabv1_largefov(num_classes, in_channels=3, backbone="vgg16", output_stri
         channels: width of fc6 and fc7, default 1024. With pretrained=True they are subsampled from the classifier's.
     """
     check_vgg(backbone)
+    if output_stride not in (8, 16):
+        raise ValueError(f"output_stride must be 8 or 16 for 'deeplabv1_largefov'; got {output_stride!r}")
     encoder = Backbone(backbone, output_stride, in_channels, pretrained)
     head = large_field_of_view(encoder.channels[-1], channels, num_classes, rate)
     if pretrained:
@@ -90,11 +92,13 @@ class MultiScaleSegmenter(Segmenter):
     Training takes a loss of each: `logits` is the maximum, `aux_logits` a tuple of the scales' own.
     """
 
-    quarters = (4, 3, 2)  # the scales, in integers: an exported program would keep to one size of image otherwise
+    quarters = (3, 2)  # the scales beside 1, in integers: an exported program would keep to one size of image otherwise
 
     def segment(self, images):
-        sizes = [[(side * scale + 3) // 4 for side in images.shape[2:]] for scale in self.quarters]
-        logits = [super(MultiScaleSegmenter, self).segment(resize(images, size)).logits for size in sizes]
+        logits = [super().segment(images).logits]
+        for scale in self.quarters:
+            smaller = resize(images, [(side * scale + 3) // 4 for side in images.shape[2:]])
+            logits.append(super().segment(smaller).logits)
         fused = logits[0]
         for other in logits[1:]:
             fused = torch.maximum(fused, resize(other, fused.shape[2:]))
@@ -121,11 +125,15 @@ def deeplabv2(
         multi_scale: run at scales 1, 0.75 and 0.5 and fuse by maximum (default False); `aux_logits` then holds the three scales' logits.
         full_rate: as in `Backbone`. The authors' ResNet (Caffe) has it.
     """
-    options = {"full_rate": True} if full_rate else {}
-    encoder = Backbone(backbone, output_stride, in_channels, pretrained, **options)
+    encoder = Backbone(backbone, output_stride, in_channels, pretrained, full_rate=full_rate)
     rates = scaled((6, 12, 18, 24), 8, output_stride) if rates is None else rates
+    check_all_positive("rates", rates)
     channels = 1024 if backbone.startswith("vgg") else None
     head = SummedBranches(encoder.channels[-1], num_classes, rates, channels)
+    if pretrained and channels is not None:
+        vgg = create_vgg(backbone, in_channels, pretrained)
+        for branch in head.branches:
+            subsample_fully_connected(branch, vgg)
     segmenter = MultiScaleSegmenter if multi_scale else Segmenter
     return segmenter(num_classes, in_channels, encoder, nn.Identity(), head)
 
@@ -174,13 +182,16 @@ def deeplabv3(
 
 
 def cascade(encoder, output_stride, multi_grid, pretrained):
-    """Blocks 5 to 7: copies of a ResNet's last stage at twice the rate each (v3, Fig. 3)."""
+    """Blocks 5 to 7: copies of a ResNet's last stage at twice the rate each (v3, Fig. 3), pretrained weights included. The stage's first block, whose
+    input is narrower, is replaced by its second."""
     last = encoder.features.layer4
-    if last[-1].downsample is not None:
+    if len(last) == 1:
         raise ValueError("backbone must be a ResNet with two or more blocks in its last stage: the cascade repeats them")
     stages = []
     for stride in (64, 128, 256):
-        stage = nn.Sequential(*(copy.deepcopy(last[-1]) for _ in last))
+        stage = nn.Sequential(
+            *(copy.deepcopy(last[max(index, 1)]) for index in range(len(last)))
+        )  # the first has another input
         for index, block in enumerate(stage):
             rate = stride // output_stride * multi_grid[index % len(multi_grid)]
             set_rate(block, rate, rate)
@@ -207,9 +218,10 @@ def deeplabv3_cascaded(
         backbone: a ResNet with two or more blocks in its last stage, default "resnet101".
         output_stride: 8, 16 (default) or 32; the rates scale with it.
         aux: an auxiliary head on layer3 (default False).
-        multi_grid: factors on the rates of the blocks of stages 4 to 7, default (1, 2, 1).
+        multi_grid: factors on the rates of the blocks of stages 4 to 7, default (1, 2, 1); None for (1, 1, 1).
         full_rate: as in `Backbone`, of stages 3 and 4; 5 to 7 always have their full rate.
     """
+    multi_grid = (1,) if multi_grid is None else multi_grid
     encoder = Backbone(backbone, output_stride, in_channels, pretrained, encoder_levels(aux), full_rate, multi_grid)
     return Segmenter(
         num_classes,

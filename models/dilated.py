@@ -6,7 +6,7 @@ from torch import nn
 
 from .backbones import create_vgg, vgg_stages
 from .layers import normal_
-from .model import Output, SegmentationModel, mirror
+from .model import Output, SegmentationModel, check_all_positive, mirror
 
 
 class FrontEnd(SegmentationModel):
@@ -19,8 +19,6 @@ class FrontEnd(SegmentationModel):
         backbone: a VGG of timm, default "vgg16".
         pretrained: timm's weights of the whole classifier, fc6 and fc7 included (default False).
     """
-
-    output_stride = 8
 
     def __init__(self, num_classes, in_channels=3, backbone="vgg16", pretrained=False):
         super().__init__(num_classes, in_channels)
@@ -52,7 +50,8 @@ class Context(nn.Module):
     """The context module: 3x3 convolutions at growing rates and a 1x1, which start as the identity (Table 1, Eq. 5).
 
     The scores are padded with zeros once, by the sum of the rates (33), as in the released VOC network. Identity weights are one over the
-    inputs of a class, so that every layer keeps the scores; the noise is divided by the width's multiple of the classes.
+    inputs of a class, so that every layer keeps the scores (Eq. 5 has one over the outputs, with which only the whole module does); the noise is
+    divided by the width's multiple of the classes.
 
     Args:
         classes: of the scores.
@@ -63,6 +62,7 @@ class Context(nn.Module):
 
     def __init__(self, classes, large=False, rates=(1, 1, 2, 4, 8, 16, 1), noise=0.01):
         super().__init__()
+        check_all_positive("rates", rates)
         multiples = [min(2 ** max(index, 1), 32) if large else 1 for index in range(len(rates))]
         layers, before = [nn.ZeroPad2d(sum(rates))], 1
         for rate, multiple in zip(rates, multiples, strict=True):

@@ -24,15 +24,18 @@ class Discriminator(Model):
             ValueError: other shapes. TypeError: integer images.
         """
         check_images(images, self.in_channels)
+        if not isinstance(class_map, torch.Tensor):
+            raise TypeError(f"class_map must be a torch.Tensor; got {type(class_map).__name__}")
         if not class_map.is_floating_point() and class_map.ndim == 3:
             classes = torch.arange(self.num_classes, device=class_map.device)
             class_map = (class_map[:, None] == classes[:, None, None]).to(images.dtype)
+        if class_map.ndim == 3:
+            raise TypeError(f"class_map (N, H, W) must be labels of an integer dtype; got {class_map.dtype}")
         check_images(class_map, self.num_classes, "class_map")
-        if class_map.shape[2:] != images.shape[2:]:
-            raise ValueError(
-                f"class_map must have the images' size {tuple(images.shape[2:])}; got {tuple(class_map.shape[2:])}"
-            )
-        return self.judge(images, class_map)
+        if class_map.shape[0] != images.shape[0] or class_map.shape[2:] != images.shape[2:]:
+            expected = (images.shape[0], self.num_classes, *images.shape[2:])
+            raise ValueError(f"class_map must be {expected}, as the images are; got {tuple(class_map.shape)}")
+        return self.judge(images, class_map.to(images.dtype))
 
 
 class FCNDiscriminator(Discriminator):
@@ -99,7 +102,7 @@ class PatchGAN(Discriminator):
 
     def __init__(self, num_classes, in_channels=3, receptive_field=70, channels=64):
         super().__init__(num_classes, in_channels)
-        if receptive_field not in STRIDED:
+        if receptive_field not in tuple(STRIDED):
             raise ValueError(f"receptive_field must be 16, 70 or 286; got {receptive_field!r}")
         count = STRIDED[receptive_field]
         self.least = 3 * 2**count

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from .backbones import LEVELS, Backbone
-from .layers import BilinearDeconvolution, he_
+from .layers import BilinearDeconvolution, normal_
 from .model import Output, SegmentationModel
 
 
@@ -51,7 +51,6 @@ class GCN(SegmentationModel):
         pretrained: load the backbone's weights through timm (default False).
     """
 
-    output_stride = 32
     multiple = 32
 
     def __init__(
@@ -75,8 +74,9 @@ class GCN(SegmentationModel):
             BilinearDeconvolution(num_classes, 4, 2, padding=1, learned=learn_upsampling) for _ in range(5)
         )
         self.refine = nn.ModuleList(BoundaryRefinement(num_classes) for _ in range(5))
-        self.scores.apply(he_)
-        self.refine.apply(he_)
+        for module in (*self.scores.modules(), *self.refine.modules()):
+            if isinstance(module, nn.Conv2d):
+                normal_(module, 0.01)
         self.encoder = encoder
 
     def segment(self, images):

@@ -13,7 +13,7 @@ from torch import nn
 from segops.nn import PartialAttentionGate
 
 from .layers import BatchNorm2d, conv_norm_relu
-from .model import Output, SegmentationModel
+from .model import Output, SegmentationModel, check_all_positive, check_positive
 
 
 class ResidualInception(nn.Module):
@@ -66,8 +66,11 @@ class JointSeg(SegmentationModel):
 
     def __init__(self, num_classes, in_channels=3, image_classes=None, widths=(64, 128, 256, 512), blocks=2):
         super().__init__(num_classes, in_channels)
-        self.multiple = self.output_stride = 2 ** (len(widths) - 1)
         self.image_classes = num_classes if image_classes is None else image_classes
+        check_positive("image_classes", self.image_classes)
+        check_all_positive("widths", widths)
+        check_positive("blocks", blocks)
+        self.multiple = 2 ** (len(widths) - 1)
         encoder = [level(in_channels, widths[0], blocks)]
         for before, width in pairwise(widths):
             encoder.append(nn.Sequential(conv_norm_relu(before, width, 3, stride=2), level(width, width, blocks)))

@@ -76,25 +76,28 @@ class BilinearDeconvolution(nn.Module):
 
     def __init__(self, channels, kernel_size, stride, padding=0, learned=False):
         super().__init__()
-        self.stride, self.padding, self.learned = stride, padding, learned
-        kernel = bilinear_kernel(kernel_size)
+        self.channels, self.kernel_size, self.stride, self.padding = channels, kernel_size, stride, padding
         if learned:
-            self.weight = nn.Parameter(torch.eye(channels)[:, :, None, None] * kernel)
+            self.weight = nn.Parameter(torch.eye(channels)[:, :, None, None] * bilinear_kernel(kernel_size))
         else:
-            self.register_buffer("weight", kernel[None, None], persistent=False)
+            self.register_parameter("weight", None)
 
     def forward(self, map):
-        if self.learned:
+        if self.weight is not None:
             return F.conv_transpose2d(map, self.weight, stride=self.stride, padding=self.padding)
-        planes = F.conv_transpose2d(map.flatten(0, 1)[:, None], self.weight, stride=self.stride, padding=self.padding)
+        kernel = bilinear_kernel(self.kernel_size, map.dtype, map.device)[None, None]
+        planes = F.conv_transpose2d(map.flatten(0, 1)[:, None], kernel, stride=self.stride, padding=self.padding)
         return planes[:, 0].unflatten(0, map.shape[:2])
 
     def extra_repr(self):
-        return f"{tuple(self.weight.shape)}, stride={self.stride}, padding={self.padding}, learned={self.learned}"
+        learned = self.weight is not None
+        return (
+            f"{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, learned={learned}"
+        )
 
 
-def bilinear_kernel(size):
+def bilinear_kernel(size, dtype=None, device=None):
     factor = (size + 1) // 2
     centre = factor - 1 if size % 2 else factor - 0.5
-    line = 1 - (torch.arange(size) - centre).abs() / factor
-    return line[:, None] * line
+    line = 1 - (torch.arange(size, device=device) - centre).abs() / factor
+    return (line[:, None] * line).to(dtype or line.dtype)

@@ -32,9 +32,8 @@ class Model(nn.Module):
 
     def __init__(self, num_classes, in_channels):
         super().__init__()
-        for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive int; got {value!r}")
+        check_positive("num_classes", num_classes)
+        check_positive("in_channels", in_channels)
         self.num_classes, self.in_channels = num_classes, in_channels
 
     def adapt_state_dict(self, state_dict):
@@ -76,10 +75,14 @@ class SegmentationModel(Model):
 
 
 def check_images(images, channels, name="images"):
+    if not isinstance(images, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(images).__name__}")
     if images.ndim != 4 or images.shape[1] != channels:
         raise ValueError(f"{name} must be (N, {channels}, H, W); got {tuple(images.shape)}")
     if not images.is_floating_point():
         raise TypeError(f"{name} must be floating point; got {images.dtype}")
+    if 0 in images.shape[2:]:
+        raise ValueError(f"{name} must have a height and a width of at least 1; got {tuple(images.shape)}")
 
 
 def pad_to_multiple(images, multiple):
@@ -115,6 +118,23 @@ def crop(map, offset, size):
     return map[:, :, rows[:, None], columns]
 
 
+def check_positive(name, value):
+    if not _is_positive(value):
+        raise ValueError(f"{name} must be a positive int; got {value!r}")
+
+
+def check_all_positive(name, values):
+    if not isinstance(values, tuple | list) or not values or not all(map(_is_positive, values)):
+        raise ValueError(f"{name} must be positive ints; got {values!r}")
+
+
+def _is_positive(value):
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+COMMON = ("num_classes", "in_channels", "pretrained")  # what callers give by other ways
+
+
 def check_options(owner, function, options):
     """Refuses options that are no parameters of `function`."""
     parameters = inspect.signature(function).parameters
@@ -122,4 +142,5 @@ def check_options(owner, function, options):
         return
     for name in options:
         if name not in parameters:
-            raise TypeError(f"{owner} has no option {name!r}; it has {', '.join(parameters)}")
+            has = ", ".join(known for known in parameters if known not in COMMON) or "none"
+            raise TypeError(f"{owner} has no option {name!r}; it has {has}")

@@ -37,5 +37,5 @@ def pspnet(
     encoder = Backbone(backbone, output_stride, in_channels, pretrained, encoder_levels(aux), full_rate)
     context = create_context(context, encoder.channels[-1], **context_options)
     head = nn.Sequential(conv_norm_relu(context.channels, channels, 3), nn.Dropout2d(0.1), nn.Conv2d(channels, num_classes, 1))
-    auxiliary = auxiliary_head(encoder, num_classes, aux)
+    auxiliary = auxiliary_head(encoder, num_classes, aux, nn.Dropout2d)
     return Segmenter(num_classes, in_channels, encoder, context, head, auxiliary=auxiliary, align_corners=True)

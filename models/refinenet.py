@@ -7,7 +7,7 @@ from torch import nn
 
 from .backbones import LEVELS, Backbone
 from .layers import resize
-from .model import Output, SegmentationModel
+from .model import Output, SegmentationModel, check_positive
 
 
 def conv3x3(in_channels, channels, bias=False):
@@ -76,8 +76,6 @@ class RefineNet(SegmentationModel):
         pretrained: load the backbone's weights through timm (default False).
     """
 
-    output_stride = 32
-
     def __init__(
         self,
         num_classes,
@@ -89,6 +87,8 @@ class RefineNet(SegmentationModel):
         pretrained=False,
     ):
         super().__init__(num_classes, in_channels)
+        check_positive("channels", channels)
+        check_positive("crp_blocks", crp_blocks)
         self.encoder = Backbone(backbone, 32, in_channels, pretrained, LEVELS)
         stride4, stride8, stride16, stride32 = self.encoder.channels
         self.blocks = nn.ModuleList(

@@ -14,7 +14,7 @@ from .discriminators import FCNDiscriminator, PatchGAN
 from .fcn import FCN
 from .gcn import GCN
 from .jointseg import JointSeg
-from .model import check_options
+from .model import check_options, check_positive
 from .pacnet import pacnet
 from .pspnet import pspnet
 from .refinenet import RefineNet
@@ -139,6 +139,8 @@ def create_model(
         FileNotFoundError: no such checkpoint.
     """
     builder, fixed, _ = _entry(name)
+    check_positive("num_classes", num_classes)
+    check_positive("in_channels", in_channels)
     known = inspect.signature(builder).parameters
     if output_stride is not None and fixed is None:
         options["output_stride"] = output_stride
@@ -159,7 +161,7 @@ def create_model(
 
 
 def _entry(name):
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         near = difflib.get_close_matches(str(name), MODELS, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(MODELS)}"
         raise ValueError(f"name must be a known model; got {name!r}; {hint}")

@@ -39,11 +39,11 @@ def encoder_levels(aux, low_level=False):
     return (*([-4] if low_level else []), *([-2] if aux else []), -1)
 
 
-def fcn_head(in_channels, num_classes, dropout=0.1):
+def fcn_head(in_channels, num_classes, dropout=nn.Dropout):
     """A 3x3 convolution to a quarter of the width and a classifier: torchvision's FCN head, and the auxiliary head of PSPNet."""
     channels = max(in_channels // 4, 1)
-    return nn.Sequential(conv_norm_relu(in_channels, channels, 3), nn.Dropout(dropout), nn.Conv2d(channels, num_classes, 1))
+    return nn.Sequential(conv_norm_relu(in_channels, channels, 3), dropout(0.1), nn.Conv2d(channels, num_classes, 1))
 
 
-def auxiliary_head(encoder, num_classes, aux):
-    return fcn_head(encoder.channels[-2], num_classes) if aux else None
+def auxiliary_head(encoder, num_classes, aux, dropout=nn.Dropout):
+    return fcn_head(encoder.channels[-2], num_classes, dropout) if aux else None

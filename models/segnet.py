@@ -13,13 +13,13 @@ from segops import max_pool2d_with_offsets, max_unpool2d_with_offsets
 
 from .backbones import create_vgg_features, vgg_stages
 from .contexts import AtrousSpatialPyramidPooling
-from .layers import he_
+from .layers import BatchNorm2d, he_
 from .model import Output, SegmentationModel
 
 
 def conv_norm(in_channels, channels, kernel_size=3):
     """Convolution with bias and batch normalisation, as Caffe's SegNet has them."""
-    return [nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2), nn.BatchNorm2d(channels)]
+    return [nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2), BatchNorm2d(channels)]
 
 
 class Unpooling(SegmentationModel):
@@ -110,8 +110,6 @@ class SegNetBasic(Unpooling):
         channels: width, default 64.
     """
 
-    output_stride = 16
-
     def __init__(self, num_classes, in_channels=3, channels=64):
         widths = [in_channels, channels, channels, channels, channels]
         encoder = [nn.Sequential(*conv_norm(before, after, 7), nn.ReLU()) for before, after in pairwise(widths)]
@@ -120,4 +118,5 @@ class SegNetBasic(Unpooling):
         self.apply(he_)
 
     def normalise(self, images):
-        return F.local_response_norm(images, size=5, alpha=1e-4, beta=0.75)
+        # In float32: on the CPU it has no half precision.
+        return F.local_response_norm(images.float(), size=5, alpha=1e-4, beta=0.75).to(images.dtype)

@@ -10,8 +10,8 @@ from torch import nn
 
 from .backbones import Backbone, pyramid
 from .jointseg import level
-from .layers import conv_norm_relu, he_
-from .model import Output, SegmentationModel, crop, mirror
+from .layers import BatchNorm2d, conv_norm_relu, he_
+from .model import Output, SegmentationModel, check_positive, crop, mirror
 
 
 class Contracting(nn.Module):
@@ -94,6 +94,7 @@ def symmetric(model, num_classes, in_channels, widths, block, upsample, merge, m
 
 
 def widths_of(channels):
+    check_positive("channels", channels)
     return tuple(channels * factor for factor in (1, 2, 4, 8, 16))
 
 
@@ -172,7 +173,7 @@ class RecurrentConv(nn.Module):
 
 
 def biased_conv(in_channels, channels):
-    return nn.Sequential(nn.Conv2d(in_channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU())
+    return nn.Sequential(nn.Conv2d(in_channels, channels, 3, padding=1), BatchNorm2d(channels), nn.ReLU())
 
 
 class RecurrentBlock(nn.Module):
@@ -190,7 +191,7 @@ class RecurrentBlock(nn.Module):
 
 
 def recurrent_unet(num_classes, in_channels, channels, t, merge, residual):
-    if not isinstance(t, int) or t < 0:
+    if not isinstance(t, int) or isinstance(t, bool) or t < 0:
         raise ValueError(f"t must be an int >= 0; got {t!r}")
 
     def block(before, width):

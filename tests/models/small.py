@@ -43,11 +43,12 @@ register_model(resnettiny)
 
 
 class Case(NamedTuple):
-    """A small model. stride: of its logits."""
+    """A small model. stride: of its logits; least: the smallest side that an exported program is asked for, where logits are 2x2."""
 
     name: str
     options: dict[str, Any]
     stride: int = 1
+    least: int = 48
 
     def __str__(self):
         return " ".join([self.name, *(f"{key}={value}" for key, value in self.options.items())])
@@ -57,13 +58,13 @@ class Case(NamedTuple):
         """Whether it is a discriminator, which takes a class map beside the images."""
         return self.name in ("fcn_discriminator", "patchgan")
 
-    def build(self, **options):
+    def build(self, num_classes=CLASSES, **options):
         torch.manual_seed(0)
-        return create_model(self.name, CLASSES, **self.options | options)
+        return create_model(self.name, num_classes, **self.options | options)
 
-    def inputs(self, size, batch=2, channels=3):
+    def inputs(self, size, batch=2, channels=3, classes=CLASSES):
         images = torch.randn(batch, channels, *size)
-        return (images, torch.randn(batch, CLASSES, *size).softmax(1)) if self.judges else (images,)
+        return (images, torch.randn(batch, classes, *size).softmax(1)) if self.judges else (images,)
 
     def logits_size(self, size):
         if self.name == "patchgan":
@@ -84,7 +85,7 @@ SMALL = [
     Case("segnet_aspp", VGG | {"channels": 8}),
     Case("dilated_frontend", VGG, 8),
     Case("dilated_context", VGG, 8),
-    Case("deeplabv1_largefov", VGG | {"channels": 16}, 8),
+    Case("deeplabv1_largefov", VGG | {"channels": 64}, 8),
     Case("deeplabv2", RESNET, 8),
     Case("deeplabv3", NARROW, 16),
     Case("deeplabv3_cascaded", RESNET, 16),
@@ -94,44 +95,48 @@ SMALL = [
     Case("refinenet", NARROW, 4),
     Case("pspnet", NARROW, 8),
     Case("gcn", RESNET),
-    Case("unet", {"channels": 4}),
+    Case("unet", {"channels": 8}),
     Case("unet_inception", {"channels": 4}),
     Case("r2unet", {"channels": 4}),
-    Case("runet", {"channels": 4}),
+    Case("runet", {"channels": 8}),
     Case("jointseg", {"widths": (8, 16, 32), "blocks": 1}),
     Case("fcn_discriminator", {"channels": 8}),
     Case("patchgan", {"channels": 8}),
 ]
 
-# Options that take another path through a model.
+# Options that make another graph.
 VARIANTS = [
     Case("fcn8s", VGG | {"at_once": True, "learn_upsampling": True}),
-    Case("fcn16s", {"backbone": "vggtiny"}),
     Case("dilated_context", VGG | {"context": "large"}, 8),
-    Case("deeplabv1_largefov", {"backbone": "vggtiny", "output_stride": 16, "channels": 16}, 16),
     Case("deeplabv2", RESNET | {"multi_scale": True}, 8),
     Case("deeplabv2", VGG | {"output_stride": 16}, 16),
     Case("deeplabv3", NARROW | {"aux": True, "output_stride": 8, "head": "torchvision"}, 8),
-    Case("deeplabv3", RESNET | {"context": "ppm", "full_rate": True}, 16),
     Case("deeplabv3plus", NARROW | {"aux": True, "separable": False, "output_stride": 32}, 4),
-    Case("deeplabv3plus", NARROW | {"context": "pac"}, 4),
-    Case("pacnet", NARROW | {"norm": "per_rate", "aux": True}, 16),
-    Case("pacnet", NARROW | {"merge": "concat", "output_stride": 8}, 8),
-    Case("pacnet", NARROW | {"merge": "concat", "norm": "per_rate", "output_stride": 32}, 32),
-    Case("pacnet", RESNET | {"context": "none"}, 16),
+    Case("pacnet", NARROW | {"norm": "per_rate", "merge": "concat", "aux": True}, 16),
     Case("pspnet", NARROW | {"aux": True, "output_stride": 16}, 16),
+    Case("unet", RESNET | {"channels": 8}),
+    Case("unet", {"channels": 4, "merge": "sum"}),
+    Case("fcn_discriminator", {"channels": 8, "decoder": "bilinear"}),
+    Case("patchgan", {"channels": 4, "receptive_field": 286}, least=128),
+]
+
+# Options that change little of it.
+OPTIONS = [
+    Case("fcn16s", {"backbone": "vggtiny"}),
+    Case("deeplabv1_largefov", {"backbone": "vggtiny", "output_stride": 16, "channels": 64}, 16),
+    Case("deeplabv3", RESNET | {"context": "ppm", "full_rate": True}, 16),
+    Case("deeplabv3plus", NARROW | {"context": "pac"}, 4),
+    Case("pacnet", NARROW | {"norm": "per_rate"}, 16),
+    Case("pacnet", NARROW | {"merge": "concat", "output_stride": 8}, 8),
+    Case("pacnet", RESNET | {"context": "none", "output_stride": 32}, 32),
     Case("refinenet", NARROW | {"crp_blocks": 2}, 4),
     Case("gcn", RESNET | {"kernel_size": 7, "learn_upsampling": True}),
-    Case("unet", RESNET | {"channels": 8}),
     Case("unet", VGG | {"channels": 8, "merge": "sum"}),
-    Case("unet", {"channels": 4, "merge": "sum"}),
-    Case("unet_inception", {"channels": 4, "blocks": 2, "merge": "sum"}),
+    Case("unet_inception", {"channels": 8, "blocks": 2, "merge": "sum"}),
     Case("r2unet", {"channels": 4, "t": 0, "merge": "sum"}),
     Case("jointseg", {"widths": (8, 16), "image_classes": 3}),
-    Case("fcn_discriminator", {"channels": 8, "decoder": "bilinear"}),
     Case("fcn_discriminator", {"channels": 8, "conditioned": False}),
     Case("patchgan", {"channels": 8, "receptive_field": 16}),
-    Case("patchgan", {"channels": 4, "receptive_field": 286}),
 ]
 
 

@@ -8,18 +8,22 @@ import torch
 import torch.nn.functional as F
 from segops.models import Output, create_model, list_models
 
-from .small import CLASSES, SMALL, VARIANTS, assert_same, perturbed, total
+from .small import CLASSES, OPTIONS, SMALL, VARIANTS, Case, assert_same, perturbed, total
 
 SIZES = [(64, 96), (65, 97), (49, 130), (17, 20)]
 
 
 def test_every_model_is_tested():
     assert [case.name for case in SMALL] == list_models()
-    assert {case.name for case in VARIANTS} <= set(list_models())
+    assert {case.name for case in VARIANTS + OPTIONS} <= set(list_models())
 
 
-@pytest.mark.parametrize("case", SMALL + VARIANTS, ids=str)
+every = pytest.mark.parametrize("case", SMALL + VARIANTS + OPTIONS, ids=str)
+thorough = pytest.mark.parametrize("case", SMALL + VARIANTS, ids=str)
+
+
 class TestModel:
+    @every
     def test_shapes(self, case):
         model = case.build().eval()
         for size in SIZES:
@@ -29,9 +33,8 @@ class TestModel:
             assert output.logits.shape == (2, 1 if case.judges else CLASSES, *case.logits_size(size))
             assert output.logits.dtype == torch.float32
 
+    @pytest.mark.parametrize("case", [case for case in SMALL + VARIANTS + OPTIONS if not case.judges], ids=str)
     def test_predict(self, case):
-        if case.judges:
-            pytest.skip("a discriminator predicts no classes")
         model = perturbed(case.build()).eval()
         images = case.inputs((33, 50))[0]
         classes = model.predict(images)
@@ -40,6 +43,7 @@ class TestModel:
         assert classes.dtype == torch.int64 and classes.shape == (2, 33, 50)
         assert torch.equal(classes, (logits if case.stride == 1 else resized).argmax(1))
 
+    @every
     def test_in_channels(self, case):
         model = case.build(in_channels=4).eval()
         assert model.in_channels == 4
@@ -51,18 +55,21 @@ class TestModel:
         assert output.logits.shape[2:] == case.logits_size((33, 50))
         assert case.options.get("conditioned") is False or not torch.equal(output.logits, other.logits)
 
+    @every
     def test_one_image_trains_every_parameter(self, case):
         model = case.build().train()
         total(model(*case.inputs((65, 49), batch=1))).backward()
         missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
         assert not missing
 
+    @every
     def test_every_parameter_matters(self, case):
         """Batch normalisation keeps its statistics here: in training it hides a bias before it."""
         model = perturbed(case.build()).eval()
         total(model(*case.inputs((65, 49)))).backward()
         assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
+    @every
     def test_checkpoint_round_trip(self, case, tmp_path):
         model = perturbed(case.build()).eval()
         torch.save(model.state_dict(), tmp_path / "model.pt")
@@ -74,6 +81,7 @@ class TestModel:
         other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
         assert_same(other(*inputs), expected)
 
+    @every
     def test_copy_is_a_model_of_its_own(self, case):
         """As a moving average of the weights needs it."""
         model = perturbed(case.build()).eval()
@@ -83,6 +91,7 @@ class TestModel:
         perturbed(model)
         assert_same(twin(*inputs), expected)
 
+    @every
     def test_eval_is_deterministic_and_takes_images_one_by_one(self, case):
         model = perturbed(case.build()).eval()
         inputs = case.inputs((49, 66), batch=3)
@@ -91,6 +100,7 @@ class TestModel:
         for i in range(3):
             assert_same(model(*(tensor[i : i + 1] for tensor in inputs)).logits, logits[i : i + 1])
 
+    @every
     def test_channels_last(self, case):
         model = perturbed(case.build()).eval()
         inputs = case.inputs((49, 66))
@@ -98,18 +108,32 @@ class TestModel:
         model = model.to(memory_format=torch.channels_last)
         assert_same(model(*(tensor.to(memory_format=torch.channels_last) for tensor in inputs)), expected)
 
+    @every
+    @torch.no_grad()
     def test_autocast(self, case):
+        """As exact as the float32 model whose weights and images are rounded to bfloat16: maxima that change places move SegNet's values."""
         model = perturbed(case.build()).eval()
-        inputs = case.inputs((64, 64))
+        inputs = case.inputs((case.least + 16, case.least + 16))
         expected = model(*inputs).logits
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = model(*inputs).logits.float()
-            loss = total(model.train()(*inputs))
-        # 8 bits of mantissa, rounded at some ten to fifty layers.
-        assert (logits - expected).norm() < 0.1 * expected.norm()
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+        rounded = model(*(tensor.bfloat16().float() for tensor in inputs)).logits
+        assert (logits - expected).norm() < 3 * (rounded - expected).norm()  # activations are rounded too
+        assert (logits - expected).norm() > 0  # or autocast did nothing
+
+    @every
+    def test_training_under_autocast(self, case):
+        # PyTorch 2.11 on CPUs with AMX: bfloat16 gradients of a 1x1 convolution of 4096 to less than 16 channels write past their memory.
+        classes = 16
+        model = case.build(num_classes=classes).train()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = total(model(*case.inputs((64, 64), classes=classes)))
         loss.backward()
         assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
 
+    @thorough
     def test_compile_without_a_graph_break(self, case):
         model = perturbed(case.build()).eval()
         inputs = case.inputs((64, 96))
@@ -118,42 +142,48 @@ class TestModel:
         assert type(output) is Output
         assert_same(output, expected)
 
+    @thorough
     def test_export_with_dynamic_height_and_width(self, case):
         model = perturbed(case.build()).eval()
-        height, width = (torch.export.Dim(name, min=32, max=2048) for name in ("height", "width"))
-        inputs = case.inputs((64, 96))
+        least = case.least
+        height, width = (torch.export.Dim(name, min=least, max=4096) for name in ("height", "width"))
+        inputs = case.inputs((least + 16, least + 48))
         shapes = ({2: height, 3: width},) * len(inputs)
         program = torch.export.export(model, inputs, dynamic_shapes=shapes).module()
-        for size in ((81, 112), (47, 130)):
+        for size in ((least + 33, least + 64), (least + 1, 2 * least + 34)):
             inputs = case.inputs(size)
             output = program(*inputs)
             assert type(output) is Output
             assert_same(output, model(*inputs))
 
+    @pytest.mark.parametrize("case", SMALL, ids=str)
     def test_overfits_four_images(self, case):
         """A guess that does not look at the image costs log(4) or more: no pixel has the same class in two images."""
         model = case.build()
-        images, first = torch.randn(4, 3, 64, 64), torch.arange(4)
-        labels = torch.stack([first, (first + 1) % 4], dim=1).repeat_interleave(32, 1)[:, None].expand(4, 64, 64)
-        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-        for _ in range(40):
+        halves = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0]])
+        labels = halves[:, None, :].repeat_interleave(32, 2).expand(4, 64, 64)
+        images = torch.randn(4, 3, 1, 2).repeat_interleave(32, 3) + 0.1 * torch.randn(4, 3, 64, 64)
+        optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+        for _ in range(100):
             if case.judges:
-                logits = model(images, labels).logits
-                fakes = model(images, torch.rand(4, CLASSES, 64, 64).softmax(1)).logits
-                loss = (F.softplus(-logits) + F.softplus(fakes)).mean()
+                real = model(images, labels).logits
+                fake = model(images, torch.rand(4, CLASSES, 64, 64).softmax(1)).logits
+                loss = (F.softplus(-real) + F.softplus(fake)).mean()
             else:
                 logits = F.interpolate(model(images).logits, (64, 64), mode="bilinear")
                 loss = F.cross_entropy(logits, labels)
+            if loss < 0.5 * math.log(4):
+                break
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        print("LOSS", case, loss.item())
         assert loss < 0.5 * math.log(4)
 
 
-def test_a_single_class_is_predicted_where_its_logit_is_positive():
-    model = create_model("unet", 1, channels=4).eval()
+@pytest.mark.parametrize("case", [Case("segnet_basic", {"channels": 8}), Case("pacnet", {"backbone": "resnettiny"})], ids=str)
+def test_a_single_class_is_predicted_where_its_logit_is_positive(case):
+    model = perturbed(case.build(num_classes=1)).eval()
     images = torch.randn(2, 3, 33, 50)
+    logits = F.interpolate(model(images).logits, (33, 50), mode="bilinear")
     classes = model.predict(images)
-    assert torch.equal(classes, (model(images).logits[:, 0] > 0).long())
-    assert set(classes.unique().tolist()) == {0, 1}
+    assert torch.equal(classes, (logits[:, 0] > 0).long())
