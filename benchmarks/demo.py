@@ -24,6 +24,9 @@ from segops.train import FolderDataset, SyntheticScenes, boundary_mask, confusio
 from . import bench_bal, bench_pac, bench_pag, measure
 
 DISCRIMINATORS = ("fcn_discriminator", "patchgan")
+LEARNING_RATES = {"refinenet": 0.005, "gcn": 0.01}  # of models without normalisation behind the backbone; 0.05 for others
+# The backward pass of a 1x1 convolution from 4096 channels to 7 in bfloat16 writes beyond its memory on CPUs with AMX (torch 2.11, oneDNN).
+FLOAT32_ON_CPU = ("fcn32s", "fcn16s", "fcn8s", "dilated_frontend", "dilated_context")
 
 
 def race(bench, title, cases, baselines):
@@ -112,8 +115,9 @@ def evaluate(model, loader, num_classes, device, autocast):
 
 
 def small_model(options, num_classes):
-    """The model at a width that two cores can train."""
-    name, default = options.model, segops.models.model_info(options.model).backbone
+    """The model on a small backbone, and narrow where it has an encoder of its own. FCN and dilated networks keep their 4096 channels."""
+    name = options.model
+    default = segops.models.model_info(name).backbone
     if name in DISCRIMINATORS:
         raise ValueError(f"--model must segment; {name} judges what other models segment")
     small = {"backbone": options.backbone, "channels": options.channels}
@@ -121,29 +125,34 @@ def small_model(options, num_classes):
         small["backbone"] = "vgg11_bn" if default.startswith("vgg") else "resnet18"
     if small["channels"] is None and name in ("unet", "unet_inception", "r2unet", "runet", "segnet_basic"):
         small["channels"] = 16
+    if small["channels"] is None and name == "refinenet":
+        small["channels"] = 64
     if name == "jointseg":
         small["widths"] = (16, 32, 64, 128)
     return segops.models.create_model(name, num_classes, **{key: value for key, value in small.items() if value is not None})
 
 
-def train(options):
+def train(options, model, device):
     """Trains a model and returns what was measured."""
-    torch.manual_seed(options.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     train_set, val_set, num_classes = datasets(options)
     train_loader = torch.utils.data.DataLoader(
         InMemory(train_set, "train", True), options.batch, shuffle=True, drop_last=len(train_set) > options.batch
     )
     val_loader = torch.utils.data.DataLoader(InMemory(val_set, "val", False), options.batch)
 
-    model = small_model(options, num_classes)
     model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=options.lr or LEARNING_RATES.get(options.model, 0.05),
+        momentum=0.9,
+        weight_decay=1e-4,
+        nesterov=True,
+    )
     # The paper's weights average tens and vary by image: with their mean at 1 the learning rate of cross entropy holds.
     criterion = segops.nn.BoundaryAwareLoss(normalize="mean") if options.loss == "bal" else segops.nn.UpsampleCrossEntropy()
     steps = options.epochs * len(train_loader)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
-    half = device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    half = device == "cuda" or (torch.ops.mkldnn._is_mkldnn_bf16_supported() and options.model not in FLOAT32_ON_CPU)
 
     def autocast():
         return torch.autocast(device, dtype=torch.bfloat16, enabled=half)
@@ -165,6 +174,8 @@ def train(options):
                 optimizer.step()
                 schedule.step()
                 total += loss.item()
+                if not np.isfinite(total):
+                    raise SystemExit("demo: the loss is no finite number any more: try a smaller --lr")
                 bar.update()
                 bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}")
             whole, band = evaluate(model, val_loader, num_classes, device, autocast)
@@ -236,7 +247,7 @@ def main():
     parser.add_argument("--model", default="pacnet", help="any of `python -m segops models` (default: pacnet)")
     parser.add_argument("--backbone", help="any timm backbone that the model takes (default: resnet18, or vgg11_bn for a VGG)")
     parser.add_argument("--channels", type=int, help="the model's option of that name (default: the model's, 16 for U-Nets)")
-    parser.add_argument("--lr", type=float, default=0.05, help="learning rate at the start (default: 0.05)")
+    parser.add_argument("--lr", type=float, help="learning rate at the start (default: 0.05, less for a few models)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-race", action="store_true", help="leave out the timing")
     parser.add_argument(
@@ -245,11 +256,14 @@ def main():
     options = parser.parse_args()
     try:
         options.out.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(options.seed)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = small_model(options, options.classes if options.data else len(SyntheticScenes.classes))
         info()
         if not options.no_race:
             races()
-        results = train(options)
-    except (OSError, ValueError) as error:
+        results = train(options, model, device)
+    except (OSError, TypeError, ValueError) as error:
         raise SystemExit(f"demo: {error}") from error
     unfinished = options.out / "results.json.part"
     unfinished.write_text(json.dumps(results, indent=1) + "\n")

@@ -5,41 +5,46 @@ from typing import Any, NamedTuple
 import timm.models.resnet
 import timm.models.vgg
 import torch
-from timm.models import register_model
+from segops.models import create_model
+from timm.models import build_model_with_cfg, register_model
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from segops.models import create_model
-
 CLASSES = 5
 VGG_CONFIG = timm.models.vgg._cfg()  # tests of pretrained weights put a "file" into it
-timm.models.vgg.cfgs["vggtiny"] = [8, "M", 8, "M", 16, "M", 16, "M", 16, 16, "M"]
+STAGES = [8, "M", 8, "M", 16, "M", 16, "M", 16, 16, "M"]
 
 
-def _vgg(pretrained, options):
-    options = {"mlp_ratio": 1 / 128} | options | {"pretrained_cfg": VGG_CONFIG}  # fc6 has 32 channels, fc7 its 4096
-    return timm.models.vgg._create_vgg("vggtiny", pretrained, **options)
+class TinyVGG(timm.models.vgg.VGG):
+    """With 64 channels in fc6 and fc7."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.pre_logits = timm.models.vgg.ConvMlp(self.num_features, 64)
+
+
+def _vgg(pretrained, out_indices=(0, 1, 2, 3, 4, 5), **options):
+    features = {"flatten_sequential": True, "out_indices": out_indices}
+    options |= {"model_cfg": STAGES, "feature_cfg": features, "pretrained_cfg": VGG_CONFIG}
+    return build_model_with_cfg(TinyVGG, "vggtiny", pretrained, **options)
 
 
 @register_model
 def vggtiny(pretrained=False, **options):
-    return _vgg(pretrained, options)
+    return _vgg(pretrained, **options)
 
 
 @register_model
 def vggtiny_bn(pretrained=False, **options):
-    return _vgg(pretrained, {"norm_layer": nn.BatchNorm2d} | options)
+    return _vgg(pretrained, norm_layer=nn.BatchNorm2d, **options)
 
 
+@register_model
 def resnettiny(pretrained=False, **options):
     """Two blocks in the last stage, as the cascade and the multi-grid need."""
     shape = {"block": timm.models.resnet.BasicBlock, "layers": (1, 1, 1, 2), "channels": (16, 16, 32, 32)}
     options |= {"pretrained_cfg": timm.models.resnet._cfg()}
     return timm.models.resnet._create_resnet("resnettiny", pretrained, **shape, **options)
-
-
-resnettiny.__module__ = "timm.models.resnet"  # by which the models know a ResNet
-register_model(resnettiny)
 
 
 class Case(NamedTuple):
@@ -62,9 +67,9 @@ class Case(NamedTuple):
         torch.manual_seed(0)
         return create_model(self.name, num_classes, **self.options | options)
 
-    def inputs(self, size, batch=2, channels=3, classes=CLASSES):
+    def inputs(self, size, batch=2, channels=3):
         images = torch.randn(batch, channels, *size)
-        return (images, torch.randn(batch, classes, *size).softmax(1)) if self.judges else (images,)
+        return (images, torch.randn(batch, CLASSES, *size).softmax(1)) if self.judges else (images,)
 
     def logits_size(self, size):
         if self.name == "patchgan":
@@ -99,29 +104,29 @@ SMALL = [
     Case("unet_inception", {"channels": 4}),
     Case("r2unet", {"channels": 4}),
     Case("runet", {"channels": 8}),
-    Case("jointseg", {"widths": (8, 16, 32), "blocks": 1}),
+    Case("jointseg", {"widths": (8, 16), "blocks": 1}),
     Case("fcn_discriminator", {"channels": 8}),
     Case("patchgan", {"channels": 8}),
 ]
 
 # Options that make another graph.
 VARIANTS = [
-    Case("fcn8s", VGG | {"at_once": True, "learn_upsampling": True}),
-    Case("dilated_context", VGG | {"context": "large"}, 8),
     Case("deeplabv2", RESNET | {"multi_scale": True}, 8),
-    Case("deeplabv2", VGG | {"output_stride": 16}, 16),
     Case("deeplabv3", NARROW | {"aux": True, "output_stride": 8, "head": "torchvision"}, 8),
-    Case("deeplabv3plus", NARROW | {"aux": True, "separable": False, "output_stride": 32}, 4),
     Case("pacnet", NARROW | {"norm": "per_rate", "merge": "concat", "aux": True}, 16),
-    Case("pspnet", NARROW | {"aux": True, "output_stride": 16}, 16),
     Case("unet", RESNET | {"channels": 8}),
-    Case("unet", {"channels": 4, "merge": "sum"}),
     Case("fcn_discriminator", {"channels": 8, "decoder": "bilinear"}),
     Case("patchgan", {"channels": 4, "receptive_field": 286}, least=128),
 ]
 
 # Options that change little of it.
 OPTIONS = [
+    Case("fcn8s", VGG | {"at_once": True, "learn_upsampling": True}),
+    Case("dilated_context", VGG | {"context": "large"}, 8),
+    Case("deeplabv2", VGG | {"output_stride": 16}, 16),
+    Case("deeplabv3plus", NARROW | {"aux": True, "separable": False, "output_stride": 32}, 4),
+    Case("pspnet", NARROW | {"aux": True, "output_stride": 16}, 16),
+    Case("unet", {"channels": 4, "merge": "sum"}),
     Case("fcn16s", {"backbone": "vggtiny"}),
     Case("deeplabv1_largefov", {"backbone": "vggtiny", "output_stride": 16, "channels": 64}, 16),
     Case("deeplabv3", RESNET | {"context": "ppm", "full_rate": True}, 16),
@@ -134,7 +139,7 @@ OPTIONS = [
     Case("unet", VGG | {"channels": 8, "merge": "sum"}),
     Case("unet_inception", {"channels": 8, "blocks": 2, "merge": "sum"}),
     Case("r2unet", {"channels": 4, "t": 0, "merge": "sum"}),
-    Case("jointseg", {"widths": (8, 16), "image_classes": 3}),
+    Case("jointseg", {"widths": (16, 24, 32), "image_classes": 3}),
     Case("fcn_discriminator", {"channels": 8, "conditioned": False}),
     Case("patchgan", {"channels": 8, "receptive_field": 16}),
 ]
