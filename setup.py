@@ -77,7 +77,13 @@ def cpu_extension():
 
     return CppExtension(
         "segops._C",
-        ["csrc/bind_cpu.cpp", "csrc/bal/bal_cpu.cpp", "csrc/pac/pac_cpu.cpp", "csrc/pag/pag_cpu.cpp"],
+        [
+            "csrc/bind_cpu.cpp",
+            "csrc/argmax/argmax_cpu.cpp",
+            "csrc/bal/bal_cpu.cpp",
+            "csrc/pac/pac_cpu.cpp",
+            "csrc/pag/pag_cpu.cpp",
+        ],
         include_dirs=[pybind11.get_include()],  # before torch's own copy, which refuses the stable ABI
         define_macros=definitions(version_line(os.environ.get("CXX", "c++")), CXX_FLAGS),
         extra_compile_args={"cxx": CXX_FLAGS},
@@ -97,7 +103,13 @@ def cuda_extension():
     nvcc = version_line(os.path.join(CUDA_HOME, "bin", "nvcc"))
     return CUDAExtension(
         "segops._C_cuda",
-        ["csrc/bind_cuda.cpp", "csrc/bal/bal_cuda.cu", "csrc/pac/pac_cuda.cu", "csrc/pag/pag_cuda.cu"],
+        [
+            "csrc/bind_cuda.cpp",
+            "csrc/argmax/argmax_cuda.cu",
+            "csrc/bal/bal_cuda.cu",
+            "csrc/pac/pac_cuda.cu",
+            "csrc/pag/pag_cuda.cu",
+        ],
         include_dirs=[pybind11.get_include()],
         define_macros=definitions(nvcc, NVCC_FLAGS, SEGOPS_ARCHITECTURES=built_architectures()),
         extra_compile_args={"cxx": [*CXX_FLAGS, "-DUSE_CUDA"], "nvcc": NVCC_FLAGS},
@@ -153,7 +165,7 @@ def build_command():
 
 point_to_toolkit()
 setup(
-    packages=["segops", "segops.bal", "segops.pac", "segops.pag", "segops.train", "segops.models"],
+    packages=["segops", "segops.argmax", "segops.bal", "segops.pac", "segops.pag", "segops.train", "segops.models"],
     package_dir={"segops.models": "models"},
     ext_modules=extensions(),
     cmdclass=build_command(),

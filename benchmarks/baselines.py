@@ -55,6 +55,15 @@ def pag_unpool(kernel_size, device):
     return _with_compile(eager, device)
 
 
+def argmax(size, device):
+    """Class indices from upsampled logits."""
+
+    def eager(logits):
+        return F.interpolate(logits, size, mode="bilinear", align_corners=False).argmax(1)
+
+    return _with_compile(eager, device)
+
+
 def _pooled(encoder, size):
     """The map max-pooled to the size, by the fastest of PyTorch's ways."""
     (height, width), (h, w) = encoder.shape[2:], size

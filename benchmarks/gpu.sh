@@ -24,17 +24,18 @@ export SEGOPS_BUILD_CUDA=1 PYTHONUNBUFFERED=1
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/gpu.csv"
 step build 120 python3 -m pip install --no-build-isolation --no-deps -e .
 step info 30 python3 -m segops info
-step tests 120 python3 -m pytest -q -m cuda -p no:cacheprovider tests/pac tests/bal tests/pag -k "not triton"
+step tests 120 python3 -m pytest -q -m cuda -p no:cacheprovider tests/argmax tests/pac tests/bal tests/pag -k "not triton"
+step benchmarks-argmax 60 python3 -m benchmarks argmax --out "$out"
 step benchmarks-pag 100 python3 -m benchmarks pag --out "$out"
 step benchmarks-pac 200 python3 -m benchmarks pac --out "$out"
 step benchmarks-bal 160 python3 -m benchmarks bal --out "$out"
-step tests-triton 150 python3 -m pytest -q -m cuda -p no:cacheprovider tests/pac tests/bal tests/pag -k triton # compiles for minutes
+step tests-triton 150 python3 -m pytest -q -m cuda -p no:cacheprovider tests/argmax tests/pac tests/bal tests/pag -k triton # compiles for minutes
 if command -v compute-sanitizer > /dev/null; then
   # Small shapes: the checker slows everything down a hundredfold.
-  small='(test_every_element_is_written or test_memory_format_follows or test_bias_is_part_of_the_shared_filter or test_edges_count or test_kernels_write_all) and not triton'
+  small='(test_every_element_is_written or test_memory_format_follows or test_bias_is_part_of_the_shared_filter or test_edges_count or test_kernels_write_all or test_strided_logits) and not triton'
   for tool in memcheck racecheck; do
     step "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      python3 -m pytest -q -m cuda -p no:cacheprovider tests/pac/test_pac.py tests/bal/test_bal.py tests/pag/test_pag.py -k "$small"
+      python3 -m pytest -q -m cuda -p no:cacheprovider tests/argmax/test_argmax.py tests/pac/test_pac.py tests/bal/test_bal.py tests/pag/test_pag.py -k "$small"
   done
 fi
 

@@ -1,4 +1,5 @@
 // segops._C: the CPU kernels. Schemas live in Python (segops/*/op.py); this file adds implementations only.
+#include "argmax/argmax.h"
 #include "bal/bal.h"
 #include "pac/pac.h"
 #include "pag/pag.h"
@@ -8,6 +9,7 @@
 #include <string>
 
 STABLE_TORCH_LIBRARY_IMPL(segops, CPU, m) {
+  m.impl("argmax_upsample", TORCH_BOX(&segops::argmax_upsample_cpu));
   m.impl("bal_count_edges", TORCH_BOX(&segops::bal_count_edges_cpu));
   m.impl("bal_blur", TORCH_BOX(&segops::bal_blur_cpu));
   m.impl("bal_softmax_loss", TORCH_BOX(&segops::bal_softmax_loss_cpu));

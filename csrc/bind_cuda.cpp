@@ -1,4 +1,5 @@
 // segops._C_cuda: the CUDA kernels. Schemas live in Python (segops/*/op.py); this file adds implementations only.
+#include "argmax/argmax.h"
 #include "bal/bal.h"
 #include "pac/pac.h"
 #include "pag/pag.h"
@@ -11,6 +12,7 @@
 #include <vector>
 
 STABLE_TORCH_LIBRARY_IMPL(segops, CUDA, m) {
+  m.impl("argmax_upsample", TORCH_BOX(&segops::argmax_upsample_cuda));
   m.impl("bal_count_edges", TORCH_BOX(&segops::bal_count_edges_cuda));
   m.impl("bal_blur", TORCH_BOX(&segops::bal_blur_cuda));
   m.impl("bal_softmax_loss", TORCH_BOX(&segops::bal_softmax_loss_cuda));

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from segops import upsample_argmax
 from segops._library import memory_format
 
 
@@ -68,9 +69,11 @@ class SegmentationModel(Model):
     def predict(self, images):
         """Class indices (N, H, W), int64, at the images' size: logits resized bilinearly, then the largest; with a single class
         1 where its logit is positive. Leaves the mode as it is: call eval() before."""
-        logits = self(images).logits
-        if logits.shape[2:] != images.shape[2:]:
-            logits = F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=self.align_corners)
+        logits, size = self(images).logits, images.shape[2:]
+        if self.num_classes > 1 and not self.align_corners:
+            return upsample_argmax(logits, size)
+        if logits.shape[2:] != size:
+            logits = F.interpolate(logits, size, mode="bilinear", align_corners=self.align_corners)
         return (logits[:, 0] > 0).long() if self.num_classes == 1 else logits.argmax(1)
 
 

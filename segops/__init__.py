@@ -6,6 +6,7 @@
     segops.gaussian_edge            the weights: a blurred edge map of the labels
     segops.partial_attention_gate   encoder maps max-pooled to the decoder's size and merged, in one pass
     segops.max_pool2d_with_offsets  max pooling that remembers where in one byte, and max_unpool2d_with_offsets
+    segops.upsample_argmax          class indices from logits at any resolution: no full-size logits here either
     segops.nn                       the same as modules
     segops.models                   networks that use them (needs timm: pip install segops[models])
     segops.backend                  choose between native (C++, CUDA), triton and reference kernels
@@ -17,6 +18,7 @@ import importlib
 from importlib.metadata import version
 
 from . import nn
+from .argmax import upsample_argmax
 from .backend import backend
 from .bal import boundary_aware_loss, gaussian_edge, upsample_cross_entropy
 from .pac import pyramid_atrous_conv2d
@@ -42,5 +44,6 @@ __all__ = [
     "nn",
     "partial_attention_gate",
     "pyramid_atrous_conv2d",
+    "upsample_argmax",
     "upsample_cross_entropy",
 ]

@@ -1,7 +1,9 @@
 """The command line: `python -m segops info`, `python -m segops models`."""
 
 import argparse
+import os
 import platform
+import sys
 
 import torch
 
@@ -16,6 +18,7 @@ OPS = (
     "partial_attention_gate",
     "max_pool2d_with_offsets",
     "max_unpool2d_with_offsets",
+    "upsample_argmax",
 )
 
 
@@ -69,7 +72,11 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("info", help="versions, what was built, and which backend each op runs on").set_defaults(run=info)
     commands.add_parser("models", help="the reference models: parameters, multiply-adds, paper").set_defaults(run=models)
-    parser.parse_args().run()
+    try:
+        parser.parse_args().run()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read, as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@
 //                     d loss / d z_c = (c == t ? target : all exp(z_c - most)) - each a_c
 #pragma once
 
-#include "../common/tensor.h"
+#include "../common/resize.h"
 
 #include <cmath>
 
@@ -34,18 +34,6 @@ template <typename Label>
 SEGOPS_HOST_DEVICE inline int class_of(Label label, int64_t classes, int64_t ignore_index) {
   if (int64_t(label) == ignore_index) return kIgnored;
   return int64_t(label) >= 0 && int64_t(label) < classes ? int(label) : kWrong;
-}
-
-// Where output i of a bilinear resize lies: (1 - weight) * source[low] + weight * source[high].
-struct Source {
-  int64_t low, high;
-  double weight;
-};
-SEGOPS_HOST_DEVICE inline Source bilinear_source(int64_t i, int64_t in, double in_over_out) {
-  const double at = (double(i) + 0.5) * in_over_out - 0.5;
-  const int64_t low = at <= 0 ? 0 : (int64_t(at) < in - 1 ? int64_t(at) : in - 1);
-  if (at <= 0 || low == in - 1) return {low, low + 1 < in ? low + 1 : low, 0.0};
-  return {low, low + 1, at - double(low)};
 }
 
 // The taps of one output of an antialiased resize: source[first + k], k < count, weighs triangle(k) / their sum.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import segops
-from benchmarks import baselines, bench_bal, bench_pac, bench_pag, measure, report
+from benchmarks import baselines, bench_argmax, bench_bal, bench_pac, bench_pag, measure, report
 
 PAC = bench_pac.Case((1, 64, 9, 9), 64)
 BAL = bench_bal.Case((1, 5, 9, 11), (40, 43))
@@ -34,6 +34,14 @@ def test_gate_passes_what_is_right_and_stops_what_is_wrong(monkeypatch, bench, c
     assert bench.gate(case) > 1
     monkeypatch.setattr(segops, op, lambda *args, **kwargs: right(*args, **kwargs) * torch.nan)
     assert bench.gate(case) == float("inf")
+
+
+def test_gate_wants_the_largest_class(monkeypatch):
+    case, right = bench_argmax.Case((1, 5, 9, 11), (40, 43)), segops.upsample_argmax
+    assert bench_argmax.gate(case) <= 1
+    for wrong in (lambda *args: (right(*args) + 1) % 5, lambda *args: right(*args) + 5, lambda *args: right(*args)[:, 1:]):
+        monkeypatch.setattr(segops, "upsample_argmax", wrong)
+        assert bench_argmax.gate(case) > 1
 
 
 def test_gate_looks_at_the_gradient(monkeypatch):

@@ -1,0 +1,325 @@
+// argmax.h on the CPU.
+//
+// An item of work is a row of logits and the output rows between it and the next. Along it, cell by cell: a cell whose four
+// corners agree is filled; in others the classes that can win, those whose largest corner reaches the best of the smallest
+// corners, are interpolated for sixteen pixels at a time.
+
+#include "argmax.h"
+
+#include "../common/cpu.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace segops {
+namespace {
+
+constexpr int kPixels = 16;
+
+// Whether a takes the place of b, which came before it.
+template <typename T>
+bool larger(T a, T b) {
+  return a > b || (a != a && b == b);
+}
+
+// Integers as wide as T, so that comparing them makes masks for vectors of T.
+template <typename T>
+using Class = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+
+template <typename T, int bytes>
+constexpr int kLanes = bytes / int(sizeof(T));
+
+int64_t padded(int64_t count) {
+  return (count + kPixels - 1) / kPixels * kPixels;
+}
+
+// One axis: output i lies `weight[i]` beyond source low, and outputs first[j] .. first[j + 1] have low == j.
+template <typename T>
+struct Axis {
+  std::vector<T> weight;
+  std::vector<int64_t> first;
+
+  Axis(int64_t in, int64_t out) : weight(out + kPixels), first(in + 1, out) {
+    for (int64_t i = out - 1; i >= 0; --i) {
+      const Source source = bilinear_source(i, in, double(in) / double(out));
+      weight[i] = T(source.weight);
+      first[source.low] = i;
+    }
+    for (int64_t j = in - 1; j >= 0; --j) first[j] = std::min(first[j], first[j + 1]);  // a source that no output has as low
+  }
+};
+
+// best[x] = the largest class of column x of row (classes, padded w).
+template <typename T, int bytes>
+SEGOPS_INLINE void best_of_row(const T* row, int64_t classes, int64_t w, int64_t step, int32_t* best) {
+  constexpr int lanes = kLanes<T, bytes>;
+  using V = Vec<T, lanes>;
+  for (int64_t begin = 0; begin < w; begin += lanes) {
+    typename V::type most = V::load(row + begin), nothing = most * 0;  // `nothing` stays 0 while all is finite
+    typename vector_of<Class<T>, lanes>::type index{};
+    for (int64_t c = 1; c < classes; ++c) {
+      const typename V::type value = V::load(row + c * step + begin);
+      index = value > most ? index * 0 + Class<T>(c) : index;
+      most = value > most ? value : most;
+      nothing += value * 0;
+    }
+    const int64_t end = std::min(begin + lanes, w);
+    for (int64_t x = begin; x < end; ++x) {
+      best[x] = int32_t(index[x - begin]);
+      if (nothing[x - begin] == 0) continue;
+      best[x] = 0;
+      for (int64_t c = 1; c < classes; ++c)
+        if (larger(row[c * step + x], row[best[x] * step + x])) best[x] = int32_t(c);
+    }
+  }
+}
+
+// A row of logits, pixel by pixel; classes are padded with the lowest number.
+template <typename T>
+struct Pixels {
+  int64_t classes, step;
+  std::vector<T> values;
+  bool finite = true;
+
+  Pixels(int64_t w, int64_t classes)
+      : classes(classes), step(padded(classes)), values(w * step, std::numeric_limits<T>::lowest()) {}
+  const T* at(int64_t x) const { return values.data() + x * step; }
+};
+
+// The classes that can be largest somewhere between four corners, each with its corners.
+template <typename T>
+struct Candidates {
+  struct Corners {
+    T upper_left, upper_right, lower_left, lower_right;
+  };
+  std::vector<Corners> corners;
+  std::vector<int32_t> classes;
+  std::vector<T> most;  // room for the largest corner of every class
+  int64_t count = 0;
+  bool finite = true;
+
+  explicit Candidates(int64_t all) : corners(all), classes(all), most(padded(all)) {}
+
+  // Between columns j and right of two rows.
+  template <int bytes>
+  SEGOPS_INLINE void find(const Pixels<T>& above, const Pixels<T>& below, int64_t j, int64_t right) {
+    constexpr int lanes = kLanes<T, bytes>;
+    using V = Vec<T, lanes>;
+    const T *a = above.at(j), *b = above.at(right), *c = below.at(j), *d = below.at(right);
+    typename V::type floors = typename V::type{} + std::numeric_limits<T>::lowest();
+    for (int64_t k = 0; k < above.step; k += lanes) {
+      const typename V::type p = V::load(a + k), q = V::load(b + k), r = V::load(c + k), s = V::load(d + k);
+      const typename V::type upper = p < q ? p : q, lower = r < s ? r : s, least = upper < lower ? upper : lower;
+      floors = least > floors ? least : floors;
+      const typename V::type top = p > q ? p : q, bottom = r > s ? r : s;
+      V::store(most.data() + k, top > bottom ? top : bottom);
+    }
+    T floor = floors[0];
+    for (int i = 1; i < lanes; ++i) floor = std::max(floor, T(floors[i]));
+    finite = above.finite && below.finite;
+    count = 0;
+    for (int64_t k = 0; k < above.classes; ++k) {
+      if (finite && most[k] < floor) continue;
+      corners[count] = {a[k], b[k], c[k], d[k]};
+      classes[count++] = int32_t(k);
+    }
+  }
+};
+
+template <typename T>
+struct Cell {
+  const Candidates<T>& candidates;
+  const T* wx;  // of n columns
+  int64_t n;
+  const T* wy;  // of the rows
+  int64_t rows;
+  int64_t* out;
+  int64_t width;
+};
+
+template <typename T, int bytes>
+SEGOPS_INLINE void fill_cell(const Cell<T>& cell, T* tops) {
+  constexpr int lanes = kLanes<T, bytes>;
+  using V = Vec<T, lanes>;
+  using Value = typename V::type;
+  const Candidates<T>& candidates = cell.candidates;
+  for (int64_t x = 0; x < cell.n; x += lanes) {
+    const Value right = V::load(cell.wx + x), left = 1 - right;
+    for (int64_t k = 0; k < candidates.count; ++k) {
+      const auto c = candidates.corners[k];
+      V::store(tops + 2 * k * lanes, left * c.upper_left + right * c.upper_right);
+      V::store(tops + (2 * k + 1) * lanes, left * c.lower_left + right * c.lower_right);
+    }
+    const int64_t count = std::min<int64_t>(lanes, cell.n - x);
+    for (int64_t y = 0; y < cell.rows; ++y) {
+      const T lower = cell.wy[y], upper = 1 - lower;
+      Value most = V::load(tops) * upper + V::load(tops + lanes) * lower;
+      auto index = typename vector_of<Class<T>, lanes>::type{} + Class<T>(candidates.classes[0]);
+      const T* at = tops + 2 * lanes;
+      for (int64_t k = 1; k < candidates.count; ++k, at += 2 * lanes) {
+        const Value value = V::load(at) * upper + V::load(at + lanes) * lower;
+        index = value > most ? index * 0 + Class<T>(candidates.classes[k]) : index;
+        most = value > most ? value : most;
+      }
+      int64_t* to = cell.out + y * cell.width + x;
+      for (int64_t i = 0; i < count; ++i) to[i] = index[i];
+    }
+  }
+}
+
+// The same where a corner is infinite or NaN, pixel by pixel: what weighs nothing is not looked at, as zero times infinity is
+// no number.
+template <typename T>
+void fill_special(const Cell<T>& cell) {
+  const auto between = [](T low, T high, T weight) { return weight == 0 ? low : (1 - weight) * low + weight * high; };
+  for (int64_t y = 0; y < cell.rows; ++y)
+    for (int64_t x = 0; x < cell.n; ++x) {
+      T most = 0;
+      int64_t index = -1;
+      for (int64_t k = 0; k < cell.candidates.count; ++k) {
+        const auto c = cell.candidates.corners[k];
+        const T top = between(c.upper_left, c.upper_right, cell.wx[x]);
+        const T value = between(top, between(c.lower_left, c.lower_right, cell.wx[x]), cell.wy[y]);
+        if (index >= 0 && !larger(value, most)) continue;
+        most = value;
+        index = cell.candidates.classes[k];
+      }
+      cell.out[y * cell.width + x] = index;
+    }
+}
+
+template <typename T>
+struct Rows {
+  const Pixels<T>&above, &below;
+  const int32_t *best_above, *best_below;  // (w)
+  int64_t w;
+  const Axis<T>& columns;
+  const T* wy;  // of the output rows
+  int64_t rows;
+  int64_t* out;
+  int64_t width;
+};
+
+// The output rows between two rows of logits; `tops` is room for two vectors per class.
+template <typename T, int bytes>
+SEGOPS_INLINE void fill_rows(const Rows<T>& r, Candidates<T>& candidates, T* tops) {
+  for (int64_t j = 0; j < r.w;) {
+    const int64_t right = std::min(j + 1, r.w - 1);
+    const int32_t same = r.best_above[j];
+    if (same == r.best_above[right] && same == r.best_below[j] && same == r.best_below[right]) {
+      // A run of cells that agree is one fill.
+      int64_t end = j + 1;
+      while (end < r.w) {
+        const int64_t next = std::min(end + 1, r.w - 1);
+        if (r.best_above[next] != same || r.best_below[next] != same) break;
+        ++end;
+      }
+      const int64_t x = r.columns.first[j], n = r.columns.first[end] - x;
+      for (int64_t y = 0; y < r.rows; ++y) std::fill_n(r.out + y * r.width + x, n, int64_t(same));
+      j = end;
+      continue;
+    }
+    const int64_t x = r.columns.first[j], n = r.columns.first[j + 1] - x;
+    if (n > 0) {
+      candidates.template find<bytes>(r.above, r.below, j, right);
+      const Cell<T> cell{candidates, r.columns.weight.data() + x, n, r.wy, r.rows, r.out + x, r.width};
+      if (candidates.finite)
+        fill_cell<T, bytes>(cell, tops);
+      else
+        fill_special(cell);
+    }
+    ++j;
+  }
+}
+
+// Plain overloads: templates cannot be multiversioned.
+#define SEGOPS_ARGMAX(target, bytes, T)                                                        \
+  target void best_of(const T* row, int64_t classes, int64_t w, int64_t step, int32_t* best) { \
+    best_of_row<T, bytes>(row, classes, w, step, best);                                        \
+  }                                                                                            \
+  target void fill(const Rows<T>& rows, Candidates<T>& candidates, T* tops) {                  \
+    fill_rows<T, bytes>(rows, candidates, tops);                                               \
+  }
+#define SEGOPS_ARGMAX_OF_ALL(target, bytes) SEGOPS_ARGMAX(target, bytes, float) SEGOPS_ARGMAX(target, bytes, double)
+SEGOPS_WIDTHS(SEGOPS_ARGMAX_OF_ALL)
+#undef SEGOPS_ARGMAX_OF_ALL
+#undef SEGOPS_ARGMAX
+
+// Row i of an image's logits as (classes, step); with pixels side by side in memory a copy per class.
+template <typename T>
+void read_row(const T* image, const Tensor& logits, int64_t i, int64_t step, T* row) {
+  const int64_t classes = logits.size(1), w = logits.size(3), channel = logits.stride(1), pixel = logits.stride(3);
+  const T* from = image + i * logits.stride(2);
+  if (pixel == 1) {
+    for (int64_t c = 0; c < classes; ++c) std::copy_n(from + c * channel, w, row + c * step);
+  } else {
+    for (int64_t x = 0; x < w; ++x)
+      for (int64_t c = 0; c < classes; ++c) row[c * step + x] = from[x * pixel + c * channel];
+  }
+}
+
+template <typename T>
+void read_pixels(const T* image, const Tensor& logits, int64_t i, Pixels<T>& row) {
+  const int64_t w = logits.size(3), channel = logits.stride(1), pixel = logits.stride(3);
+  const T* from = image + i * logits.stride(2);
+  bool finite = true;
+  for (int64_t x = 0; x < w; ++x) {
+    T* to = row.values.data() + x * row.step;
+    for (int64_t c = 0; c < row.classes; ++c) {
+      to[c] = from[x * pixel + c * channel];
+      finite &= std::abs(to[c]) <= std::numeric_limits<T>::max();
+    }
+  }
+  row.finite = finite;
+}
+
+}  // namespace
+
+void argmax_upsample_cpu(Tensor logits, Tensor best, Tensor out) {
+  const ArgmaxShape s = check_argmax(logits, best, out);
+  int32_t* bests = static_cast<int32_t*>(best.mutable_data_ptr());
+  int64_t* to = static_cast<int64_t*>(out.mutable_data_ptr());
+  dispatch<float, double>(logits, "argmax_upsample", [&](auto type) {
+    using T = decltype(type);
+    const T* data = static_cast<const T*>(logits.const_data_ptr());
+    const int64_t step = padded(s.w), grain = std::max<int64_t>(1, 32768 / (s.classes * s.w));
+    torch::stable::parallel_for(0, s.images * s.h, grain, [&](int64_t begin, int64_t end) {
+      std::vector<T> row(s.classes * step);
+      for (int64_t r = begin; r < end; ++r) {
+        read_row(data + r / s.h * logits.stride(0), logits, r % s.h, step, row.data());
+        best_of(row.data(), s.classes, s.w, step, bests + r * s.w);
+        if (!s.resized()) std::copy_n(bests + r * s.w, s.w, to + r * s.w);
+      }
+    });
+    if (!s.resized()) return;
+
+    const Axis<T> rows(s.h, s.height), columns(s.w, s.width);
+    torch::stable::parallel_for(0, s.images * s.h, 1, [&](int64_t begin, int64_t end) {
+      Pixels<T> above(s.w, s.classes), below(s.w, s.classes);
+      std::vector<T> tops(2 * s.classes * kPixels);
+      Candidates<T> candidates(s.classes);
+      int64_t held = -1;  // what `below` holds
+      for (int64_t r = begin; r < end; ++r) {
+        const int64_t image = r / s.h, i = r % s.h, next = i + 1 < s.h ? r + 1 : r;
+        const int64_t first = rows.first[i], count = rows.first[i + 1] - first;
+        if (count == 0) continue;
+        const auto read = [&](int64_t which, Pixels<T>& row) {
+          read_pixels(data + image * logits.stride(0), logits, which % s.h, row);
+        };
+        if (held == r)
+          std::swap(above, below);
+        else
+          read(r, above);
+        read(next, below);
+        held = next;
+        fill(
+            {above, below, bests + r * s.w, bests + next * s.w, s.w, columns, rows.weight.data() + first, count,
+             to + (image * s.height + first) * s.width, s.width},
+            candidates, tops.data());
+      }
+    });
+  });
+}
+
+}  // namespace segops

@@ -1,0 +1,108 @@
+// argmax.h on CUDA: a thread per logit position, then a thread per pixel, which looks at classes only where its four corners
+// disagree.
+
+#include "argmax.h"
+
+#include "../common/cuda.h"
+
+namespace segops {
+namespace {
+
+template <typename T>
+struct Logits {
+  const T* __restrict__ data;
+  int64_t image, channel, row, pixel;  // strides
+
+  explicit Logits(const Tensor& logits)
+      : data(static_cast<const T*>(logits.const_data_ptr())),
+        image(logits.stride(0)),
+        channel(logits.stride(1)),
+        row(logits.stride(2)),
+        pixel(logits.stride(3)) {}
+  __device__ const T* at(int64_t n, int64_t y, int64_t x) const { return data + n * image + y * row + x * pixel; }
+};
+
+// The largest so far and its class; a NaN is larger than any number, and the first stays.
+struct Largest {
+  float value;
+  int index;
+
+  __device__ void see(float other, int c) {
+    if (other > value || (isnan(other) && !isnan(value))) {
+      value = other;
+      index = c;
+    }
+  }
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    best_kernel(const Logits<T> logits, int classes, int64_t h, int64_t w, int* __restrict__ best, int64_t work) {
+  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (index >= work) return;
+  const T* at = logits.at(index / w / h, index / w % h, index % w);
+  Largest largest{widen(*at), 0};
+  for (int c = 1; c < classes; ++c) largest.see(widen(at[c * logits.channel]), c);
+  best[index] = largest.index;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) upsample_kernel(
+    const Logits<T> logits, const ArgmaxShape s, double scale_y, double scale_x, const int* __restrict__ best,
+    int64_t* __restrict__ out, int64_t work) {
+  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (index >= work) return;
+  const int64_t n = index / s.width / s.height;
+  const Source y = bilinear_source(index / s.width % s.height, s.h, scale_y),
+               x = bilinear_source(index % s.width, s.w, scale_x);
+  const int *upper = best + (n * s.h + y.low) * s.w, *lower = best + (n * s.h + y.high) * s.w;
+  const int same = upper[x.low];
+  if (same == upper[x.high] && same == lower[x.low] && same == lower[x.high]) {
+    out[index] = same;
+    return;
+  }
+  const float wy = float(y.weight), wx = float(x.weight);
+  const T *a = logits.at(n, y.low, x.low), *b = logits.at(n, y.low, x.high);
+  const T *c = logits.at(n, y.high, x.low), *d = logits.at(n, y.high, x.high);
+  // A logit that weighs nothing is not looked at: zero times infinity is no number.
+  const auto between = [](float low, float high, float weight) {
+    return weight == 0 ? low : (1 - weight) * low + weight * high;
+  };
+  const auto value = [&](int k) {
+    const int64_t at = k * logits.channel;
+    return between(between(widen(a[at]), widen(b[at]), wx), between(widen(c[at]), widen(d[at]), wx), wy);
+  };
+  Largest largest{value(0), 0};
+  for (int k = 1; k < s.classes; ++k) largest.see(value(k), k);
+  out[index] = largest.index;
+}
+
+// At their own size, best is the result.
+__global__ void __launch_bounds__(kThreads)
+    widen_kernel(const int* __restrict__ best, int64_t* __restrict__ out, int64_t work) {
+  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (index < work) out[index] = best[index];
+}
+
+}  // namespace
+
+void argmax_upsample_cuda(Tensor logits, Tensor best, Tensor out) {
+  const ArgmaxShape s = check_argmax(logits, best, out);
+  const Launch launch(logits);
+  int* bests = static_cast<int*>(best.mutable_data_ptr());
+  int64_t* to = static_cast<int64_t*>(out.mutable_data_ptr());
+  const int64_t positions = best.numel(), pixels = out.numel();
+  dispatch_cuda(logits, "argmax_upsample", [&](auto type) {
+    const Logits<decltype(type)> from(logits);
+    best_kernel<<<Launch::blocks(positions), kThreads, 0, launch.stream()>>>(from, int(s.classes), s.h, s.w, bests, positions);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    if (s.resized())
+      upsample_kernel<<<Launch::blocks(pixels), kThreads, 0, launch.stream()>>>(
+          from, s, double(s.h) / double(s.height), double(s.w) / double(s.width), bests, to, pixels);
+    else
+      widen_kernel<<<Launch::blocks(pixels), kThreads, 0, launch.stream()>>>(bests, to, pixels);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
+
+}  // namespace segops

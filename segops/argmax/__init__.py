@@ -1,0 +1,3 @@
+from .op import upsample_argmax
+
+__all__ = ["upsample_argmax"]
