@@ -25,8 +25,6 @@ from . import bench_bal, bench_pac, bench_pag, measure
 
 DISCRIMINATORS = ("fcn_discriminator", "patchgan")
 LEARNING_RATES = {"refinenet": 0.005, "gcn": 0.01}  # of models without normalisation behind the backbone; 0.05 for others
-# The backward pass of a 1x1 convolution from 4096 channels to 7 in bfloat16 writes beyond its memory on CPUs with AMX (torch 2.11, oneDNN).
-FLOAT32_ON_CPU = ("fcn32s", "fcn16s", "fcn8s", "dilated_frontend", "dilated_context")
 
 
 def race(bench, title, cases, baselines):
@@ -152,7 +150,7 @@ def train(options, model, device):
     criterion = segops.nn.BoundaryAwareLoss(normalize="mean") if options.loss == "bal" else segops.nn.UpsampleCrossEntropy()
     steps = options.epochs * len(train_loader)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
-    half = device == "cuda" or (torch.ops.mkldnn._is_mkldnn_bf16_supported() and options.model not in FLOAT32_ON_CPU)
+    half = device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     def autocast():
         return torch.autocast(device, dtype=torch.bfloat16, enabled=half)

@@ -13,7 +13,7 @@ from torch import nn
 
 from .backbones import Backbone, check_vgg, create_vgg, is_aligned_xception, is_resnet, set_rate
 from .contexts import create_context
-from .layers import conv_norm_relu, he_, normal_, resize, separable_conv
+from .layers import Classifier, conv_norm_relu, he_, normal_, resize, separable_conv
 from .model import Output, check_all_positive
 from .segmenter import Segmenter, auxiliary_head, encoder_levels
 
@@ -173,7 +173,7 @@ def deeplabv3(
         defaults = {"rates": scaled((6, 12, 18), 16, output_stride), "dropout": 0.1 if head == "paper" else 0.5}
         context_options = defaults | context_options
     context = create_context(context, encoder.channels[-1], **context_options)
-    classifier = nn.Conv2d(context.channels, num_classes, 1)
+    classifier = Classifier(context.channels, num_classes)
     if head == "torchvision":
         classifier = nn.Sequential(conv_norm_relu(context.channels, context.channels, 3), classifier)
     return Segmenter(
@@ -228,7 +228,7 @@ def deeplabv3_cascaded(
         in_channels,
         encoder,
         cascade(encoder, output_stride, multi_grid, pretrained),
-        normal_(nn.Conv2d(encoder.channels[-1], num_classes, 1), 0.01),
+        normal_(Classifier(encoder.channels[-1], num_classes), 0.01),
         auxiliary=auxiliary_head(encoder, num_classes, aux),
     )
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from .backbones import create_vgg, vgg_stages
-from .layers import normal_
+from .layers import Classifier, normal_
 from .model import Output, SegmentationModel, check_all_positive, mirror
 
 
@@ -37,7 +37,7 @@ class FrontEnd(SegmentationModel):
         fc6, fc7 = vgg.pre_logits.fc1, vgg.pre_logits.fc2
         fc6.dilation = (4, 4)
         self.fc = nn.Sequential(fc6, nn.ReLU(), nn.Dropout(0.5), fc7, nn.ReLU(), nn.Dropout(0.5))
-        self.final = normal_(nn.Conv2d(fc7.out_channels, num_classes, 1), 0.001)
+        self.final = normal_(Classifier(fc7.out_channels, num_classes), 0.001)
         self.context = nn.Identity()
 
     def segment(self, images):

@@ -6,7 +6,7 @@ from torch import nn
 from segops import max_pool2d_with_offsets
 
 from .backbones import create_vgg, vgg_stages
-from .layers import BilinearDeconvolution
+from .layers import BilinearDeconvolution, Classifier
 from .model import Output, SegmentationModel, crop
 
 
@@ -80,7 +80,7 @@ class FCN(SegmentationModel):
 
 
 def score(in_channels, num_classes):
-    convolution = nn.Conv2d(in_channels, num_classes, 1)
+    convolution = Classifier(in_channels, num_classes)
     nn.init.zeros_(convolution.weight)
     nn.init.zeros_(convolution.bias)
     return convolution

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from segops._library import autocast_dtype, full_precision
+
 
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation that also trains on one value per channel, as global pooling of a single image leaves it: there the running
@@ -22,6 +24,23 @@ class MaxPool2d(nn.MaxPool2d):
         if torch.compiler.is_exporting() and self.stride > 1:
             return F.max_pool2d(input, self.kernel_size, 1, self.padding)[:, :, :: self.stride, :: self.stride]
         return super().forward(input)
+
+
+class Classifier(nn.Conv2d):
+    """The 1x1 convolution to the classes.
+
+    Under autocast on a CPU it computes in float32 where its input has more than 2048 channels, and rounds: with AMX, two threads and up to
+    15 classes the backward pass of PyTorch's own in bfloat16 writes beyond its memory there (torch 2.11).
+    """
+
+    def __init__(self, in_channels, num_classes):
+        super().__init__(in_channels, num_classes, 1)
+
+    def forward(self, input):
+        if self.in_channels <= 2048 or input.device.type != "cpu" or autocast_dtype(input) is None:
+            return super().forward(input)
+        with full_precision(input):
+            return super().forward(input.float()).to(input.dtype)
 
 
 def conv_norm_relu(in_channels, channels, kernel_size=1, rate=1, stride=1, groups=1):

@@ -5,10 +5,9 @@ What the paper leaves open is decided here: batch normalisation after the sum of
 training, as DeepLab v3 whose protocol the paper follows; no multi-grid.
 """
 
-from torch import nn
-
 from .backbones import Backbone
 from .contexts import create_context
+from .layers import Classifier
 from .segmenter import Segmenter, auxiliary_head, encoder_levels
 
 
@@ -37,5 +36,5 @@ def pacnet(
     """
     encoder = Backbone(backbone, output_stride, in_channels, pretrained, encoder_levels(aux), full_rate, multi_grid)
     context = create_context(context, encoder.channels[-1], **context_options)
-    head = nn.Conv2d(context.channels, num_classes, 1)
+    head = Classifier(context.channels, num_classes)
     return Segmenter(num_classes, in_channels, encoder, context, head, auxiliary=auxiliary_head(encoder, num_classes, aux))

@@ -8,7 +8,7 @@ from segops.models import create_model, from_torchvision, list_models, model_inf
 from segops.models.backbones import Backbone
 from segops.models.contexts import AtrousSpatialPyramidPooling, PyramidAtrousBlock, PyramidAtrousContext
 from segops.models.dilated import Context
-from segops.models.layers import BatchNorm2d, BilinearDeconvolution, separable_conv
+from segops.models.layers import BatchNorm2d, BilinearDeconvolution, Classifier, separable_conv
 from segops.models.unet import RecurrentConv, UNet
 from torch import nn
 
@@ -420,7 +420,8 @@ def test_layers_of_deeplab_v1():
     assert [c.dilation[0] for c in convolutions(model.encoder)] == 10 * [1] + 3 * [2]
     fc6, fc7, _ = convolutions(model.head)
     assert fc6.weight.shape == (1024, 512, 3, 3) and fc6.dilation == (12, 12) and fc7.weight.shape == (1024, 1024, 1, 1)
-    assert isinstance(model.context, nn.AvgPool2d) and model.context.kernel_size == 3
+    pool = model.context
+    assert isinstance(pool, nn.AvgPool2d) and (pool.kernel_size, pool.stride, pool.padding) == (3, 1, 1)
 
 
 def test_deeplab_v1_subsamples_the_classifier(vgg_weights):
@@ -568,6 +569,23 @@ def test_normalisation_of_one_value_keeps_the_statistics():
     assert not torch.equal(norm.running_mean, before[0]) and norm.num_batches_tracked == before[2] + 1
 
 
+@pytest.mark.parametrize("channels", [2048, 4096])
+def test_classifier_under_autocast(channels):
+    """PyTorch 2.11 on CPUs with AMX: the gradients of wider 1x1 convolutions to few classes write past their memory in bfloat16."""
+    classifier = Classifier(channels, 5)
+    x = torch.randn(2, channels, 3, 3).bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = classifier(x)
+    assert logits.dtype == torch.bfloat16
+    exact = F.conv2d(x.float(), classifier.weight, classifier.bias)
+    if channels > 2048:
+        assert torch.equal(logits, exact.bfloat16())
+    torch.testing.assert_close(logits.float(), exact, rtol=0.02, atol=0.02)  # 8 bits of mantissa
+    logits.float().square().sum().backward()
+    assert x.grad.dtype == torch.bfloat16 and classifier.weight.grad.dtype == torch.float32
+    assert x.grad.isfinite().all() and classifier.weight.grad.isfinite().all()
+
+
 # RefineNet, PSPNet, GCN.
 
 
@@ -582,15 +600,27 @@ def test_layers_of_refinenet():
     assert model.dropout.p == 0.5 and model.head.kernel_size == (3, 3) and model.head.bias is not None
 
 
+def plain(convolution, x):
+    return F.conv2d(x, convolution.weight, convolution.bias, padding=convolution.padding)
+
+
 @torch.no_grad()
-def test_chained_residual_pooling():
-    pool = small("refinenet", **RESNET, channels=8).blocks[1].pool
-    x = torch.randn(1, 8, 9, 7)
-    expected, link = x, x
-    for convolution in pool.convolutions:
-        link = F.conv2d(F.max_pool2d(link, 5, 1, 2), convolution.weight, padding=1)
-        expected = expected + link
-    torch.testing.assert_close(pool(x), expected)
+def test_refinenet_block_is_the_papers():
+    """Units, fusion with the coarser map, ReLU, chained pooling, units."""
+
+    def units(x, several):
+        for unit in several:
+            x = x + plain(unit.second, plain(unit.first, x.relu()).relu())
+        return x
+
+    block = small("refinenet", **RESNET, channels=8).blocks[1]
+    features, coarser = torch.randn(1, block.reduce.in_channels, 9, 7), torch.randn(1, 8, 5, 4)
+    x = plain(block.fuse, units(plain(block.reduce, features), block.adapt))
+    x = link = (x + F.interpolate(coarser, (9, 7), mode="bilinear", align_corners=True)).relu()
+    for convolution in block.pool.convolutions:
+        link = plain(convolution, F.max_pool2d(link, 5, 1, 2))
+        x = x + link
+    assert_same(block(features, coarser), plain(block.narrow, units(x, block.refine)))
 
 
 def test_layers_of_pspnet():
@@ -616,6 +646,18 @@ def test_layers_of_gcn():
     assert len(model.scores) + len(model.refine) == 9  # boundary refinements
     assert set(rates(model.encoder)) == {1}
     assert [d.stride for d in model.upsample] == 5 * [2]
+
+
+@torch.no_grad()
+def test_score_of_gcn_is_the_papers():
+    """k x 1 then 1 x k, plus 1 x k then k x 1; refined by a residual branch."""
+    large, refinement = score = small("gcn", **RESNET).scores[0]
+    x = torch.randn(1, 16, 20, 18)
+    (left, left2), (right, right2) = convolutions(large.left), convolutions(large.right)
+    summed = plain(left2, plain(left, x)) + plain(right2, plain(right, x))
+    expected = summed + plain(refinement.second, plain(refinement.first, summed).relu())
+    assert expected.shape[2:] == x.shape[2:]
+    assert_same(score(x), expected)
 
 
 # U-Net and its relatives.
@@ -714,6 +756,22 @@ def test_jointseg_gates_the_levels_of_its_size_and_above():
     assert len(strided) == 3 and not [p for p in of(model.encoder, nn.MaxPool2d) if p.stride != 1]
 
 
+@torch.no_grad()
+def test_jointseg_pools_the_levels_to_the_size_of_its_decoder():
+    model = small("jointseg", widths=(8, 12, 16)).eval()
+    seen = []
+    for fuse in model.decoder.fuse:
+        fuse.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    images = torch.randn(1, 3, 32, 40)
+    model(images)
+    maps, x = model.encode(images), None
+    for step, (upsample, fuse) in enumerate(zip(model.decoder.upsample, model.decoder.fuse, strict=True)):
+        x = upsample(maps[-1] if x is None else x)
+        pooled = [F.adaptive_max_pool2d(level, x.shape[2:]) for level in maps[: 2 - step]]
+        torch.testing.assert_close(seen[step], torch.cat([x, *pooled], dim=1))
+        x = fuse(seen[step])
+
+
 # Discriminators.
 
 
@@ -810,3 +868,13 @@ def test_backbone_names_its_maps():
     assert encoder.channels == [16, 16, 32, 32] and encoder.strides == [4, 8, 16, 16]
     maps = encoder(torch.randn(1, 3, 64, 96))
     assert [tuple(m.shape[1:]) for m in maps] == [(16, 16, 24), (16, 8, 12), (32, 4, 6), (32, 4, 6)]
+
+
+def test_classifier_of_many_channels_rounds_once_under_autocast():
+    """It computes in float32 there, since PyTorch's own bfloat16 writes beyond its memory on some CPUs."""
+    classifier, features = Classifier(2049, 3), torch.randn(2, 2049, 4, 5)
+    expected = F.conv2d(features.bfloat16().float(), classifier.weight, classifier.bias)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = classifier(features.bfloat16())
+    assert torch.equal(logits, expected.bfloat16())
+    assert torch.equal(classifier(features), F.conv2d(features, classifier.weight, classifier.bias))
