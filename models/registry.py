@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from .backbones import check_timm
 from .checkpoints import load_checkpoint
 from .deeplab import deeplabv1_largefov, deeplabv2, deeplabv3, deeplabv3_cascaded, deeplabv3plus
 from .dilated import FrontEnd, FrontEndContext
@@ -141,6 +142,8 @@ def create_model(
     builder, fixed, _ = _entry(name)
     check_positive("num_classes", num_classes)
     check_positive("in_channels", in_channels)
+    if backbone is not None:
+        check_timm(backbone)
     known = inspect.signature(builder).parameters
     if output_stride is not None and fixed is None:
         options["output_stride"] = output_stride
