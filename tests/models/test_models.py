@@ -43,7 +43,7 @@ class TestModel:
         assert classes.dtype == torch.int64 and classes.shape == (2, 33, 50)
         assert torch.equal(classes, (logits if case.stride == 1 else resized).argmax(1))
 
-    @every
+    @thorough
     def test_in_channels(self, case):
         model = case.build(in_channels=4).eval()
         assert model.in_channels == 4
@@ -81,7 +81,7 @@ class TestModel:
         other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
         assert_same(other(*inputs), expected)
 
-    @every
+    @thorough
     def test_copy_is_a_model_of_its_own(self, case):
         """As a moving average of the weights needs it."""
         model = perturbed(case.build()).eval()
@@ -123,7 +123,7 @@ class TestModel:
         assert (logits - expected).norm() < 3 * (rounded - expected).norm()  # activations are rounded too
         assert (logits - expected).norm() > 0  # or autocast did nothing
 
-    @every
+    @thorough
     def test_training_under_autocast(self, case):
         model = case.build().train()
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -131,7 +131,7 @@ class TestModel:
         loss.backward()
         assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
 
-    @thorough
+    @pytest.mark.parametrize("case", SMALL + VARIANTS[:1], ids=str)
     def test_compile_without_a_graph_break(self, case):
         model = perturbed(case.build()).eval()
         inputs = case.inputs((64, 96))
