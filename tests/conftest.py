@@ -17,8 +17,9 @@ torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(autouse=True)
-def automatic_backend():
-    """Every test starts on "auto", whatever the environment or the test before asked for."""
+def fresh_start():
+    """Every test starts on "auto" and with the same random numbers, whatever the environment or the tests before asked for."""
+    torch.manual_seed(0)
     torch.compiler.reset()  # or compilations of one function in many tests add up to the recompilation limit
     with segops.backend("auto"):
         yield

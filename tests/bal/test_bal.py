@@ -642,7 +642,8 @@ def test_every_element_is_written_and_nothing_beyond(target, height, width, smal
             coefficients_again = torch.full_like(coefficients, torch.nan)
             kernels.bal_softmax_loss(logits, labels, out, None, coefficients_again, None, totals.zero_(), 0.1, 255)
             assert torch.equal(coefficients, coefficients_again)
-            torch.testing.assert_close(totals, torch.stack([loss.double().sum(), (labels != 255).sum()]))
+            expected = torch.stack([loss.double().sum(), (labels != 255).sum()])
+            torch.testing.assert_close(totals, expected, rtol=1e-6, atol=0)  # Triton's sums of a program are float32
 
 
 @pytest.mark.parametrize("shape", [(0, 9, 11), (0, 4, 5)], ids=str)

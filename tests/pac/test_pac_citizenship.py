@@ -79,7 +79,8 @@ def test_vmap():
     """PyTorch's convolutions run, which have a batching rule."""
     x, weight = torch.randn(3, 2, 24, 5, 6), torch.randn(20, 24, 3, 3)
     out = torch.func.vmap(CASE.op, in_dims=(0, None))(x, weight)
-    torch.testing.assert_close(out, torch.stack([CASE.op(each, weight) for each in x]))
+    expected = torch.stack([CASE.op(each, weight) for each in x])
+    assert (out - expected).norm() <= 1e-6 * expected.norm()
 
 
 def test_functional_and_forward_mode_differentiation():
