@@ -23,7 +23,6 @@ from segops.train import FolderDataset, SyntheticScenes, boundary_mask, confusio
 
 from . import bench_bal, bench_pac, bench_pag, measure
 
-DISCRIMINATORS = ("fcn_discriminator", "patchgan")
 LEARNING_RATES = {"refinenet": 0.005, "gcn": 0.01}  # of models without normalisation behind the backbone; 0.05 for others
 
 
@@ -116,8 +115,6 @@ def small_model(options, num_classes):
     """The model on a small backbone, and narrow where it has an encoder of its own. FCN and dilated networks keep their 4096 channels."""
     name = options.model
     default = segops.models.model_info(name).backbone
-    if name in DISCRIMINATORS:
-        raise ValueError(f"--model must segment; {name} judges what other models segment")
     small = {"backbone": options.backbone, "channels": options.channels}
     if small["backbone"] is None and default is not None:
         small["backbone"] = "vgg11_bn" if default.startswith("vgg") else "resnet18"
@@ -127,11 +124,15 @@ def small_model(options, num_classes):
         small["channels"] = 64
     if name == "jointseg":
         small["widths"] = (16, 32, 64, 128)
-    return segops.models.create_model(name, num_classes, **{key: value for key, value in small.items() if value is not None})
+    model = segops.models.create_model(name, num_classes, **{key: value for key, value in small.items() if value is not None})
+    if not hasattr(model, "predict"):
+        raise ValueError(f"--model must segment; {name} judges what other models segment")
+    return model
 
 
 def train(options, model, device):
     """Trains a model and returns what was measured."""
+    torch.manual_seed(options.seed)  # whatever the races drew
     train_set, val_set, num_classes = datasets(options)
     train_loader = torch.utils.data.DataLoader(
         InMemory(train_set, "train", True), options.batch, shuffle=True, drop_last=len(train_set) > options.batch
@@ -141,7 +142,7 @@ def train(options, model, device):
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(),
-        lr=options.lr or LEARNING_RATES.get(options.model, 0.05),
+        lr=LEARNING_RATES.get(options.model, 0.05) if options.lr is None else options.lr,
         momentum=0.9,
         weight_decay=1e-4,
         nesterov=True,

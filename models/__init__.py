@@ -10,17 +10,20 @@ try:
 except ImportError as error:
     raise ImportError("segops.models needs timm: pip install 'segops[models]'") from error
 
+from .backbones import Backbone
 from .checkpoints import from_torchvision
-from .contexts import CONTEXTS
+from .contexts import CONTEXTS, create_context
 from .model import Output
 from .registry import ModelInfo, create_model, list_models, model_info
 from .segmenter import Segmenter
 
 __all__ = [
     "CONTEXTS",
+    "Backbone",
     "ModelInfo",
     "Output",
     "Segmenter",
+    "create_context",
     "create_model",
     "from_torchvision",
     "list_models",

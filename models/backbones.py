@@ -171,7 +171,7 @@ def _probe(name, output_stride):
             try:
                 features = timm.create_model(name, features_only=True, **arguments)
             except (AssertionError, NotImplementedError, ValueError):
-                if not name.startswith("vgg") or output_stride not in (8, 16):
+                if not is_vgg(name) or output_stride not in (8, 16):
                     return None, None, False
                 features = timm.create_model(name, features_only=True)
                 _dilate_vgg(features, output_stride)
@@ -206,9 +206,13 @@ def _dilate_vgg(features, output_stride):
             module.dilation = module.padding = (rate, rate)
 
 
+def is_vgg(name):
+    return name.startswith("vgg")
+
+
 def check_vgg(name):
     check_timm(name)
-    if not name.startswith("vgg"):
+    if not is_vgg(name):
         raise ValueError(f"backbone must be a VGG of timm (vgg16, vgg16_bn, vgg11, ...) for this model; got {name!r}")
 
 
@@ -227,6 +231,12 @@ def create_vgg_features(name, in_channels, pretrained):
     check_vgg(name)
     features = timm.create_model(name, in_chans=in_channels, pretrained=pretrained, features_only=True)
     return nn.Sequential(*features.children())
+
+
+def fully_convolutional(vgg):
+    """fc6 and fc7 of a whole VGG, ReLU and dropout behind each."""
+    fc6, fc7 = vgg.pre_logits.fc1, vgg.pre_logits.fc2
+    return nn.Sequential(fc6, nn.ReLU(), nn.Dropout(0.5), fc7, nn.ReLU(), nn.Dropout(0.5))
 
 
 def vgg_stages(features):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from segops.nn import PyramidAtrousConv2d
+from segops.pac.op import check_settings
 
 from .layers import BatchNorm2d, conv_norm_relu, global_pool, resize, separable_conv
 from .model import check_all_positive, check_options, check_positive
@@ -51,8 +52,7 @@ class PyramidAtrousBlock(nn.Module):
         super().__init__()
         if norm not in ("post", "per_rate"):
             raise ValueError(f"norm must be 'post' or 'per_rate'; got {norm!r}")
-        if merge not in ("sum", "concat"):
-            raise ValueError(f"merge must be 'sum' or 'concat'; got {merge!r}")
+        check_settings(3, 3, rates, merge)
         self.merge, self.branches = merge, len(rates) if norm == "per_rate" else 0
         apart = merge == "concat" or self.branches
         self.pac = PyramidAtrousConv2d(in_channels, channels, rates=rates, merge="concat" if apart else "sum", bias=False)

@@ -11,7 +11,7 @@ import copy
 import torch
 from torch import nn
 
-from .backbones import Backbone, check_vgg, create_vgg, is_aligned_xception, is_resnet, set_rate
+from .backbones import Backbone, check_vgg, create_vgg, is_aligned_xception, is_resnet, is_vgg, set_rate
 from .contexts import create_context
 from .layers import Classifier, conv_norm_relu, he_, normal_, resize, separable_conv
 from .model import Output, check_all_positive
@@ -32,7 +32,7 @@ def large_field_of_view(in_channels, channels, num_classes, rate):
         nn.Conv2d(channels, channels, 1),
         nn.ReLU(),
         nn.Dropout(0.5),
-        normal_(nn.Conv2d(channels, num_classes, 1), 0.01),
+        normal_(Classifier(channels, num_classes), 0.01),
     )
 
 
@@ -128,7 +128,7 @@ def deeplabv2(
     encoder = Backbone(backbone, output_stride, in_channels, pretrained, full_rate=full_rate)
     rates = scaled((6, 12, 18, 24), 8, output_stride) if rates is None else rates
     check_all_positive("rates", rates)
-    channels = 1024 if backbone.startswith("vgg") else None
+    channels = 1024 if is_vgg(backbone) else None
     head = SummedBranches(encoder.channels[-1], num_classes, rates, channels)
     if pretrained and channels is not None:
         vgg = create_vgg(backbone, in_channels, pretrained)
@@ -189,17 +189,13 @@ def cascade(encoder, output_stride, multi_grid, pretrained):
         raise ValueError("backbone must be a ResNet with two or more blocks in its last stage: the cascade repeats them")
     stages = []
     for stride in (64, 128, 256):
-        stage = nn.Sequential(
-            *(copy.deepcopy(last[max(index, 1)]) for index in range(len(last)))
-        )  # the first has another input
+        stage = nn.Sequential(*(copy.deepcopy(last[max(index, 1)]) for index in range(len(last))))
         for index, block in enumerate(stage):
             rate = stride // output_stride * multi_grid[index % len(multi_grid)]
             set_rate(block, rate, rate)
         stages.append(stage)
-    cascade = nn.Sequential(*stages)
-    if not pretrained:
-        cascade.apply(he_)
-    return cascade
+    blocks = nn.Sequential(*stages)
+    return blocks if pretrained else blocks.apply(he_)
 
 
 def deeplabv3_cascaded(
@@ -281,7 +277,7 @@ def deeplabv3plus(
         in_channels,
         encoder,
         context,
-        normal_(nn.Conv2d(channels, num_classes, 1), 0.01),
+        normal_(Classifier(channels, num_classes), 0.01),
         decoder=LowLevelDecoder(context.channels, encoder.channels[0], channels),
         auxiliary=auxiliary_head(encoder, num_classes, aux),
     )

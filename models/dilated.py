@@ -4,7 +4,7 @@ the authors' code (fyu/dilation)."""
 import torch
 from torch import nn
 
-from .backbones import create_vgg, vgg_stages
+from .backbones import create_vgg, fully_convolutional, vgg_stages
 from .layers import Classifier, normal_
 from .model import Output, SegmentationModel, check_all_positive, mirror
 
@@ -34,10 +34,9 @@ class FrontEnd(SegmentationModel):
                 if not isinstance(module, nn.MaxPool2d) or pools < 3:
                     layers.append(module)
         self.features = nn.Sequential(*layers)
-        fc6, fc7 = vgg.pre_logits.fc1, vgg.pre_logits.fc2
-        fc6.dilation = (4, 4)
-        self.fc = nn.Sequential(fc6, nn.ReLU(), nn.Dropout(0.5), fc7, nn.ReLU(), nn.Dropout(0.5))
-        self.final = normal_(Classifier(fc7.out_channels, num_classes), 0.001)
+        self.fc = fully_convolutional(vgg)
+        self.fc[0].dilation = (4, 4)
+        self.final = normal_(Classifier(vgg.pre_logits.fc2.out_channels, num_classes), 0.001)
         self.context = nn.Identity()
 
     def segment(self, images):

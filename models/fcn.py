@@ -5,7 +5,7 @@ from torch import nn
 
 from segops import max_pool2d_with_offsets
 
-from .backbones import create_vgg, vgg_stages
+from .backbones import create_vgg, fully_convolutional, vgg_stages
 from .layers import BilinearDeconvolution, Classifier
 from .model import Output, SegmentationModel, crop
 
@@ -41,11 +41,10 @@ class FCN(SegmentationModel):
         vgg.features[0].padding = (100, 100)
         stages = [stage[:-1] for stage in vgg_stages(vgg.features)]
         self.stages = nn.ModuleList(stages)
-        fc6, fc7 = vgg.pre_logits.fc1, vgg.pre_logits.fc2
-        self.fc = nn.Sequential(fc6, nn.ReLU(), nn.Dropout(0.5), fc7, nn.ReLU(), nn.Dropout(0.5))
+        self.fc = fully_convolutional(vgg)
         self.scales = (0.01, 0.0001) if at_once else (1.0, 1.0)
 
-        self.score_fr = score(fc7.out_channels, num_classes)
+        self.score_fr = score(vgg.pre_logits.fc2.out_channels, num_classes)
         if output_stride <= 16:
             self.score_pool4 = score(stages[4][0].in_channels, num_classes)
             self.upscore2 = BilinearDeconvolution(num_classes, 4, 2, learned=learn_upsampling)

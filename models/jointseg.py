@@ -12,7 +12,7 @@ from torch import nn
 
 from segops.nn import PartialAttentionGate
 
-from .layers import BatchNorm2d, conv_norm_relu
+from .layers import BatchNorm2d, Classifier, conv_norm_relu
 from .model import Output, SegmentationModel, check_all_positive, check_positive
 
 
@@ -47,7 +47,7 @@ class ResidualInception(nn.Module):
         return torch.relu(merged + self.shortcut(x))
 
 
-def level(in_channels, channels, blocks):
+def inception_level(in_channels, channels, blocks):
     return nn.Sequential(*(ResidualInception(channels if index else in_channels, channels) for index in range(blocks)))
 
 
@@ -71,9 +71,9 @@ class JointSeg(SegmentationModel):
         check_all_positive("widths", widths)
         check_positive("blocks", blocks)
         self.multiple = 2 ** (len(widths) - 1)
-        encoder = [level(in_channels, widths[0], blocks)]
+        encoder = [inception_level(in_channels, widths[0], blocks)]
         for before, width in pairwise(widths):
-            encoder.append(nn.Sequential(conv_norm_relu(before, width, 3, stride=2), level(width, width, blocks)))
+            encoder.append(nn.Sequential(conv_norm_relu(before, width, 3, stride=2), inception_level(width, width, blocks)))
         self.encoder = nn.ModuleList(encoder)
         self.decoder = Decoder(widths, num_classes)
         self.classifier = nn.Sequential(
@@ -106,7 +106,7 @@ class Decoder(nn.Module):
             self.upsample.append(nn.ConvTranspose2d(widths[index + 1], widths[index], 2, stride=2))
             # The gate lets through the levels of this size and above.
             self.fuse.append(conv_norm_relu(widths[index] + sum(widths[: index + 1]), widths[index], 3))
-        self.head = nn.Conv2d(widths[0], num_classes, 1)
+        self.head = Classifier(widths[0], num_classes)
 
     def forward(self, maps):
         x = maps[-1]

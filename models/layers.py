@@ -29,8 +29,8 @@ class MaxPool2d(nn.MaxPool2d):
 class Classifier(nn.Conv2d):
     """The 1x1 convolution to the classes.
 
-    Under autocast on a CPU it computes in float32 where its input has more than 2048 channels, and rounds: with AMX, two threads and up to
-    15 classes the backward pass of PyTorch's own in bfloat16 writes beyond its memory there (torch 2.11).
+    Under autocast on a CPU it computes in float32 where its input has more than 2048 channels, and rounds: with AMX, two threads and few
+    classes (12, not 16) the backward pass of PyTorch's own in bfloat16 writes beyond its memory there (torch 2.11).
     """
 
     def __init__(self, in_channels, num_classes):

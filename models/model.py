@@ -43,7 +43,7 @@ class Model(nn.Module):
 
 
 class SegmentationModel(Model):
-    """Base of what segments. Subclasses give `segment`; where that needs sides that are multiples of `multiple`, images are padded at
+    """Base of what segments. Subclasses give `segment`, images -> Output; where that needs sides that are multiples of `multiple`, images are padded at
     the bottom and right by reflection, and logits of the padded size are cropped."""
 
     multiple = 1
@@ -61,9 +61,6 @@ class SegmentationModel(Model):
             return self.segment(images)
         output = self.segment(pad_to_multiple(images, self.multiple))
         return Output(crop(output.logits, 0, images.shape[2:]), output.aux_logits, output.class_logits)
-
-    def segment(self, images):
-        raise NotImplementedError(f"{type(self).__name__} must define segment(images) -> Output")
 
     @torch.no_grad()
     def predict(self, images):

@@ -4,7 +4,7 @@ from torch import nn
 
 from .backbones import Backbone, is_resnet
 from .contexts import create_context
-from .layers import conv_norm_relu
+from .layers import Classifier, conv_norm_relu
 from .segmenter import Segmenter, auxiliary_head, encoder_levels
 
 
@@ -36,6 +36,6 @@ def pspnet(
     full_rate = full_rate and is_resnet(backbone)
     encoder = Backbone(backbone, output_stride, in_channels, pretrained, encoder_levels(aux), full_rate)
     context = create_context(context, encoder.channels[-1], **context_options)
-    head = nn.Sequential(conv_norm_relu(context.channels, channels, 3), nn.Dropout2d(0.1), nn.Conv2d(channels, num_classes, 1))
+    head = nn.Sequential(conv_norm_relu(context.channels, channels, 3), nn.Dropout2d(0.1), Classifier(channels, num_classes))
     auxiliary = auxiliary_head(encoder, num_classes, aux, nn.Dropout2d)
     return Segmenter(num_classes, in_channels, encoder, context, head, auxiliary=auxiliary, align_corners=True)

@@ -30,7 +30,7 @@ PAC_PAPER = "D. Yu, Semantic Image Segmentation with Pyramid Atrous Convolution 
 R2UNET_PAPER = "Alom et al., Recurrent Residual Convolutional Neural Network based on U-Net (R2U-Net), arXiv:1802.06955"
 JOINTSEG_PAPER = "Haloi, Rethinking Convolutional Semantic Segmentation Learning, arXiv:1710.07991"
 
-# name -> what builds it, its output stride where that is fixed (of FCNs that of the finest scores, of others that of the deepest map), the paper.
+# name -> what builds it; its output stride where that is fixed: of FCNs that of the finest scores, else of the deepest map; the paper.
 MODELS = {
     "fcn32s": (partial(FCN, output_stride=32), 32, FCN_PAPER),
     "fcn16s": (partial(FCN, output_stride=16), 16, FCN_PAPER),

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .layers import conv_norm_relu
+from .layers import Classifier, conv_norm_relu
 from .model import Output, SegmentationModel
 
 
@@ -42,7 +42,7 @@ def encoder_levels(aux, low_level=False):
 def fcn_head(in_channels, num_classes, dropout=nn.Dropout):
     """A 3x3 convolution to a quarter of the width and a classifier: torchvision's FCN head, and the auxiliary head of PSPNet."""
     channels = max(in_channels // 4, 1)
-    return nn.Sequential(conv_norm_relu(in_channels, channels, 3), dropout(0.1), nn.Conv2d(channels, num_classes, 1))
+    return nn.Sequential(conv_norm_relu(in_channels, channels, 3), dropout(0.1), Classifier(channels, num_classes))
 
 
 def auxiliary_head(encoder, num_classes, aux, dropout=nn.Dropout):

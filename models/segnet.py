@@ -13,7 +13,7 @@ from segops import max_pool2d_with_offsets, max_unpool2d_with_offsets
 
 from .backbones import create_vgg_features, vgg_stages
 from .contexts import AtrousSpatialPyramidPooling
-from .layers import BatchNorm2d, he_
+from .layers import BatchNorm2d, Classifier, he_
 from .model import Output, SegmentationModel
 
 
@@ -97,7 +97,7 @@ def segnet_aspp(
     """
 
     def head(width):
-        return nn.Sequential(AtrousSpatialPyramidPooling(width, channels, rates, dropout), nn.Conv2d(channels, num_classes, 1))
+        return nn.Sequential(AtrousSpatialPyramidPooling(width, channels, rates, dropout), Classifier(channels, num_classes))
 
     return vgg_unpooling(num_classes, in_channels, backbone, pretrained, head)
 
@@ -114,7 +114,7 @@ class SegNetBasic(Unpooling):
         widths = [in_channels, channels, channels, channels, channels]
         encoder = [nn.Sequential(*conv_norm(before, after, 7), nn.ReLU()) for before, after in pairwise(widths)]
         decoder = [nn.Sequential(*conv_norm(channels, channels, 7)) for _ in encoder]
-        super().__init__(num_classes, in_channels, encoder, decoder, nn.Conv2d(channels, num_classes, 1))
+        super().__init__(num_classes, in_channels, encoder, decoder, Classifier(channels, num_classes))
         self.apply(he_)
 
     def normalise(self, images):

@@ -8,9 +8,11 @@ arXiv:1710.07991.
 import torch
 from torch import nn
 
+from segops._checks import check_merge
+
 from .backbones import Backbone, pyramid
-from .jointseg import level
-from .layers import BatchNorm2d, conv_norm_relu, he_
+from .jointseg import inception_level
+from .layers import BatchNorm2d, Classifier, conv_norm_relu, he_
 from .model import Output, SegmentationModel, check_positive, crop, mirror
 
 
@@ -71,11 +73,6 @@ class ValidUNet(UNet):
         return Output(crop(output.logits, 0, images.shape[2:]))
 
 
-def check_merge(merge):
-    if merge not in ("concat", "sum"):
-        raise ValueError(f"merge must be 'concat' or 'sum'; got {merge!r}")
-
-
 def up_conv(in_channels, channels):
     return nn.ConvTranspose2d(in_channels, channels, 2, stride=2)
 
@@ -89,7 +86,7 @@ def symmetric(model, num_classes, in_channels, widths, block, upsample, merge, m
     steps = list(zip(widths[::-1], widths[-2::-1], strict=False))
     ups = [upsample(deep, width) for deep, width in steps]
     blocks = [block(2 * width if merge == "concat" else width, width) for _, width in steps]
-    head = nn.Conv2d(widths[0], num_classes, 1)
+    head = Classifier(widths[0], num_classes)
     return model(num_classes, in_channels, Contracting(down), ups, blocks, head, merge, multiple)
 
 
@@ -138,7 +135,7 @@ def unet_on(backbone, num_classes, in_channels, channels, merge, pretrained):
         before = up + skip if merge == "concat" else up
         blocks.append(nn.Sequential(conv_norm_relu(before, width, 3), conv_norm_relu(width, width, 3)))
         deep = width
-    return UNet(num_classes, in_channels, encoder, ups, blocks, nn.Conv2d(deep, num_classes, 1), merge, encoder.strides[-1])
+    return UNet(num_classes, in_channels, encoder, ups, blocks, Classifier(deep, num_classes), merge, encoder.strides[-1])
 
 
 def unet_inception(num_classes, in_channels=3, channels=64, blocks=1, merge="concat"):
@@ -152,7 +149,7 @@ def unet_inception(num_classes, in_channels=3, channels=64, blocks=1, merge="con
     """
 
     def block(before, width):
-        return level(before, width, blocks)
+        return inception_level(before, width, blocks)
 
     return symmetric(UNet, num_classes, in_channels, widths_of(channels), block, up_conv, merge, 16)
 

@@ -4,12 +4,12 @@ import math
 
 import torch
 
+from ._checks import check_merge
 from .bal import boundary_aware_loss, upsample_cross_entropy
 from .bal.op import check_edge_settings, check_loss_settings
 from .pac import pyramid_atrous_conv2d
 from .pac.op import check_settings
 from .pag import partial_attention_gate
-from .pag.op import check_merge
 
 
 class PyramidAtrousConv2d(torch.nn.Module):

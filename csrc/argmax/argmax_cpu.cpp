@@ -2,7 +2,7 @@
 //
 // An item of work is a row of logits and the output rows between it and the next. Along it, cell by cell: a cell whose four
 // corners agree is filled; in others the classes that can win, those whose largest corner reaches the best of the smallest
-// corners, are interpolated for sixteen pixels at a time.
+// corners, are interpolated, a vector of pixels at a time.
 
 #include "argmax.h"
 
@@ -15,7 +15,7 @@
 namespace segops {
 namespace {
 
-constexpr int kPixels = 16;
+constexpr int kWidest = 16;  // lanes of a vector: what rows are padded to
 
 // Whether a takes the place of b, which came before it.
 template <typename T>
@@ -31,7 +31,7 @@ template <typename T, int bytes>
 constexpr int kLanes = bytes / int(sizeof(T));
 
 int64_t padded(int64_t count) {
-  return (count + kPixels - 1) / kPixels * kPixels;
+  return (count + kWidest - 1) / kWidest * kWidest;
 }
 
 // One axis: output i lies `weight[i]` beyond source low, and outputs first[j] .. first[j + 1] have low == j.
@@ -40,7 +40,7 @@ struct Axis {
   std::vector<T> weight;
   std::vector<int64_t> first;
 
-  Axis(int64_t in, int64_t out) : weight(out + kPixels), first(in + 1, out) {
+  Axis(int64_t in, int64_t out) : weight(out + kWidest), first(in + 1, out) {
     for (int64_t i = out - 1; i >= 0; --i) {
       const Source source = bilinear_source(i, in, double(in) / double(out));
       weight[i] = T(source.weight);
@@ -297,7 +297,7 @@ void argmax_upsample_cpu(Tensor logits, Tensor best, Tensor out) {
     const Axis<T> rows(s.h, s.height), columns(s.w, s.width);
     torch::stable::parallel_for(0, s.images * s.h, 1, [&](int64_t begin, int64_t end) {
       Pixels<T> above(s.w, s.classes), below(s.w, s.classes);
-      std::vector<T> tops(2 * s.classes * kPixels);
+      std::vector<T> tops(2 * s.classes * kWidest);
       Candidates<T> candidates(s.classes);
       int64_t held = -1;  // what `below` holds
       for (int64_t r = begin; r < end; ++r) {

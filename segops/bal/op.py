@@ -12,11 +12,10 @@ import sys
 import torch
 import torch.nn.functional as F
 
+from .._checks import check_floating, check_logits, is_int
 from .._library import LIBRARY, autocast_dtype, memory_format, transformed
 from ..backend import select
 from . import reference
-
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def gaussian_edge(
@@ -190,7 +189,7 @@ def _autocast(*tensors):
 
 
 def _check_int(name, value, least=-(2**63), most=2**63 - 1):
-    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+    if not is_int(value):
         raise TypeError(f"{name} must be an int; got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}; got {value}")
@@ -216,13 +215,6 @@ def _check_labels(labels):
         raise ValueError(f"labels must have a height and a width of at least 1; got shape {tuple(labels.shape)}")
 
 
-def _check_floating(name, tensor):
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
-    if tensor.dtype not in FLOATING:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {tensor.dtype}")
-
-
 def _check_weight_size(pixel_weight, labels):
     """Apart from the other checks, inside the op: export would make guards of its comparisons."""
     if pixel_weight is not None and not all(0 < a <= b for a, b in zip(pixel_weight.shape[1:], labels.shape[1:], strict=True)):
@@ -234,17 +226,13 @@ def _check_weight_size(pixel_weight, labels):
 
 def _check_loss(logits, labels, pixel_weight, class_weight):
     """Raises the errors of `upsample_cross_entropy` that are about its tensors."""
-    _check_floating("logits", logits)
-    if logits.dim() != 4:
-        raise ValueError(f"logits must have shape (N, C, h, w); got {tuple(logits.shape)}")
-    if 0 in logits.shape[1:]:
-        raise ValueError(f"logits must have classes, a height and a width of at least 1; got shape {tuple(logits.shape)}")
+    check_logits(logits)
     _check_labels(labels)
     if labels.shape[0] != logits.shape[0]:
         raise ValueError(f"labels must have logits' batch of {logits.shape[0]}; got shape {tuple(labels.shape)}")
     others = [("labels", labels)]
     if pixel_weight is not None:
-        _check_floating("pixel_weight", pixel_weight)
+        check_floating("pixel_weight", pixel_weight)
         if pixel_weight.dim() != 3 or pixel_weight.shape[0] != logits.shape[0]:
             raise ValueError(
                 f"pixel_weight must have shape ({logits.shape[0]}, H, W), at most the labels' size; got {tuple(pixel_weight.shape)}"
@@ -264,7 +252,7 @@ def _check_loss(logits, labels, pixel_weight, class_weight):
 def check_loss_settings(class_weight, label_smoothing, ignore_index, reduction):
     """Raises the errors of `upsample_cross_entropy` that need no logits."""
     if class_weight is not None:
-        _check_floating("class_weight", class_weight)
+        check_floating("class_weight", class_weight)
         if class_weight.dim() != 1:
             raise ValueError(f"class_weight must have shape (C,), one per class; got {tuple(class_weight.shape)}")
     _check_number("label_smoothing", label_smoothing)

@@ -6,6 +6,7 @@ call the op), the schemas, their implementation and fakes, autograd.
 
 import torch
 
+from .._checks import FLOATING, is_int
 from .._library import LIBRARY, autocast_dtype, format_of, full_precision, is_channels_last, memory_format, transformed
 from ..backend import select
 from . import factorised, reference
@@ -81,7 +82,7 @@ def _validate(input, weight, bias, rates, merge):
             continue
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor{' or None' if name == 'bias' else ''}; got {type(tensor).__name__}")
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if tensor.dtype not in FLOATING:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {tensor.dtype}")
         if tensor.dtype != input.dtype:
             raise TypeError(f"{name} must have input's dtype {input.dtype}; got {tensor.dtype}")
@@ -101,7 +102,7 @@ def _validate(input, weight, bias, rates, merge):
 def check_settings(kernel_h, kernel_w, rates, merge):
     """Raises on a bad kernel size, rates or merge; returns the rates as a tuple."""
     for side in (kernel_h, kernel_w):
-        if not isinstance(side, int | torch.SymInt) or isinstance(side, bool):
+        if not is_int(side):
             raise TypeError(f"kernel_size must be an odd int; got {side!r}")
     if kernel_h != kernel_w or kernel_h % 2 == 0 or kernel_h < 1:
         raise ValueError(f"kernel_size (weight's last two dimensions) must be square and odd; got {kernel_h}x{kernel_w}")

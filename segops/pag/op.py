@@ -8,11 +8,11 @@ import functools
 
 import torch
 
+from .._checks import check_floating, check_merge, is_int, positive_pair
 from .._library import LIBRARY, autocast_dtype, format_of, is_channels_last, memory_format, transformed
 from ..backend import select
 from . import reference
 
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_MAPS = 32  # kMaxMaps in csrc/pag/pag_cuda.cu
 
 
@@ -149,21 +149,13 @@ def _autocast(*maps):
 
 
 def _check_map(name, tensor):
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
-    if tensor.dtype not in FLOATING:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {tensor.dtype}")
+    check_floating(name, tensor)
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor; got layout {tensor.layout}")
     if tensor.dim() != 4:
         raise ValueError(f"{name} must have shape (N, C, H, W); got {tuple(tensor.shape)}")
     if 0 in tensor.shape[1:]:
         raise ValueError(f"{name} must have channels, a height and a width of at least 1; got shape {tuple(tensor.shape)}")
-
-
-def check_merge(merge):
-    if merge not in ("concat", "sum"):
-        raise ValueError(f"merge must be 'concat' or 'sum'; got {merge!r}")
 
 
 def _switched_on(decoder, encoders, merge):
@@ -189,20 +181,12 @@ def _switched_on(decoder, encoders, merge):
     return on
 
 
-def _is_int(value):
-    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
-
-
 def _check_kernel(kernel_size):
     """Raises on a bad kernel_size; returns it as [kh, kw]."""
-    sides = [kernel_size] * 2 if _is_int(kernel_size) else kernel_size
-    if not isinstance(sides, (list, tuple)) or len(sides) != 2 or not all(map(_is_int, sides)):
-        raise TypeError(f"kernel_size must be an int or a pair of ints; got {kernel_size!r}")
-    if min(sides) < 1:
-        raise ValueError(f"kernel_size must be positive; got {kernel_size!r}")
+    sides = positive_pair("kernel_size", kernel_size)
     if sides[0] * sides[1] > 256:
         raise ValueError(f"kernel_size must have at most 256 elements, which a byte can number; got {kernel_size!r}")
-    return list(sides)
+    return sides
 
 
 def _check_unpooling(pooled, offsets, kernel_size, output_size):
@@ -215,7 +199,7 @@ def _check_unpooling(pooled, offsets, kernel_size, output_size):
         raise ValueError(f"offsets must have pooled's shape {tuple(pooled.shape)}; got {tuple(offsets.shape)}")
     if offsets.device != pooled.device:
         raise ValueError(f"offsets must be on pooled's device {pooled.device}; got {offsets.device}")
-    if not isinstance(output_size, (list, tuple)) or not all(map(_is_int, output_size)):
+    if not isinstance(output_size, (list, tuple)) or not all(map(is_int, output_size)):
         raise TypeError(f"output_size must be ints (H, W), or a shape that ends in them; got {output_size!r}")
     size = list(output_size[-2:])
     if (len(output_size) == 4 and tuple(output_size[:2]) != tuple(pooled.shape[:2])) or len(output_size) not in (2, 4):

@@ -208,7 +208,7 @@ def test_cuda_graph():
         (torch.zeros(2, 3, 4), 3, ValueError, r"logits must have shape \(N, C, h, w\); got \(2, 3, 4\)"),
         (torch.zeros(1, 0, 3, 4), 3, ValueError, r"logits must have classes, .*; got shape \(1, 0, 3, 4\)"),
         (torch.zeros(1, 2, 3, 0), 3, ValueError, r"logits must have .*; got shape \(1, 2, 3, 0\)"),
-        (torch.zeros(1, 2, 3, 4), 2.5, TypeError, r"size must be an int or a pair of ints \(H, W\); got 2.5"),
+        (torch.zeros(1, 2, 3, 4), 2.5, TypeError, r"size must be an int or a pair of ints; got 2.5"),
         (torch.zeros(1, 2, 3, 4), (2, 3, 4), TypeError, r"size must be .*; got \(2, 3, 4\)"),
         (torch.zeros(1, 2, 3, 4), (0, 3), ValueError, r"size must be positive; got \(0, 3\)"),
     ],

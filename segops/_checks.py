@@ -1,0 +1,39 @@
+"""Checks that several ops share: an error names the argument, what it got and what it needs."""
+
+import torch
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_floating(name, tensor):
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {tensor.dtype}")
+
+
+def check_logits(logits):
+    check_floating("logits", logits)
+    if logits.dim() != 4:
+        raise ValueError(f"logits must have shape (N, C, h, w); got {tuple(logits.shape)}")
+    if 0 in logits.shape[1:]:
+        raise ValueError(f"logits must have classes, a height and a width of at least 1; got shape {tuple(logits.shape)}")
+
+
+def check_merge(merge):
+    if merge not in ("concat", "sum"):
+        raise ValueError(f"merge must be 'concat' or 'sum'; got {merge!r}")
+
+
+def is_int(value):
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+
+
+def positive_pair(name, value):
+    """A positive int, or a pair of them, as [first, second]."""
+    sides = [value] * 2 if is_int(value) else value
+    if not isinstance(sides, (list, tuple)) or len(sides) != 2 or not all(map(is_int, sides)):
+        raise TypeError(f"{name} must be an int or a pair of ints; got {value!r}")
+    if sides[0] < 1 or sides[1] < 1:  # not min(): it would compare the two, and an exported program would keep their order
+        raise ValueError(f"{name} must be positive; got {value!r}")
+    return list(sides)
