@@ -165,8 +165,19 @@ def build_command():
 
 point_to_toolkit()
 setup(
-    packages=["segops", "segops.argmax", "segops.bal", "segops.pac", "segops.pag", "segops.train", "segops.models"],
-    package_dir={"segops.models": "models"},
+    packages=[
+        "segops",
+        "segops.argmax",
+        "segops.bal",
+        "segops.pac",
+        "segops.pag",
+        "segops.train",
+        "segops.configs",
+        "segops.models",
+        "segops.benchmarks",
+    ],
+    package_dir={"segops.models": "models", "segops.benchmarks": "benchmarks"},
+    package_data={"segops.configs": ["*.yaml"]},
     ext_modules=extensions(),
     cmdclass=build_command(),
 )

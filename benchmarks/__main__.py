@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: runs the suites, checks before it times, and writes the evidence of each op."""
+"""`segops bench`, `python -m benchmarks`: runs the suites, checks before it times, and writes the evidence of each op."""
 
 import argparse
 import tempfile
@@ -12,20 +12,21 @@ HERE = Path(__file__).parent
 OPS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+def add_arguments(parser):
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"the ops to run, of {', '.join(OPS)} (default: all)")
     parser.add_argument("-k", dest="select", default="", help="only the benchmarks that match, as pytest -k")
     parser.add_argument(
-        "--out", default=HERE / "results", type=Path, help="folder for the results (default: benchmarks/results)"
+        "--out", default="benchmarks/results", type=Path, help="folder for the results (default: benchmarks/results)"
     )
     name = "gpu" if measure.DEVICE == "cuda" else "cpu"
     parser.add_argument("--name", default=name, help=f"the result files are called OP-NAME (default here: {name})")
     parser.add_argument("--report", type=Path, metavar="RAW.json", help="only render what pytest --benchmark-json wrote")
-    options = parser.parse_args()
+
+
+def run(options):
     for op in options.ops:
         if op not in OPS:
-            parser.error(f"OP must be one of {', '.join(OPS)}; got {op}")
+            raise ValueError(f"OP must be one of {', '.join(OPS)}; got {op}")
 
     status = 0
     raw = options.report
@@ -44,4 +45,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    add_arguments(parser)
+    run(parser.parse_args())

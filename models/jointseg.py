@@ -13,7 +13,7 @@ from torch import nn
 from segops.nn import PartialAttentionGate
 
 from .layers import BatchNorm2d, Classifier, conv_norm_relu
-from .model import Output, SegmentationModel, check_all_positive, check_positive
+from .model import Output, SegmentationModel, check_all_positive, check_positive, crop, pad_to_multiple
 
 
 class ResidualInception(nn.Module):
@@ -93,6 +93,15 @@ class JointSeg(SegmentationModel):
     def segment(self, images):
         maps = self.encode(images)
         return Output(self.decoder(maps), class_logits=self.classifier(maps[-1]))
+
+    def segment_logits(self, images):
+        """S(M(images)) of Eq. 1: `logits` alone."""
+        maps = self.encode(pad_to_multiple(images, self.multiple))
+        return crop(self.decoder(maps), 0, images.shape[2:])
+
+    def class_logits(self, images):
+        """C(M(images)) of Eq. 1: `class_logits` alone."""
+        return self.classifier(self.encode(pad_to_multiple(images, self.multiple))[-1])
 
 
 class Decoder(nn.Module):

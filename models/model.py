@@ -64,12 +64,16 @@ class SegmentationModel(Model):
 
     @torch.no_grad()
     def predict(self, images):
-        """Class indices (N, H, W), int64, at the images' size: logits resized bilinearly, then the largest; with a single class
-        1 where its logit is positive. Leaves the mode as it is: call eval() before."""
-        logits, size = self(images).logits, images.shape[2:]
+        """Class indices (N, H, W), int64, at the images' size. Leaves the mode as it is: call eval() before."""
+        return self.to_classes(self(images).logits, images.shape[2:])
+
+    @torch.no_grad()
+    def to_classes(self, logits, size):
+        """Class indices (N, H, W), int64, of logits at `size`: resized bilinearly, then the largest; with a single class 1 where its logit is
+        positive."""
         if self.num_classes > 1 and not self.align_corners:
             return upsample_argmax(logits, size)
-        if logits.shape[2:] != size:
+        if logits.shape[2:] != tuple(size):
             logits = F.interpolate(logits, size, mode="bilinear", align_corners=self.align_corners)
         return (logits[:, 0] > 0).long() if self.num_classes == 1 else logits.argmax(1)
 

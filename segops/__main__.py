@@ -1,6 +1,7 @@
-"""The command line: `python -m segops info`, `python -m segops models`."""
+"""The command line, `segops` or `python -m segops`: info, models, fit, validate, test, predict, ablate, bench."""
 
 import argparse
+import importlib
 import os
 import platform
 import sys
@@ -59,24 +60,73 @@ def info():
 
 def models():
     """Prints the reference models: parameters, multiply-adds, paper."""
-    try:
-        from .models.table import lines
-    except ImportError as error:
-        raise SystemExit(f"segops: {error}") from error
+    from .models.table import lines
+
     for line in lines():
         print(line)
 
 
+def engine(arguments):
+    """`fit`, `validate`, `test`."""
+    from .train.cli import main
+
+    main(arguments)
+
+
+def parsed(module):
+    """A command whose module, relative to this package, has `add_arguments(parser)` and `run(options)`."""
+
+    def command(arguments):
+        implementation = importlib.import_module(module, __package__)
+        parser = argparse.ArgumentParser(prog=f"segops {arguments[0]}", description=COMMANDS[arguments[0]][0])
+        implementation.add_arguments(parser)
+        implementation.run(parser.parse_args(arguments[1:]))
+
+    return command
+
+
+def plain(function):
+    """A command without arguments."""
+
+    def command(arguments):
+        argparse.ArgumentParser(prog=f"segops {arguments[0]}", description=COMMANDS[arguments[0]][0]).parse_args(arguments[1:])
+        function()
+
+    return command
+
+
+COMMANDS = {
+    "info": ("versions, what was built, and which backend each op runs on", plain(info)),
+    "models": ("the reference models: parameters, multiply-adds, paper", plain(models)),
+    "fit": ("train: --config NAME or FILE, then any setting, as --data.root FOLDER --trainer.max_epochs 20", engine),
+    "validate": ("the figures of a checkpoint on the validation set: --config FILE --ckpt_path FILE", engine),
+    "test": ("the same on the test set", engine),
+    "predict": ("class maps, overlays and loss images of files and folders", parsed(".train.predict")),
+    "ablate": ("train all variants and seeds of a table, and print it beside the paper's", parsed(".train.ablation")),
+    "bench": ("the benchmark suite: checks, then times, each op against plain PyTorch", parsed(".benchmarks.__main__")),
+}
+
+
 def main():
-    parser = argparse.ArgumentParser(prog="python -m segops", description="Kernels for semantic segmentation, as PyTorch ops.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    commands.add_parser("info", help="versions, what was built, and which backend each op runs on").set_defaults(run=info)
-    commands.add_parser("models", help="the reference models: parameters, multiply-adds, paper").set_defaults(run=models)
+    parser = argparse.ArgumentParser(
+        prog="segops",
+        description="Kernels for semantic segmentation, reference models, training.",
+        epilog="commands:\n" + "\n".join(f"  {name:<10}{text}" for name, (text, _) in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of those below; segops COMMAND --help says more")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
+    arguments = sys.argv[1:]
+    name = parser.parse_args(arguments[:1]).command
     try:
-        parser.parse_args().run()
+        COMMANDS[name][1](arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read, as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ImportError as error:
+        raise SystemExit(f"segops {name}: {error}; pip install 'segops[models,train]' has what the commands need") from error
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"segops {name}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -1,75 +1,450 @@
-"""Labelled images from a folder."""
+"""What training reads: streams of batches whose order and augmentation depend on the seed and the number of the step alone.
 
+So a run that was interrupted, and one on more workers or ranks, sees what an uninterrupted one on a single process sees.
+"""
+
+import os
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+from .datasets import VOC, CamVid, Cityscapes, Folder, ImageClasses, Unlabelled
+from .scenes import SyntheticScenes
+from .transforms import VOID, Augment, check_kind, check_size, normalize, resize
+
+UNSCORED = -100  # of image classes, as 255 of masks
 
 
-class FolderDataset(torch.utils.data.Dataset):
-    """root/images/SPLIT/ID.jpg (or .png) with root/labels/SPLIT/ID.png, as (image float32 in [0, 1], label int64).
+def run_seed():
+    """What `seed_everything` of Lightning was given; 0 where nothing was."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+
+def mixed_seed(*numbers):
+    """A seed for torch out of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class Key(NamedTuple):
+    """Which sample: its index; its place in the stream, which seeds its augmentation, or None for no augmentation; whether it is scored."""
+
+    index: int
+    place: int | None
+    scored: bool = True
+
+
+class Samples(Dataset):
+    """(image float (3, H, W) as networks take it, target) of a data set, at a `Key`. A target is a mask int64 (H, W), or a class."""
+
+    def __init__(self, dataset, size, augment, kind, cache, seed):
+        self.dataset, self.size, self.augment, self.kind, self.seed = dataset, size, augment, kind, seed
+        self.cache = {} if cache else None
+
+    def __getitem__(self, key):
+        image, target = self.read(key.index)
+        mask = target if isinstance(target, torch.Tensor) else torch.zeros(image.shape[1:], dtype=torch.uint8)
+        if key.place is not None and self.augment is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(mixed_seed(self.seed, key.place))
+                image, mask = self.augment(image, mask)
+        image = normalize(image.float() / 255, self.kind)
+        if not isinstance(target, torch.Tensor):
+                return image, target if key.scored else UNSCORED
+        return image, mask.long() if key.scored else torch.full(mask.shape, VOID)
+
+    def read(self, index):
+        """What the data set has, resized, as bytes."""
+        if self.cache is not None and index in self.cache:
+            return self.cache[index]
+        image, target = self.dataset[index]
+        if self.size is not None:
+            mask = target if isinstance(target, torch.Tensor) else torch.zeros(image.shape[1:], dtype=torch.uint8)
+            image, mask = resize(image, mask, self.size)
+            target = mask if isinstance(target, torch.Tensor) else target
+        if self.cache is not None:
+            self.cache[index] = image, target
+        return image, target
+
+
+class Stream:
+    """Batches of keys without end for training: one shuffling of the data set after another, cut into batches for all ranks.
 
     Args:
-        root: the folder.
-        split: "train", "val", ...
-        num_classes: labels 0 .. num_classes - 1 are classes.
-        void: the label that is not scored (255 never is either); it comes out as 255.
-        size: (height, width) that images (bilinear) and labels (nearest) are resized to, or None for their own.
-
-    Raises:
-        FileNotFoundError: a folder is missing or empty, or an image has no label; names the path.
-        ValueError: a file does not decode, differs in size from its image, or holds a label that is neither a class
-            nor void; names the file and the value.
+        length: of the data set.
+        batch_size: of each rank.
+        steps: batches of an epoch.
+        done: () -> batches that were drawn before.
+        seed: of the shuffling.
+        rank, world: this process and how many there are.
     """
 
-    void = 255
-
-    def __init__(self, root, split, num_classes, void=255, size=None):
-        self.num_classes, self.void_label, self.size = num_classes, void, size
-        images, labels = Path(root) / "images" / split, Path(root) / "labels" / split
-        for folder in (images, labels):
-            if not folder.is_dir():
-                raise FileNotFoundError(
-                    f"{folder} is not a folder: expected {root}/images/{split}/ID.jpg and {root}/labels/{split}/ID.png"
-                )
-        files = sorted(path for path in images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-        if not files:
-            raise FileNotFoundError(f"{images} holds no {' or '.join(IMAGE_SUFFIXES)} files")
-        self.pairs = [(path, labels / f"{path.stem}.png") for path in files]
-        for image, label in self.pairs:
-            if not label.is_file():
-                raise FileNotFoundError(f"{label} is missing: the label of {image}")
+    def __init__(self, length, batch_size, steps, done, seed, rank, world):
+        self.length, self.batch_size, self.steps, self.done, self.seed = length, batch_size, steps, done, seed
+        self.rank, self.world = rank, world
 
     def __len__(self):
-        return len(self.pairs)
+        return self.steps
+
+    def __iter__(self):
+        done = self.done()
+        for step in range(done, done + self.steps):
+            first = (step * self.world + self.rank) * self.batch_size
+            yield [Key(self._index(place), place) for place in range(first, first + self.batch_size)]
+
+    def _index(self, place):
+        shuffling = np.random.default_rng((self.seed, place // self.length)).permutation(self.length)
+        return int(shuffling[place % self.length])
+
+
+class Once:
+    """Batches of keys of every sample once, for evaluation: each rank has equally many, what is too much is not scored."""
+
+    def __init__(self, length, batch_size, rank, world):
+        keys = [Key(index, None) for index in range(rank, length, world)]
+        keys += [Key(0, None, scored=False)] * (-(-length // world) - len(keys))
+        self.batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def collate(samples):
+    images, targets = zip(*samples, strict=True)
+    sizes = {tuple(image.shape[1:]) for image in images}
+    if len(sizes) > 1:
+        listed = " and ".join(f"{height}x{width}" for height, width in sorted(sizes)[:2])
+        raise ValueError(
+            f"images of one batch must have one size; got {listed}: set resize or augment.crop, or eval_batch_size to 1"
+        )
+    return torch.stack(images), torch.stack(targets) if isinstance(targets[0], torch.Tensor) else torch.tensor(targets)
+
+
+class Data(LightningDataModule):
+    """What the data modules share: samples, streams and loaders."""
+
+    def __init__(self, resize, augment, normalize, batch_size, eval_batch_size, workers, cache):
+        super().__init__()
+        check_kind(normalize)
+        if resize is not None:
+            check_size("resize", resize)
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        self.size, self.augment, self.kind = resize, Augment() if augment is None else augment, normalize
+        self.batch_size, self.eval_batch_size, self.workers, self.cache = batch_size, eval_batch_size, workers, cache
+
+    def samples(self, dataset, training):
+        return Samples(dataset, self.size, self.augment if training else None, self.kind, self.cache, run_seed())
+
+    def stream(self, samples, batch_size, steps, number=0):
+        """The loader of a stream; those of one epoch differ in `number`."""
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        stream = Stream(
+            len(samples.dataset),
+            batch_size,
+            steps,
+            lambda: progress.total.processed,
+            mixed_seed(run_seed(), number),
+            self.trainer.global_rank,
+            self.trainer.world_size,
+        )
+        return self._loader(samples, stream)
+
+    def steps(self, dataset):
+        """Batches of an epoch, of all ranks together one pass over the data set; what is left begins the next epoch."""
+        return max(len(dataset) // (self.batch_size * self.trainer.world_size), 1)
+
+    def once(self, samples):
+        batches = Once(len(samples.dataset), self.eval_batch_size, self.trainer.global_rank, self.trainer.world_size)
+        return self._loader(samples, batches)
+
+    def _loader(self, samples, batches):
+        return DataLoader(
+            samples,
+            batch_sampler=batches,
+            num_workers=self.workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.workers > 0,
+        )
+
+
+class SegmentationData(Data):
+    """Images with masks, and perhaps images without.
+
+    Args:
+        dataset: "camvid", "cityscapes", "folder", "synthetic" or "voc".
+        root: its folder (not for "synthetic").
+        options: further arguments of the data set, as sbd for VOC, labels for Cityscapes, num_classes, void, images and masks for a folder; for "synthetic"
+            train and val, the numbers of scenes, default 400 and 100, and size, default (128, 128).
+        train_split, val_split, test_split: which splits, default "train", "val" and the same as val_split.
+        resize: (height, width) of all images and masks, in training, validation and test, or None (default) for their own.
+        augment: what training does to them besides: `Augment`; by default flips them horizontally.
+        normalize: "imagenet" (default), "per_image" or "none".
+        batch_size: of each process, default 8. eval_batch_size: default 1, since images may differ in size.
+        labelled: share of the training images whose masks are used, default 1.0; the same ones for the same seed. Others are an unlabelled stream.
+        unlabelled: a folder of images or a list of them: (more) images without masks, or None (default).
+        workers: processes that read, default 0: this one. cache: keep what was read, resized, in memory (default False).
+
+    Batches are (images (N, 3, H, W) float32, masks (N, H, W) int64, 255 void); with an unlabelled stream, in training,
+    {"labelled": that, "unlabelled": that with void masks}.
+    """
+
+    def __init__(
+        self,
+        dataset: Literal["camvid", "cityscapes", "folder", "synthetic", "voc"] = "synthetic",
+        root: str | None = None,
+        options: dict | None = None,
+        train_split: str = "train",
+        val_split: str = "val",
+        test_split: str | None = None,
+        resize: tuple[int, int] | None = None,
+        augment: Augment | None = None,
+        normalize: str = "imagenet",
+        batch_size: int = 8,
+        eval_batch_size: int = 1,
+        labelled: float = 1.0,
+        unlabelled: str | None = None,
+        workers: int = 0,
+        cache: bool = False,
+    ):
+        super().__init__(resize, augment, normalize, batch_size, eval_batch_size, workers, cache)
+        if dataset not in DATASETS:
+            raise ValueError(f"dataset must be one of {', '.join(map(repr, DATASETS))}; got {dataset!r}")
+        if (root is None) != (dataset == "synthetic"):
+            raise ValueError(f"root must be {'a folder' if root is None else 'left out'} for dataset {dataset!r}; got {root!r}")
+        if not 0 < labelled <= 1:
+            raise ValueError(f"labelled must be a share, above 0 and at most 1; got {labelled}")
+        self.dataset, self.root, self.options = dataset, root, options or {}
+        self.splits = {"train": train_split, "val": val_split, "test": test_split or val_split}
+        self.labelled, self.unlabelled = labelled, unlabelled
+
+    def setup(self, stage):
+        """Opens the splits that `stage` ("fit", "validate", "test") needs."""
+        wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]
+        self.sets = {split: self._open(self.splits[split]) for split in wanted}
+        first = self.sets[wanted[0]]
+        self.num_classes, self.classes, self.palette = first.num_classes, tuple(first.classes), tuple(first.palette)
+        if "train" in self.sets:
+            self._divide()
+
+    def _open(self, split):
+        try:
+            if self.dataset == "synthetic":
+                return synthetic(split, **self.options)
+            return DATASETS[self.dataset](self.root, split, **self.options)
+        except TypeError as error:
+            raise ValueError(f"options of dataset {self.dataset!r}: {error}") from error
+
+    def _divide(self):
+        """The training set's images with masks, and those without."""
+        train, without = self.sets["train"], []
+        if self.labelled < 1:
+            order = np.random.default_rng((run_seed(), len(train))).permutation(len(train))
+            count = max(round(self.labelled * len(train)), 1)
+            self.sets["train"] = torch.utils.data.Subset(train, sorted(order[:count].tolist()))
+            without.append(Masked(torch.utils.data.Subset(train, sorted(order[count:].tolist()))))
+        if self.unlabelled is not None:
+            without.append(Unlabelled(self.unlabelled, self.num_classes))
+        if without:
+            self.sets["unlabelled"] = torch.utils.data.ConcatDataset(without)
+
+    def train_dataloader(self):
+        train = self.sets["train"]
+        steps = self.steps(train)
+        labelled = self.stream(self.samples(train, True), self.batch_size, steps)
+        if "unlabelled" not in self.sets:
+            return labelled
+        unlabelled = self.stream(self.samples(self.sets["unlabelled"], True), self.batch_size, steps, 1)
+        return {"labelled": labelled, "unlabelled": unlabelled}
+
+    def val_dataloader(self):
+        return self.once(self.samples(self.sets["val"], False))
+
+    def test_dataloader(self):
+        return self.once(self.samples(self.sets["test"], False))
+
+    def median_frequency(self):
+        """Class weights of SegNet: the median frequency over the class's own, the frequency of a class being its share of the pixels, void left out, of the
+        images that show it. A class that no image shows weighs 0."""
+        pixels, seen = np.zeros(self.num_classes), np.zeros(self.num_classes)
+        samples = Samples(self.sets["train"], self.size, None, "none", False, 0)
+        for index in range(len(self.sets["train"])):
+            counts = np.bincount(samples.read(index)[1].numpy().ravel(), minlength=256)[: self.num_classes]
+            pixels += counts
+            seen += np.where(counts > 0, counts.sum(), 0)
+        frequency = pixels / np.maximum(seen, 1)
+        weights = np.median(frequency[seen > 0]) / np.maximum(frequency, 1e-30)
+        return np.where(seen > 0, weights, 0.0).tolist()
+
+    def description(self):
+        """What `predict` needs to know beside the weights, in plain types."""
+        return {
+            "classes": list(self.classes),
+            "palette": [list(colour) for colour in self.palette],
+            "normalize": self.kind,
+            "resize": None if self.size is None else list(self.size),
+        }
+
+
+class Masked(Dataset):
+    """A data set whose masks are kept from sight."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
 
     def __getitem__(self, index):
-        image_path, label_path = self.pairs[index]
-        image, label = _read(image_path).convert("RGB"), _read(label_path)
-        if image.size != label.size:
-            raise ValueError(f"{label_path} is {label.size[0]}x{label.size[1]}, its image {image.size[0]}x{image.size[1]}")
-        if label.mode not in ("L", "P"):
-            raise ValueError(f"{label_path} must hold one 8-bit class index a pixel; its mode is {label.mode}")
-        if self.size is not None:
-            height, width = self.size
-            image, label = image.resize((width, height), Image.BILINEAR), label.resize((width, height), Image.NEAREST)
-        classes = np.array(label, dtype=np.int64)
-        classes[classes == self.void_label] = self.void
-        wrong = (classes >= self.num_classes) & (classes != self.void)
-        if wrong.any():
-            raise ValueError(
-                f"{label_path} holds label {classes[wrong][0]}: not in [0, {self.num_classes}), and not void ({self.void_label})"
-            )
-        return torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1), torch.from_numpy(classes)
+        image, mask = self.dataset[index]
+        return image, torch.full_like(mask, VOID)
 
 
-def _read(path):
-    try:
-        image = Image.open(path)
-        image.load()
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
-    return image
+def synthetic(split, train=400, val=100, size=(128, 128)):
+    """Scenes of a split: those of "train", "val" and "test" differ."""
+    lengths = {"train": train, "val": val, "test": val}
+    if split not in lengths:
+        raise ValueError(f"split must be 'train', 'val' or 'test'; got {split!r}")
+    return SyntheticScenes(lengths[split], tuple(size), list(lengths).index(split))
+
+
+DATASETS = {"camvid": CamVid, "cityscapes": Cityscapes, "folder": Folder, "synthetic": synthetic, "voc": VOC}
+
+
+class ClassificationData(Data):
+    """Images with a class each, from a table: by default as Kaggle's EyePACS comes, trainLabels.csv with columns image and level.
+
+    Args:
+        root: folder that csv and images are in.
+        csv, images: table and folder of images in it, default "trainLabels.csv" and "train".
+        image_column, class_column: default "image" and "level".
+        split_column: column that names an image's split, or None (default): then `val_share` of the images, the same ones for the same table, validate.
+        train_split, val_split: names in that column, default "train" and "val".
+        val_share: default 0.2.
+        classes: names of the classes, if the column holds names in another order than the alphabet's.
+        random_classes: share of the training images that get a class by chance, always the same one (Haloi, II.C: 0.8). Default 0.
+        resize, augment, normalize, batch_size, eval_batch_size, workers, cache: as in `SegmentationData`.
+
+    Batches are (images (N, 3, H, W) float32, classes (N) int64).
+    """
+
+    def __init__(
+        self,
+        root: str,
+        csv: str = "trainLabels.csv",
+        images: str = "train",
+        image_column: str = "image",
+        class_column: str = "level",
+        split_column: str | None = None,
+        train_split: str = "train",
+        val_split: str = "val",
+        val_share: float = 0.2,
+        classes: list[str] | None = None,
+        random_classes: float = 0.0,
+        resize: tuple[int, int] | None = None,
+        augment: Augment | None = None,
+        normalize: str = "imagenet",
+        batch_size: int = 32,
+        eval_batch_size: int = 1,
+        workers: int = 0,
+        cache: bool = False,
+    ):
+        super().__init__(resize, augment, normalize, batch_size, eval_batch_size, workers, cache)
+        for name, share in (("random_classes", random_classes), ("val_share", val_share)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must be a share, at least 0 and at most 1; got {share}")
+        table, folder = str(Path(root, csv)), str(Path(root, images))
+        self.table = (table, folder, image_column, class_column, classes, split_column)
+        self.splits, self.val_share, self.random_classes = {"train": train_split, "val": val_split}, val_share, random_classes
+
+    def setup(self, stage):
+        if self.table[-1] is None:
+            everything = ImageClasses(*self.table)
+            order = np.random.default_rng(len(everything)).permutation(len(everything)).tolist()
+            count = round(self.val_share * len(everything))
+            train, val = (torch.utils.data.Subset(everything, sorted(part)) for part in (order[count:], order[:count]))
+            first = everything
+        else:
+            train, val = (ImageClasses(*self.table, self.splits[split]) for split in ("train", "val"))
+            first = train
+        for split, part in (("train", train), ("val", val)):
+            if not len(part):
+                raise ValueError(f"val_share leaves no image to {split}; got {self.val_share}")
+        self.num_classes, self.classes = first.num_classes, tuple(first.classes)
+        self.sets = {"train": RandomClasses(train, self.num_classes, self.random_classes, run_seed()), "val": val}
+
+    def train_dataloader(self, steps=None, number=0):
+        train = self.sets["train"]
+        return self.stream(self.samples(train, True), self.batch_size, steps or self.steps(train), number)
+
+    def val_dataloader(self):
+        return self.once(self.samples(self.sets["val"], False))
+
+    def test_dataloader(self):
+        return self.val_dataloader()
+
+    def description(self):
+        return {
+            "image_classes": list(self.classes),
+            "normalize": self.kind,
+            "resize": None if self.size is None else list(self.size),
+        }
+
+
+class RandomClasses(Dataset):
+    """A data set of images with classes, where a share of them has one by chance."""
+
+    def __init__(self, dataset, num_classes, share, seed):
+        rng = np.random.default_rng((seed, len(dataset)))
+        chosen = rng.permutation(len(dataset))[: round(share * len(dataset))]
+        self.dataset, self.classes = dataset, dict(zip(chosen.tolist(), rng.integers(num_classes, size=len(chosen)).tolist(), strict=True))
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        image, target = self.dataset[index]
+        return image, self.classes.get(index, target)
+
+
+class CooperativeData(LightningDataModule):
+    """Both, for cooperative training: an epoch is one of the segmentation's; the classification's stream goes on from one to the next.
+
+    Training batches are {"segmentation": ..., "classification": ...}; validation has a loader of each.
+    """
+
+    def __init__(self, segmentation: SegmentationData, classification: ClassificationData):
+        super().__init__()
+        self.parts = segmentation, classification
+
+    def setup(self, stage):
+        segmentation, classification = self.parts
+        for part in self.parts:
+            part.trainer = self.trainer
+            part.setup(stage)
+        self.num_classes, self.classes, self.palette = segmentation.num_classes, segmentation.classes, segmentation.palette
+        self.image_classes = classification.classes
+
+    def train_dataloader(self):
+        segmentation, classification = self.parts
+        return {
+            "segmentation": segmentation.train_dataloader(),
+            "classification": classification.train_dataloader(segmentation.steps(segmentation.sets["train"]), 2),
+        }
+
+    def val_dataloader(self):
+        return [part.val_dataloader() for part in self.parts]
+
+    def test_dataloader(self):
+        return [part.test_dataloader() for part in self.parts]
+
+    def description(self):
+        return self.parts[1].description() | self.parts[0].description()

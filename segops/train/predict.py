@@ -1,0 +1,174 @@
+"""`segops predict`: class maps, overlays and loss images of image files, from a checkpoint of `segops fit`."""
+
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .datasets import IMAGE_SUFFIXES, Segmentation
+from .inference import Predictor, colourise, first_line, heat, load_network, overlay, save_classes, save_image
+from .transforms import VOID
+
+KINDS = {"classes": "class maps", "overlay": "overlays", "loss": "loss images"}  # folders of DIR
+GAP = 4  # white pixels between the panels of a loss image
+
+
+def add_arguments(parser):
+    """Adds the arguments of `segops predict` to an argparse parser; `run` takes what it parses."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="written by segops fit")
+    parser.add_argument("inputs", metavar="INPUT", nargs="+", help="image files, or folders of them: all below")
+    parser.add_argument("--out", metavar="DIR", required=True, help="class maps go to DIR/classes/ID.png: palette PNGs")
+    parser.add_argument("--overlay", action="store_true", help="also DIR/overlay/ID.png: the classes over the image")
+    parser.add_argument(
+        "--loss-images", action="store_true", help="also DIR/loss/ID.png: image, truth, prediction, loss; needs --labels"
+    )
+    parser.add_argument("--labels", metavar="DIR", help="holds ID.png for each image, ID being its path below INPUT")
+    parser.add_argument("--void", type=int, default=VOID, help=f"label that does not count, beside {VOID}")
+    parser.add_argument("--window", nargs=2, type=int, metavar=("H", "W"), help="sliding window; default: whole images")
+    parser.add_argument("--overlap", type=float, default=0.5, help="of windows, in [0, 1); default 0.5")
+    parser.add_argument("--scales", nargs="+", type=float, default=[1.0], help="average over these; default 1.0")
+    parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="bf16: autocast to bfloat16")
+
+
+def run(options):
+    """Predicts. An image that cannot be read or predicted is reported and the others go on; the exit status is then 1.
+
+    Args:
+        options: what a parser with `add_arguments` returned.
+
+    Raises:
+        SystemExit: with the message, for what is wrong before the first image, a file that cannot be written, or images that
+            failed; 130 after an interrupt. Whatever is written is whole.
+    """
+    kinds = ["classes", *["overlay"] * options.overlay, *["loss"] * options.loss_images]
+    out = Path(options.out)
+    try:
+        predictor, info = _predictor(options)
+        names, images = _images(options.inputs, out)
+        labels = None if options.labels is None else [Path(options.labels) / f"{name}.png" for name in names]
+        targets = [{kind: out / kind / f"{name}.png" for kind in kinds} for name in names]
+        _check_files(images, labels, targets)
+        # A single class is told from none.
+        values = {index: index for index in range(max(info["model"]["num_classes"], 2))} | {options.void: VOID}
+        dataset = Segmentation(names, images, labels, info["classes"], info["palette"] or (), values)
+        for kind in kinds:
+            (out / kind).mkdir(parents=True, exist_ok=True)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        raise SystemExit(f"segops: {error}") from error
+
+    written, failures = dict.fromkeys(kinds, 0), []
+    try:
+        for index, files in enumerate(tqdm(targets, unit="image", file=sys.stderr)):
+            try:
+                results = _results(*dataset[index], kinds, predictor, info["palette"])
+            except (OSError, ValueError, RuntimeError) as error:  # torch raises the last: no memory, or an image too small
+                reason = first_line(error)
+                failures.append(reason if str(images[index]) in reason else f"{images[index]}: {reason}")
+                tqdm.write(f"segops: {failures[-1]}", file=sys.stderr)
+                continue
+            for kind, file in files.items():
+                _write(file, results[kind], info["palette"])
+                written[kind] += 1
+    except KeyboardInterrupt:
+        print("segops: interrupted; the files that are there are whole", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        for kind, count in written.items():
+            print(f"{KINDS[kind]}: {count} in {out / kind}")
+    if failures:
+        listed = "".join(f"\n  {failure}" for failure in failures)
+        raise SystemExit(f"segops: {len(failures)} of {len(images)} images failed:{listed}")
+
+
+def _predictor(options):
+    """(predictor, what the checkpoint says)."""
+    if options.loss_images != (options.labels is not None):
+        raise ValueError("--loss-images and --labels need each other")
+    if not 0 <= options.void <= 255:
+        raise ValueError(f"--void must be a value of 8 bits, 0 to 255; got {options.void}")
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda needs a CUDA device; torch sees none")
+    model, info = load_network(options.checkpoint, device)
+    predictor = Predictor(
+        model,
+        normalize=info["normalize"],
+        resize=info["resize"],
+        window=options.window,
+        overlap=options.overlap,
+        scales=options.scales,
+        flip=options.flip,
+        autocast=torch.bfloat16 if options.precision == "bf16" else None,
+    )
+    return predictor, info
+
+
+def _images(inputs, out):
+    """(IDs, files) of all images that the INPUTs stand for."""
+    own = [(out / kind).resolve() for kind in KINDS]  # of an earlier run, where DIR lies inside an INPUT
+    names, images = [], []
+    for given in map(Path, inputs):
+        if given.is_file():
+            names.append(given.stem)
+            images.append(given)
+            continue
+        if not given.is_dir():
+            raise FileNotFoundError(f"INPUT must be an image or a folder of images; there is none at {given}")
+        files = [
+            file
+            for file in sorted(given.rglob("[!.]*"))
+            if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file() and not any(map(file.resolve().is_relative_to, own))
+        ]
+        if not files:
+            raise FileNotFoundError(f"INPUT {given} holds no images ({', '.join(IMAGE_SUFFIXES)}), nor do folders below it")
+        names += [(file.relative_to(given).parent / file.stem).as_posix() for file in files]
+        images += files
+    return names, images
+
+
+def _check_files(images, labels, targets):
+    """Every label is there; nothing is written twice, or over what is read."""
+    if labels is not None:
+        missing = [pair for pair in zip(labels, images, strict=True) if not pair[0].is_file()]
+        if missing:
+            more = f"; {len(missing) - 1} more labels are missing" if len(missing) > 1 else ""
+            raise FileNotFoundError(f"{missing[0][0]} is missing: the label of {missing[0][1]}{more}")
+    read = {file.resolve() for file in (*images, *(labels or ()))}
+    writers = {}
+    for image, files in zip(images, targets, strict=True):
+        for file in files.values():
+            if file in writers:
+                raise ValueError(f"{writers[file]} and {image} would both write {file}")
+            if file.resolve() in read:
+                raise ValueError(f"{file} would be written over, and is an INPUT or a label: choose another --out")
+            writers[file] = image
+
+
+def _results(image, mask, kinds, predictor, palette):
+    """{kind: what is written}."""
+    if "loss" not in kinds:
+        results = {"classes": predictor(image)}
+    else:
+        classes, loss = predictor.with_loss(image, mask)
+        gap = torch.full((3, image.shape[1], GAP), 255, dtype=torch.uint8)
+        panels = image, gap, colourise(mask, palette), gap, colourise(classes, palette), gap, heat(loss)
+        results = {"classes": classes, "loss": torch.cat(panels, 2)}
+    if "overlay" in kinds:
+        results["overlay"] = overlay(image, results["classes"], palette)
+    return results
+
+
+def _write(file, result, palette):
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if result.ndim == 2:
+            save_classes(file, result, palette)
+        else:
+            save_image(file, result)
+    except OSError as error:
+        raise SystemExit(f"segops: {file} cannot be written: {error}") from error

@@ -1,0 +1,452 @@
+"""The papers' training procedures, as Lightning modules: supervised, classification, cooperative, adversarial.
+
+Each draws the random numbers of a training step (dropout) from the run's seed and the step's number, so that a resumed run draws the same.
+"""
+
+import math
+from contextlib import contextmanager
+from dataclasses import replace
+
+import timm
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import nn
+from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
+
+from segops.models import Output, create_model, list_models
+
+from .data import UNSCORED, mixed_seed, run_seed
+from .losses import MEDIAN_FREQUENCY, SegmentationLoss, mean_over_ranks
+from .metrics import SegmentationMetrics
+from .optimizers import Optimizer
+from .transforms import VOID
+
+
+class Recipe(LightningModule):
+    """What the recipes share. The network, `model`, is made when training or evaluation begins, for the classes of the data.
+
+    Args:
+        model: name of a model (`segops.models.list_models()`).
+        options: of `segops.models.create_model`, as {"backbone": "resnet18", "pretrained": True}.
+        optimizer: `Optimizer`.
+    """
+
+    optimizer_steps = 1  # of every batch, as Lightning's global_step and max_steps count
+
+    def __init__(self, model, options, optimizer):
+        super().__init__()
+        self.name, self.options = model, dict(options or {})
+        self.optimizer = Optimizer() if optimizer is None else optimizer
+        self.model = None
+
+    def setup(self, stage):
+        if self.model is None:
+            self.make(self.trainer.datamodule)
+
+    def forward(self, images):
+        return self.model(images)
+
+    def configure_optimizers(self):
+        optimizer, schedule = self.optimizer.build(self.model, self.iterations())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def iterations(self):
+        """Batches of the whole training, over which learning rates decay."""
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ValueError("trainer.max_epochs or trainer.max_steps must be set: learning rates decay over the whole training")
+        return steps if steps != self.trainer.max_steps else math.ceil(steps / self.optimizer_steps)
+
+    def descend(self, optimizer, loss):
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+    def show(self, name, loss):
+        """Logs a loss of a training step, and refuses to go on with one that is no number."""
+        self.log(f"train/{name}", loss, prog_bar=name == "loss")
+        if not torch.isfinite(loss):
+            step = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+            raise FloatingPointError(f"{name} is {loss.item()} at step {step}: try a smaller learning rate")
+
+    def on_train_batch_start(self, batch, batch_idx):
+        step = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        torch.manual_seed(mixed_seed(run_seed(), step, self.global_rank))
+
+    def on_validation_epoch_end(self):
+        self.finish("val")
+
+    def on_test_epoch_end(self):
+        self.finish("test")
+
+    def finish(self, split):
+        """Logs the figures of a split: the same on every rank, each from the sums of all."""
+        for name, value in self.figures().items():
+            self.log(f"{split}/{name}", value.float(), prog_bar=name == "iou_macro")
+
+    def on_save_checkpoint(self, checkpoint):
+        """Adds what `segops predict` needs, in plain types, so that weights_only loads it."""
+        data = self.trainer.datamodule
+        model = {"name": self.name, "num_classes": data.num_classes, "options": self.options}
+        checkpoint["segops"] = {"model": model} | data.description()
+
+
+class Segmentation(Recipe):
+    """Base of the recipes that segment: loss and figures of validation and test."""
+
+    def __init__(self, model, options, loss, loss_options, optimizer):
+        super().__init__(model, options, optimizer)
+        self.loss_name, self.loss_options = loss, dict(loss_options or {})
+        SegmentationLoss(loss, **self.loss_options | {"class_weight": None})  # what is wrong is said before any data is read
+
+    def make(self, data):
+        self.model = create_model(self.name, data.num_classes, **self.options)
+        if not hasattr(self.model, "to_classes"):
+            raise ValueError(f"model must segment; {self.name!r} judges what other models segment")
+        options = dict(self.loss_options)
+        if options.get("class_weight") == MEDIAN_FREQUENCY:
+            options["class_weight"] = data.median_frequency() if hasattr(data, "sets") and "train" in data.sets else None
+        self.criterion = SegmentationLoss(self.loss_name, **options)
+        self.metrics = SegmentationMetrics(data.num_classes)
+
+    def evaluate(self, batch):
+        images, masks = batch
+        logits = self.model(channels_last(images)).logits
+        self.metrics.update(self.model.to_classes(logits, masks.shape[1:]), masks)
+
+    def validation_step(self, batch, batch_idx):
+        self.evaluate(batch)
+
+    def test_step(self, batch, batch_idx):
+        self.evaluate(batch)
+
+    def figures(self):
+        self.per_class = {name: values.tolist() for name, values in self.metrics.per_class().items()}
+        values = self.metrics.compute()
+        self.metrics.reset()
+        return values
+
+
+class Supervised(Segmentation):
+    """Training on images with masks.
+
+    Args:
+        model: name of a model, default "pacnet".
+        options: of `segops.models.create_model`, as {"backbone": "resnet18", "pretrained": True, "checkpoint": "fcn16s.ckpt"}.
+        loss: "ce" (default), "bal" or "focal".
+        loss_options: of `SegmentationLoss`: aux_weight, reduction, class_weight (a list, or "median_frequency", SegNet's), kernel_size, gamma, ...
+        optimizer: `Optimizer`, by default SGD with polynomial decay from 0.007.
+        freeze_batch_norm: batch normalisation keeps its running statistics (default False): for batches too small for them, as DeepLab v2.
+    """
+
+    def __init__(
+        self,
+        model: str = "pacnet",
+        options: dict | None = None,
+        loss: str = "ce",
+        loss_options: dict | None = None,
+        optimizer: Optimizer | None = None,
+        freeze_batch_norm: bool = False,
+    ):
+        super().__init__(model, options, loss, loss_options, optimizer)
+        self.freeze_batch_norm = freeze_batch_norm
+
+    def on_train_epoch_start(self):
+        if self.freeze_batch_norm:
+            for module in self.model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
+    def training_step(self, batch, batch_idx):
+        images, masks = batch["labelled"] if isinstance(batch, dict) else batch
+        loss = self.criterion(self.model(channels_last(images)), masks)
+        self.show("loss", loss)
+        return loss
+
+
+class Classification(Recipe):
+    """Training on images with a class each: a classifier of timm (VGG-19, Inception-v3: Haloi, Tables III and IV), JointSeg's, or a linear layer on the mean
+    of the deepest map of a segmentation model's encoder. Its checkpoint is what `pretrained=` of `segops.models.create_model` takes (Table I).
+
+    Figures: top-1, top-2, and binary accuracy, class 0 against all others (Table IV).
+
+    Args:
+        model: name of a timm model or of a model here with an encoder of its own, as "jointseg" and "unet_inception"; default "vgg19".
+        options: of timm's or our create_model.
+        optimizer: `Optimizer`.
+    """
+
+    def __init__(self, model: str = "vgg19", options: dict | None = None, optimizer: Optimizer | None = None):
+        super().__init__(model, options, optimizer)
+
+    def make(self, data):
+        if self.name in list_models():
+            self.model = ImageClassifier(create_model(self.name, data.num_classes, **self.options), data.num_classes)
+        elif timm.is_model(self.name):
+            self.model = timm.create_model(self.name, num_classes=data.num_classes, **self.options)
+        else:
+            raise ValueError(f"model must be a model of timm or of segops; got {self.name!r}")
+        self.metrics = ClassificationMetrics(data.num_classes)
+
+    def training_step(self, batch, batch_idx):
+        images, classes = batch
+        logits = self.model(channels_last(images))
+        if isinstance(logits, tuple):  # Inception-v3's auxiliary classifier, 0.4 as its paper
+            loss = class_loss(logits[0], classes) + 0.4 * class_loss(logits[1], classes)
+        else:
+            loss = class_loss(logits, classes)
+        self.show("loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        images, classes = batch
+        self.metrics.update(self.model(channels_last(images)), classes)
+
+    def test_step(self, batch, batch_idx):
+        self.validation_step(batch, batch_idx)
+
+    def figures(self):
+        return self.metrics.compute()
+
+
+class ImageClassifier(nn.Module):
+    """Classes of whole images by a segmentation model's encoder: a linear layer on the mean of its deepest map."""
+
+    def __init__(self, model, num_classes):
+        super().__init__()
+        if not hasattr(model, "encoder"):
+            raise ValueError(f"model must have an encoder; {type(model).__name__} has none")
+        self.encoder = model.encoder
+        with torch.no_grad():
+            channels = self.encoder.eval()(torch.zeros(1, model.in_channels, 64, 64))[-1].shape[1]
+        self.encoder.train()
+        self.linear = nn.Linear(channels, num_classes)
+
+    def forward(self, images):
+        return self.linear(self.encoder(images)[-1].mean((2, 3)))
+
+
+class ClassificationMetrics(nn.Module):
+    """Accuracies of image classes, all micro: top-1, top-2 (of more than two classes), and binary, class 0 against all others."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.figures = nn.ModuleDict({"top1": MulticlassAccuracy(num_classes, average="micro", ignore_index=UNSCORED)})
+        if num_classes > 2:
+            self.figures["top2"] = MulticlassAccuracy(num_classes, top_k=2, average="micro", ignore_index=UNSCORED)
+        self.figures["binary"] = BinaryAccuracy(ignore_index=UNSCORED)
+
+    def update(self, logits, classes):
+        for name, figure in self.figures.items():
+            if name == "binary":
+                figure.update((logits.argmax(1) > 0).long(), classes.clamp(max=1))
+            else:
+                figure.update(logits.float(), classes)
+
+    def compute(self):
+        """{"top1_accuracy_micro": ..., ...} of all batches and ranks since the last."""
+        values = {f"{name}_accuracy_micro": figure.compute() for name, figure in self.figures.items()}
+        for figure in self.figures.values():
+            figure.reset()
+        return values
+
+
+class Cooperative(Segmentation):
+    """Two agents that share an encoder (Haloi, arXiv:1710.07991, II): with M the encoder, C the classifier, S the decoder, one optimizer minimises the
+    classification's cross entropy over M and C, another the segmentation's over M and S. A step is one of the classifier, then one of the segmenter;
+    the order is decided here. Needs `CooperativeData`.
+
+    Args:
+        model: "jointseg" (default), or any with `encoder`, `decoder`, `classifier`, `encode`, `class_logits` and `segment_logits`.
+        options, loss, loss_options: as in `Supervised`.
+        optimizer: of the segmenter, by default the paper's: SGD with Nesterov momentum 0.9 and polynomial decay; from 0.001.
+        classifier_lr: factor on its learning rate for the classifier, default 30, the paper's. (The classifier's batch, 32 times the segmenter's there, is
+            the data module's.)
+    """
+
+    def __init__(
+        self,
+        model: str = "jointseg",
+        options: dict | None = None,
+        loss: str = "ce",
+        loss_options: dict | None = None,
+        optimizer: Optimizer | None = None,
+        classifier_lr: float = 30.0,
+    ):
+        super().__init__(model, options, loss, loss_options, optimizer or Optimizer(lr=0.001, nesterov=True))
+        self.classifier_lr = classifier_lr
+        self.automatic_optimization = False
+
+    def make(self, data):
+        if not hasattr(data, "image_classes"):
+            raise ValueError("the cooperative recipe needs images with classes beside those with masks: CooperativeData")
+        self.options["image_classes"] = len(data.image_classes)
+        super().make(data)
+        self.class_metrics = ClassificationMetrics(len(data.image_classes))
+
+    def configure_optimizers(self):
+        segmenter, classifier = self.optimizer, replace(
+            self.optimizer, lr=self.classifier_lr * self.optimizer.lr, min_lr=self.classifier_lr * self.optimizer.min_lr
+        )
+        built = [
+            agent.build([self.model.encoder, own], self.iterations())
+            for agent, own in ((segmenter, self.model.decoder), (classifier, self.model.classifier))
+        ]
+        return [optimizer for optimizer, _ in built], [schedule for _, schedule in built]
+
+    optimizer_steps = 2
+
+    def training_step(self, batch, batch_idx):
+        segmenter, classifier = self.optimizers()
+        images, classes = batch["classification"]
+        loss = class_loss(self.model.class_logits(channels_last(images)), classes)
+        self.show("classification_loss", loss)
+        self.descend(classifier, loss)
+        images, masks = batch["segmentation"]
+        loss = self.criterion(Output(self.model.segment_logits(channels_last(images))), masks)
+        self.show("loss", loss)
+        self.descend(segmenter, loss)
+        for schedule in self.lr_schedulers():
+            schedule.step()
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        if dataloader_idx == 0:
+            self.evaluate(batch)
+        else:
+            images, classes = batch
+            self.class_metrics.update(self.model.class_logits(channels_last(images)), classes)
+
+    def test_step(self, batch, batch_idx, dataloader_idx=0):
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def figures(self):
+        return super().figures() | self.class_metrics.compute()
+
+
+class Adversarial(Segmentation):
+    """A generator that segments and a discriminator that tells its class maps from labels, for images with masks and without (Lalwani, III.C).
+
+    Every step has a labelled phase: the discriminator minimises L_BCE, half for labels and half for predictions, then the generator
+    L_CCE + lambda_labelled L_BCE with the discriminator frozen. From epoch `unlabelled_from` on an unlabelled phase follows: the generator minimises
+    lambda_unlabelled L_BCE on images without masks, the discriminator frozen. Frozen: no gradients, and running statistics are kept. Void pixels count in no
+    loss, and the discriminator sees no class there.
+
+    Args:
+        model, options, loss, loss_options: the generator, as in `Supervised`; default "deeplabv3plus", "ce".
+        discriminator: "fcn_discriminator" (default) or "patchgan"; discriminator_options: of `segops.models.create_model`.
+        optimizer: of the generator. discriminator_optimizer: by default Adam at 1e-4 with betas (0.9, 0.99) and polynomial decay (AdvSemiSeg).
+            PatchGAN's learning rate must be above the generator's, as Lalwani has it (IV.A).
+        lambda_labelled, lambda_unlabelled: default 0.01 and 0.001.
+        unlabelled_from: epoch, default 0.
+    """
+
+    def __init__(
+        self,
+        model: str = "deeplabv3plus",
+        options: dict | None = None,
+        loss: str = "ce",
+        loss_options: dict | None = None,
+        optimizer: Optimizer | None = None,
+        discriminator: str = "fcn_discriminator",
+        discriminator_options: dict | None = None,
+        discriminator_optimizer: Optimizer | None = None,
+        lambda_labelled: float = 0.01,
+        lambda_unlabelled: float = 0.001,
+        unlabelled_from: int = 0,
+    ):
+        super().__init__(model, options, loss, loss_options, optimizer)
+        if discriminator not in ("fcn_discriminator", "patchgan"):
+            raise ValueError(f"discriminator must be 'fcn_discriminator' or 'patchgan'; got {discriminator!r}")
+        self.discriminator_name, self.discriminator_options = discriminator, dict(discriminator_options or {})
+        self.discriminator_optimizer = discriminator_optimizer or Optimizer("adam", 1e-4, betas=(0.9, 0.99), weight_decay=0.0)
+        if discriminator == "patchgan" and self.discriminator_optimizer.lr <= self.optimizer.lr:
+            raise ValueError(
+                f"discriminator_optimizer.lr must be above the generator's, {self.optimizer.lr}, for 'patchgan'; "
+                f"got {self.discriminator_optimizer.lr}"
+            )
+        for name, value in (("lambda_labelled", lambda_labelled), ("lambda_unlabelled", lambda_unlabelled)):
+            if value < 0:
+                raise ValueError(f"{name} must be at least 0; got {value}")
+        self.lambda_labelled, self.lambda_unlabelled, self.unlabelled_from = lambda_labelled, lambda_unlabelled, unlabelled_from
+        self.automatic_optimization = False
+
+    def make(self, data):
+        super().make(data)
+        self.discriminator = create_model(self.discriminator_name, data.num_classes, **self.discriminator_options)
+
+    def configure_optimizers(self):
+        built = [
+            settings.build(network, self.iterations())
+            for settings, network in (
+                (self.optimizer, self.model),
+                (self.discriminator_optimizer, self.discriminator),
+            )
+        ]
+        return [optimizer for optimizer, _ in built], [schedule for _, schedule in built]
+
+    optimizer_steps = 3
+
+    def training_step(self, batch, batch_idx):
+        generator, discriminator = self.optimizers()
+        images, masks = batch["labelled"] if isinstance(batch, dict) else batch
+        images = channels_last(images)
+        output, valid = self.model(images), masks != VOID
+        predicted = class_map(output.logits, valid)
+
+        real, fake = (self.discriminator(images, classes).logits for classes in (masks, predicted.detach()))
+        loss = (judged(real, True, valid) + judged(fake, False, valid)) / 2
+        self.show("discriminator_loss", loss)
+        self.descend(discriminator, loss)
+
+        loss = self.criterion(output, masks)
+        self.show("loss", loss)
+        with frozen(self.discriminator):
+            adversarial = judged(self.discriminator(images, predicted).logits, True, valid)
+        self.show("adversarial_loss", adversarial)
+        self.descend(generator, loss + self.lambda_labelled * adversarial)
+
+        if isinstance(batch, dict) and self.current_epoch >= self.unlabelled_from:
+            images = channels_last(batch["unlabelled"][0])
+            everywhere = torch.ones_like(images[:, 0], dtype=torch.bool)
+            predicted = class_map(self.model(images).logits, everywhere)
+            with frozen(self.discriminator):
+                adversarial = judged(self.discriminator(images, predicted).logits, True, everywhere)
+            self.show("unlabelled_loss", adversarial)
+            self.descend(generator, self.lambda_unlabelled * adversarial)
+        for schedule in self.lr_schedulers():
+            schedule.step()
+
+
+def class_map(logits, valid):
+    """Probabilities (N, C, H, W) float32 at the images' size, zero where a pixel is not valid, as a label's are."""
+    probabilities = F.interpolate(logits.float(), valid.shape[1:], mode="bilinear").softmax(1)
+    return probabilities * valid[:, None]
+
+
+def judged(logits, real, valid):
+    """Binary cross entropy of a discriminator's logits (N, 1, h, w) for "this is a label", over what is valid at their size."""
+    valid = F.interpolate(valid[:, None].float(), logits.shape[2:], mode="nearest")
+    losses = F.binary_cross_entropy_with_logits(logits.float(), torch.full_like(valid, float(real)), reduction="none")
+    return mean_over_ranks((losses * valid).sum(), valid.sum())
+
+
+@contextmanager
+def frozen(network):
+    """The network in evaluation mode, without gradients for its parameters."""
+    training = network.training
+    network.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.train(training).requires_grad_(True)
+
+
+def class_loss(logits, classes):
+    """Cross entropy of image classes, averaged over all ranks."""
+    total = F.cross_entropy(logits.float(), classes, ignore_index=UNSCORED, reduction="sum")
+    return mean_over_ranks(total, (classes != UNSCORED).sum())
+
+
+def channels_last(images):
+    return images.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,101 @@
+"""A run's folder: checkpoints, written whole or not at all, and results."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from .files import write_whole
+from .metrics import table
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are written whole and read with weights_only=True."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        write_whole(path, lambda file: torch.save(checkpoint, file))
+
+    def load_checkpoint(self, path, map_location=lambda storage, place: storage, weights_only=True):
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no checkpoint at {path}")
+        try:
+            return torch.load(path, map_location, weights_only=True)
+        except Exception as error:  # torch.load raises what its parsers do
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise ValueError(f"{path} cannot be read as a checkpoint: {type(error).__name__}: {reason}") from error
+
+
+class Last(Callback):
+    """Keeps checkpoints/last.ckpt: of the end of the last epoch and, with `every`, of the last step whose number it divides.
+
+    (ModelCheckpoint's own last.ckpt is left behind where the best does not change.)
+    """
+
+    def __init__(self, folder, every=None):
+        self.path, self.every = last_checkpoint(folder), every
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if self.every is not None and trainer.fit_loop.epoch_loop.batch_progress.total.ready % self.every == 0:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_epoch_end(self, trainer, module):
+        trainer.save_checkpoint(self.path)
+
+
+def last_checkpoint(folder):
+    return Path(folder, "checkpoints", "last.ckpt")
+
+
+def best(folder, monitor):
+    """Keeps checkpoints/best.ckpt: of the epoch with the largest `monitor`."""
+    path = Path(folder, "checkpoints")
+    return ModelCheckpoint(path, "best", monitor, mode="max", enable_version_counter=False)
+
+
+class Results(Callback):
+    """results.json: every validation's figures, the last one's of every class, and the time it took; kept over a resumption, as part of the checkpoint."""
+
+    def __init__(self, folder):
+        self.path, self.history, self.seconds, self.since = Path(folder, "results.json"), [], 0.0, None
+
+    def state_dict(self):
+        return {"history": self.history, "seconds": self._elapsed()}
+
+    def load_state_dict(self, state):
+        self.history, self.seconds = state["history"], state["seconds"]
+
+    def on_train_start(self, trainer, module):
+        self.since = time.monotonic()
+
+    def _elapsed(self):
+        return self.seconds + (0.0 if self.since is None else time.monotonic() - self.since)
+
+    def on_validation_end(self, trainer, module):
+        if trainer.sanity_checking or trainer.state.fn != "fit" or not trainer.is_global_zero:
+            return
+        figures = {name: value.item() for name, value in trainer.callback_metrics.items() if "/" in name}
+        self.history.append({"epoch": trainer.current_epoch + 1} | figures)
+        results = {"seconds": self._elapsed(), "epochs": self.history, "classes": list(trainer.datamodule.classes)}
+        if hasattr(module, "per_class"):
+            results["per_class"] = module.per_class
+        text = json.dumps(results, indent=1) + "\n"
+        write_whole(self.path, lambda file: file.write(text.encode()))
+
+
+def summary(trainer, module, split):
+    """The figures of the last evaluation, as text."""
+    prefix = f"{split}/"
+    values = {
+        name.removeprefix(prefix): value.item()
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith(prefix)
+    }
+    lines = []
+    if "iou_macro" in values:
+        per_class = {name: torch.tensor(figures) for name, figures in module.per_class.items()}
+        lines.append(table(values, per_class, trainer.datamodule.classes))
+    lines += [f"{name} {value:.4f}" for name, value in values.items() if name.startswith(("top", "binary"))]
+    return "\n".join(lines)

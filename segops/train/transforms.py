@@ -1,0 +1,133 @@
+"""Resizing, augmentation and normalisation, as the papers say them. A mask follows its image exactly, by the nearest pixel."""
+
+from dataclasses import dataclass
+
+import torch
+from torchvision.transforms.v2 import ColorJitter, InterpolationMode, functional
+
+VOID = 255
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+KINDS = ("imagenet", "per_image", "none")
+
+
+def normalize(images, kind):
+    """Images (..., C, H, W), float in [0, 1], as a network takes them.
+
+    kind: "imagenet" subtracts ImageNet's mean and divides by its deviation (three channels), "per_image" does so with each image's own, over all
+        channels and pixels, as Haloi's "each image is standardized" (the deviation is at least 1 / sqrt(C H W), as in TensorFlow's
+        per_image_standardization); "none" changes nothing.
+
+    Raises:
+        ValueError: another kind.
+    """
+    check_kind(kind)
+    if kind == "none":
+        return images
+    if kind == "imagenet":
+        return functional.normalize(images, list(MEAN), list(STD))
+    dimensions = (-3, -2, -1)
+    count = images.shape[-3] * images.shape[-2] * images.shape[-1]
+    deviation = images.std(dimensions, keepdim=True, correction=0).clamp_min(count**-0.5)
+    return (images - images.mean(dimensions, keepdim=True)) / deviation
+
+
+def check_kind(kind):
+    if kind not in KINDS:
+        raise ValueError(f"normalize must be one of {', '.join(map(repr, KINDS))}; got {kind!r}")
+
+
+def resize(image, mask, size):
+    """image (3, H, W) bilinearly, antialiased, and mask (H, W) by the nearest pixel, to size (h, w)."""
+    nearest = functional.resize(mask[None], list(size), InterpolationMode.NEAREST_EXACT)[0]
+    return functional.resize(image, list(size), InterpolationMode.BILINEAR, antialias=True), nearest
+
+
+@dataclass
+class Augment:
+    """What happens to a training image and its mask, in this order. Images are resampled bilinearly, masks by the nearest pixel; what padding and
+    rotation add is the image's mean colour and void.
+
+    Args:
+        scale: (least, most, step): resized by a random one of least, least + step, ..., most; step 0 for any factor between them. DeepLab v3 and
+            PAC: (0.5, 2.0, 0.25). Default: none.
+        rotate: degrees, up to as many either way (PSPNet: 10). Default 0.
+        pad: pixels: up to as many are added at each side (JointSeg's random padding). Default 0.
+        crop: (height, width) of a random crop; what is smaller is padded at the bottom and right first. Default: none.
+        horizontal_flip, vertical_flip: probabilities, default 0.5 and 0.
+        brightness, contrast, saturation: each changed by a random factor within 1 - x and 1 + x, default 0. hue: shifted by up to x of the circle,
+            at most 0.5, default 0. JointSeg's classifier has them.
+
+    Raises:
+        ValueError: a setting that makes no sense; names it.
+    """
+
+    scale: tuple[float, float, float] | None = None
+    rotate: float = 0.0
+    pad: int = 0
+    crop: tuple[int, int] | None = None
+    horizontal_flip: float = 0.5
+    vertical_flip: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+
+    def __post_init__(self):
+        if self.scale is not None:
+            least, most, step = self.scale
+            if not 0 < least <= most or step < 0:
+                raise ValueError(f"scale must be (least, most, step) with 0 < least <= most and step >= 0; got {self.scale!r}")
+        if self.crop is not None:
+            check_size("crop", self.crop)
+        for name, most in (("horizontal_flip", 1), ("vertical_flip", 1), ("hue", 0.5), ("rotate", 180), ("pad", None)):
+            value = getattr(self, name)
+            if value < 0 or (most is not None and value > most):
+                raise ValueError(f"{name} must be at least 0{'' if most is None else f' and at most {most}'}; got {value!r}")
+        # One order of the four, as the values are torch's: ColorJitter draws both.
+        self.jitter = ColorJitter(self.brightness, self.contrast, self.saturation, self.hue)
+        self.jitters = any((self.brightness, self.contrast, self.saturation, self.hue))
+
+    def __call__(self, image, mask):
+        """image uint8 (3, H, W), mask uint8 (H, W) -> the same kinds. All random numbers are torch's."""
+        if self.scale is not None:
+            factor = self._factor()
+            image, mask = resize(image, mask, [max(1, round(factor * side)) for side in mask.shape])
+        fill = image.float().mean((1, 2)).round().tolist()
+        if self.rotate:
+            angle = self.rotate * (2 * torch.rand(()).item() - 1)
+            image = functional.rotate(image, angle, InterpolationMode.BILINEAR, fill=fill)
+            mask = functional.rotate(mask[None], angle, InterpolationMode.NEAREST, fill=VOID)[0]
+        if self.pad:
+            image, mask = pad(image, mask, torch.randint(0, self.pad + 1, (4,)).tolist(), fill)
+        if self.crop is not None:
+            image, mask = self._cropped(image, mask, fill)
+        if torch.rand(()) < self.horizontal_flip:
+            image, mask = image.flip(2), mask.flip(1)
+        if torch.rand(()) < self.vertical_flip:
+            image, mask = image.flip(1), mask.flip(0)
+        return (self.jitter(image) if self.jitters else image), mask
+
+    def _factor(self):
+        least, most, step = self.scale
+        if step == 0:
+            return least + (most - least) * torch.rand(()).item()
+        return least + step * torch.randint(0, int((most - least) / step + 1e-6) + 1, ()).item()
+
+    def _cropped(self, image, mask, fill):
+        missing = [max(wanted - side, 0) for wanted, side in zip(self.crop, mask.shape, strict=True)]
+        image, mask = pad(image, mask, (0, 0, missing[1], missing[0]), fill)
+        top, left = (torch.randint(0, side - wanted + 1, ()).item() for wanted, side in zip(self.crop, mask.shape, strict=True))
+        window = (..., slice(top, top + self.crop[0]), slice(left, left + self.crop[1]))
+        return image[window], mask[window]
+
+
+def pad(image, mask, margins, fill):
+    """Adds (left, top, right, bottom) pixels: of colour `fill`, and void."""
+    if not any(margins):
+        return image, mask
+    return functional.pad(image, list(margins), fill=fill), functional.pad(mask[None], list(margins), fill=VOID)[0]
+
+
+def check_size(name, size):
+    if not isinstance(size, tuple | list) or len(size) != 2 or min(size) < 1:
+        raise ValueError(f"{name} must be two positive sizes (height, width); got {size!r}")

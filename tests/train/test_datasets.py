@@ -1,0 +1,699 @@
+"""Data sets in the layouts of their sites: ids, order, values, void, errors that name the file; and the real files."""
+
+import pickle
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from segops.train import datasets
+from segops.train.datasets import VOC, CamVid, Cityscapes, Folder, ImageClasses, Unlabelled, palette, read_image
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+# images are 2x3 pixels and told apart by red, in tens: JPEG is off by one
+VALUES = [[0, 1, 255], [1, 0, 0]]
+
+
+def needs(name):
+    return pytest.mark.skipif(not (SHARED / name).exists(), reason=f"shared/data/{name} is not beside the checkout")
+
+
+def write_image(path, red=0, size=(3, 2)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (10 * red, 100, 200)).save(path)
+
+
+def write_mask(path, values=VALUES, mode="L"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mask = Image.fromarray(np.array(values, dtype=np.uint8))
+    if mode == "P":
+        mask.putpalette([value for colour in palette(256) for value in colour])
+    mask.save(path)
+
+
+def write_text(path, *lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def voc_layout(root, splits):
+    """VOCdevkit with the given {split: ids}; red values count the ids in order."""
+    home = root / "VOCdevkit/VOC2012"
+    for split, ids in splits.items():
+        write_text(home / f"ImageSets/Segmentation/{split}.txt", *ids)
+    for red, name in enumerate(sorted({name for ids in splits.values() for name in ids})):
+        write_image(home / f"JPEGImages/{name}.jpg", red)
+    for name in {name for split, ids in splits.items() if split != "test" for name in ids}:
+        write_mask(home / f"SegmentationClass/{name}.png", [[0, 15, 255], [20, 0, 0]], "P")
+    return home
+
+
+def sbd_layout(root, splits, savemat=None):
+    """The release of SBD; with savemat its masks are real."""
+    home = root / "benchmark_RELEASE/dataset"
+    (home / "cls").mkdir(parents=True)
+    for split, ids in splits.items():
+        write_text(home / f"{split}.txt", *ids)
+        for name in ids:
+            write_image(home / f"img/{name}.jpg", 25)
+            (home / f"cls/{name}.mat").touch()
+            if savemat:
+                values = np.array([[0, 7, 7], [20, 0, 0]], dtype=np.uint8)
+                categories = np.array([[7], [20]], dtype=np.uint8)
+                savemat(
+                    home / f"cls/{name}.mat",
+                    {
+                        "GTcls": {
+                            "Boundaries": np.zeros((20, 1)),
+                            "Segmentation": values,
+                            "CategoriesPresent": categories,
+                        }
+                    },
+                )
+    return home
+
+
+def cityscapes_layout(root, split, names, kind="gtFine", values=((7, 8, 0), (33, 29, 1))):
+    for red, name in enumerate(names):
+        city = name.split("_")[0]
+        write_image(root / f"leftImg8bit/{split}/{city}/{name}_leftImg8bit.png", red)
+        write_mask(root / f"{kind}/{split}/{city}/{name}_{kind}_labelIds.png", values)
+        write_mask(root / f"{kind}/{split}/{city}/{name}_{kind}_instanceIds.png", np.full((2, 3), 200))
+    return root
+
+
+def check(dataset, ids, num_classes):
+    """The contract, item by item."""
+    assert dataset.ids == ids and len(dataset) == len(dataset.images) == len(ids)
+    assert len(dataset.classes) == dataset.num_classes == len(dataset.palette) == num_classes
+    assert isinstance(dataset.classes, tuple) and all(isinstance(name, str) for name in dataset.classes)
+    assert all(len(colour) == 3 and all(0 <= value <= 255 for value in colour) for colour in dataset.palette)
+    assert all(isinstance(path, Path) for path in [*dataset.images, *(dataset.masks or [])])
+    for image, mask in dataset:
+        assert image.dtype == mask.dtype == torch.uint8 and image.shape == (3, *mask.shape)
+        assert set(mask.unique().tolist()) <= {*range(num_classes), 255}
+        if dataset.masks is None:
+            assert (mask == 255).all()
+    return dataset
+
+
+def reds(dataset):
+    return [round(item[0][0].float().mean().item() / 10) for item in dataset]
+
+
+def test_palette():
+    assert palette(21)[:3] == ((0, 0, 0), (128, 0, 0), (0, 128, 0)) and palette(21)[20] == (0, 64, 128)
+    assert palette(256)[255] == (224, 224, 192) and len(set(palette(256))) == 256
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_gray_of_16_bits_is_scaled(tmp_path, suffix):
+    Image.fromarray(np.array([[0, 128, 129, 25700, 65535]], dtype=np.uint16)).save(tmp_path / f"a.{suffix}")
+    image = read_image(tmp_path / f"a.{suffix}")
+    assert image.shape == (3, 1, 5) and image.dtype == torch.uint8
+    assert all(channel.tolist() == [[0, 0, 1, 100, 255]] for channel in image)
+
+
+def test_modes_become_rgb(tmp_path):
+    def read(image, **options):
+        image.save(tmp_path / "a.png", **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return read_image(tmp_path / "a.png")[:, 0, 0].tolist()
+
+    assert read(Image.new("L", (2, 2), 7)) == [7, 7, 7]
+    assert read(Image.new("1", (2, 2), 1)) == [255, 255, 255]
+    assert read(Image.new("LA", (2, 2), (7, 50))) == [7, 7, 7]
+    assert read(Image.new("RGBA", (2, 2), (1, 2, 3, 50))) == [1, 2, 3]
+    image = Image.new("P", (2, 2), 1)
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    assert read(image) == read(image, transparency=b"\0\x80") == [10, 20, 30]
+    Image.new("CMYK", (2, 2), (0, 0, 0, 0)).save(tmp_path / "a.jpg")
+    assert read_image(tmp_path / "a.jpg")[:, 0, 0].tolist() == [255, 255, 255]
+    Image.new("F", (2, 2), 0.5).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"a\.tif has mode F \(32 bits a pixel\): save it with 8 or 16"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_folder_without_split(tmp_path):
+    for red, name in ((2, "b.JPEG"), (1, "a.tif"), (3, "c.d.bmp")):
+        write_image(tmp_path / "images" / name, red)
+        write_mask(tmp_path / "masks" / f"{Path(name).stem}.png", [[0, 1, 255], [2, 9, 0]], "P" if red == 1 else "L")
+    write_image(tmp_path / "images/more/x.png")
+    (tmp_path / "images/._a.png").write_bytes(b"resource fork")
+    (tmp_path / "images/Thumbs.db").touch()
+    dataset = check(Folder(str(tmp_path), num_classes=3, void=9, classes=["x", "y", "z"]), ["a", "b", "c.d"], 3)
+    assert dataset.classes == ("x", "y", "z") and dataset.palette == palette(3)
+    assert reds(dataset) == [1, 2, 3]
+    assert all(mask.tolist() == [[0, 1, 255], [2, 255, 0]] for _, mask in dataset)
+
+
+@pytest.mark.parametrize("inner", ["", "val/"])
+def test_folder_with_list(tmp_path, inner):
+    for red, name in enumerate("abc"):
+        write_image(tmp_path / f"pictures/{inner}{name}.png", red)
+        write_mask(tmp_path / f"labels/{name}.png")
+    write_text(tmp_path / "val.txt", "c", "", " a ", "")
+    dataset = check(Folder(tmp_path, "val", images="pictures", masks="labels"), ["c", "a"], 2)
+    assert reds(dataset) == [2, 0] and dataset.classes == ("0", "1") and dataset[0][1].tolist() == VALUES
+
+
+def test_folder_with_folder_per_split(tmp_path):
+    for split, name in (("train", "a"), ("train", "b"), ("val", "c")):
+        write_image(tmp_path / f"images/{split}/{name}.jpg")
+        write_mask(tmp_path / f"masks/{split}/{name}.png")
+    check(Folder(tmp_path, "train"), ["a", "b"], 2)
+    check(Folder(tmp_path, "val"), ["c"], 2)
+    with pytest.raises(FileNotFoundError, match=r"images/test is not a folder: expected .*test\.txt, or .*images/test/ID\.jpg"):
+        Folder(tmp_path, "test")
+
+
+def test_mask_of_one_bit(tmp_path):
+    write_image(tmp_path / "images/a.png")
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(np.array([[True, False, True], [False, False, True]])).save(tmp_path / "masks/a.png")
+    assert Folder(tmp_path)[0][1].tolist() == [[1, 0, 1], [0, 0, 1]]
+
+
+def test_void_may_be_the_first_value(tmp_path):
+    write_image(tmp_path / "images/a.png")
+    write_mask(tmp_path / "masks/a.png")
+    assert Folder(tmp_path, void=0)[0][1].tolist() == [[255, 1, 255], [1, 255, 255]]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in "ab":
+        write_image(tmp_path / f"images/{name}.png")
+        write_mask(tmp_path / f"masks/{name}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_classes": 0}, r"num_classes must be in 1 \.\. 255, as 255 is void; got 0"),
+        ({"num_classes": 256}, r"num_classes must be in 1 \.\. 255, as 255 is void; got 256"),
+        ({"void": 256}, r"void must be a value of 8 bits, 0 to 255; got 256"),
+        ({"void": 0, "num_classes": 1}, r"void is 0, the only class"),
+        ({"classes": ["x"]}, r"classes has 1 names, num_classes is 2"),
+    ],
+)
+def test_folder_arguments(folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        Folder(folder, **options)
+
+
+def test_folder_files(folder):
+    with pytest.raises(
+        FileNotFoundError, match=r"pictures is not a folder: expected .*pictures/ID\.jpg .* with .*masks/ID\.png"
+    ):
+        Folder(folder, images="pictures")
+    (folder / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty holds no images \(\.jpg, .*\): expected .*empty/ID\.jpg"):
+        Folder(folder, images="empty")
+    with pytest.raises(FileNotFoundError, match=r"labels/a\.png is missing: the mask of .*images/a\.png; expected .*labels/ID"):
+        Folder(folder, masks="labels")
+    source = write_text(folder / "val.txt", "b", "c")
+    with pytest.raises(FileNotFoundError, match=r"images/c\{\.jpg,.*\} is missing, listed in .*val\.txt"):
+        Folder(folder, "val")
+    (folder / "masks/b.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"masks/b\.png is missing: the mask of .*images/b\.png, listed in .*val\.txt"):
+        Folder(folder, "val")
+    write_text(source, "a", "b", "a")
+    with pytest.raises(ValueError, match=r"val\.txt has 'a' twice"):
+        Folder(folder, "val")
+    write_text(source, "", " ")
+    with pytest.raises(ValueError, match=r"val\.txt is empty: it must list one image a line"):
+        Folder(folder, "val")
+    write_image(folder / "images/a.jpg")
+    with pytest.raises(ValueError, match=r"images, by names without suffix, has 'a' twice"):
+        Folder(folder)
+
+
+def test_items(folder):
+    dataset = Folder(folder)  # found here, decoded below
+    image, mask = folder / "images/a.png", folder / "masks/a.png"
+    with pytest.raises(IndexError):
+        dataset[2]
+    assert torch.equal(dataset[-1][1], dataset[1][1])
+
+    write_mask(mask, [[0, 1, 2], [0, 0, 0]])
+    with pytest.raises(ValueError, match=r"masks/a\.png holds value 2: neither a class \(0 to 1\) nor void \(255\)"):
+        dataset[0]
+    assert Folder(folder, void=2)[0][1].tolist() == [[0, 1, 255], [0, 0, 0]]
+    write_mask(mask, [[0, 1, 3], [0, 0, 0]])
+    with pytest.raises(ValueError, match=r"masks/a\.png holds value 3: neither a class \(0 to 1\) nor void \(2, 255\)"):
+        Folder(folder, void=2)[0]
+    write_mask(mask, [[0, 1], [1, 0], [0, 0]])
+    with pytest.raises(ValueError, match=r"masks/a\.png is 2x3 pixels, its image .*images/a\.png 3x2"):
+        dataset[0]
+    for mode in ("RGB", "RGBA", "LA"):
+        Image.new(mode, (3, 2)).save(mask)
+        with pytest.raises(ValueError, match=rf"masks/a\.png has mode {mode}, .*: save indices as 8-bit gray \(L\) or palette"):
+            dataset[0]
+    Image.fromarray(np.zeros((2, 3), dtype=np.uint16)).save(mask)
+    with pytest.raises(ValueError, match=r"masks/a\.png has mode I"):
+        dataset[0]
+    for path in (mask, image):
+        path.write_bytes(b"no image at all")
+        with pytest.raises(ValueError, match=rf"{path.parent.name}/a\.png cannot be read as an image"):
+            dataset[0]
+    image.unlink()
+    with pytest.raises(FileNotFoundError, match=r"images/a\.png"):
+        dataset[0]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "tif"])
+def test_truncated_image(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8)).save(path)
+    content = path.read_bytes()
+    for length in (0, 1, 10, 50, len(content) // 2, len(content) * 9 // 10):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=rf"a\.{suffix} cannot be read as an image"):
+            read_image(path)
+
+
+VOC_SPLITS = {
+    "train": ["2007_000032", "2007_000129"],
+    "val": ["2007_000033", "2008_000009"],
+    "trainval": ["2007_000032", "2007_000033", "2007_000129", "2008_000009"],
+    "test": ["2008_000006", "2008_000011"],
+}
+
+
+def test_voc(tmp_path):
+    home = voc_layout(tmp_path, VOC_SPLITS)
+    for root in (tmp_path, tmp_path / "VOCdevkit", home):
+        for split in ("train", "val", "trainval"):
+            dataset = check(VOC(str(root), split), VOC_SPLITS[split], 21)
+            assert all(mask.tolist() == [[0, 15, 255], [20, 0, 0]] for _, mask in dataset)
+    assert reds(VOC(home, "trainval")) == [0, 1, 2, 4]
+    assert check(VOC(tmp_path, "test"), VOC_SPLITS["test"], 21).masks is None
+    assert dataset.classes[15] == "person" and dataset.palette[15] == (192, 128, 128)
+
+
+def test_voc_errors(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"JPEGImages is missing, also below VOC2012 and VOCdevkit/VOC2012: expected JPEG"
+    ):
+        VOC(tmp_path)
+    home = voc_layout(tmp_path, VOC_SPLITS)
+    with pytest.raises(ValueError, match=r"split must be one of train, val, trainval, test, trainaug; got 'valid'"):
+        VOC(tmp_path, "valid")
+    (home / "ImageSets/Segmentation/test.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"ImageSets/Segmentation/test\.txt is missing: expected JPEGImages/ID\.jpg"):
+        VOC(tmp_path, "test")
+    (home / "SegmentationClass/2007_000129.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"000129\.png is missing: the mask of .*000129\.jpg, listed in .*train\.txt"):
+        VOC(tmp_path)
+    (home / "JPEGImages/2007_000129.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"JPEGImages/2007_000129\{.* is missing, listed in .*/train\.txt"):
+        VOC(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"trainaug\.txt is missing: expected SegmentationClassAug/ID\.png .*, or sbd="):
+        VOC(tmp_path, "trainaug")
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_voc_trainaug_of_pngs(tmp_path, pairs):
+    home = voc_layout(tmp_path, VOC_SPLITS)
+    ids = ["2008_000009", "2007_000032"]
+    lines = [f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png" for name in ids] if pairs else ids
+    source = write_text(home / "ImageSets/Segmentation/trainaug.txt", *lines)
+    for name in ids:
+        write_mask(home / f"SegmentationClassAug/{name}.png", [[0, 3, 255], [0, 0, 0]])
+    dataset = check(VOC(tmp_path, "trainaug"), ids, 21)
+    assert dataset[0][1].tolist() == [[0, 3, 255], [0, 0, 0]]
+    write_text(source, "/JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000033.png")
+    with pytest.raises(ValueError, match=r"trainaug\.txt pairs 2007_000032 and 2007_000033: .* must have the same base name"):
+        VOC(tmp_path, "trainaug")
+    write_text(source, "2007_000032", "/JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png")
+    with pytest.raises(ValueError, match=r"trainaug\.txt has '2007_000032' twice"):
+        VOC(tmp_path, "trainaug")
+
+
+SBD_SPLITS = {"train": ["2008_000009", "2009_000001", "2007_000129"], "val": ["2007_000033", "2007_000099"]}
+SBD_IDS = ["2007_000032", "2007_000099", "2007_000129", "2009_000001"]
+
+
+@pytest.fixture
+def no_scipy_needed(monkeypatch):
+    """Listing does not call loadmat: any will do."""
+    monkeypatch.setitem(sys.modules, "scipy", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "scipy.io", SimpleNamespace(loadmat=None))
+
+
+def test_voc_trainaug_lists_sbd(tmp_path, no_scipy_needed):
+    home, sbd = voc_layout(tmp_path, VOC_SPLITS), sbd_layout(tmp_path, SBD_SPLITS)
+    for place in (tmp_path, sbd.parent, sbd):
+        dataset = VOC(tmp_path, "trainaug", str(place))
+        assert dataset.ids == SBD_IDS
+        assert [path.parent for path in dataset.images] == [home / "JPEGImages", sbd / "img"] * 2
+        assert [path.name for path in dataset.images] == [f"{name}.jpg" for name in SBD_IDS]
+        assert dataset.masks[:2] == [home / "SegmentationClass/2007_000032.png", sbd / "cls/2007_000099.mat"]
+    (sbd / "cls/2009_000001.mat").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"cls/2009_000001\.mat is missing: the mask of .*listed in .*train\.txt or val\.txt"
+    ):
+        VOC(tmp_path, "trainaug", sbd)
+    for split in ("train", "val"):
+        write_text(sbd / f"{split}.txt", VOC_SPLITS[split][0])
+    with pytest.raises(
+        ValueError, match=r"dataset lists no image that is in neither train nor val of .*ImageSets/Segmentation"
+    ):
+        VOC(tmp_path, "trainaug", sbd)
+    (sbd / "val.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"dataset/val\.txt is missing: expected img/ID\.jpg, cls/ID\.mat"):
+        VOC(tmp_path, "trainaug", sbd)
+    with pytest.raises(FileNotFoundError, match=r"cls is missing, also below dataset and benchmark_RELEASE/dataset"):
+        VOC(tmp_path, "trainaug", home)
+
+
+def test_voc_trainaug_reads_sbd(tmp_path):
+    savemat = pytest.importorskip("scipy.io", reason="scipy is not installed: no .mat file can be written").savemat
+    voc_layout(tmp_path, VOC_SPLITS)
+    sbd = sbd_layout(tmp_path, SBD_SPLITS, savemat)
+    dataset = check(VOC(tmp_path, "trainaug", sbd), SBD_IDS, 21)
+    voc, theirs = [[0, 15, 255], [20, 0, 0]], [[0, 7, 7], [20, 0, 0]]
+    assert [mask.tolist() for _, mask in dataset] == [voc, theirs, voc, theirs]
+    assert reds(dataset) == [0, 25, 2, 25]
+    path = sbd / "cls/2007_000099.mat"
+    content = path.read_bytes()
+    for damage in (b"", content[:150], content.replace(b"GTcls", b"GTins")):
+        path.write_bytes(damage)
+        with pytest.raises(ValueError, match=r"000099\.mat cannot be read as a mask of SBD, GTcls\.Segmentation"):
+            dataset[1]
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"000099\.mat"):
+        dataset[1]
+
+
+def test_sbd_without_scipy(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    voc_layout(tmp_path, VOC_SPLITS)
+    sbd = sbd_layout(tmp_path, SBD_SPLITS)
+    with pytest.raises(ImportError, match=r"SBD are \.mat files, which scipy reads: pip install scipy"):
+        VOC(tmp_path, "trainaug", sbd)
+    assert len(VOC(tmp_path, "train", sbd)) == 2
+
+
+CITYSCAPES_IDS = ["aachen_000000_000019", "aachen_000001_000019", "frankfurt_000000_000294"]
+TRAIN_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+
+
+def test_cityscapes(tmp_path):
+    cityscapes_layout(tmp_path, "train", CITYSCAPES_IDS)
+    dataset = check(Cityscapes(str(tmp_path)), CITYSCAPES_IDS, 19)
+    assert reds(dataset) == [0, 1, 2] and dataset[0][1].tolist() == [[0, 1, 255], [18, 255, 255]]
+    assert dataset.classes[:3] == ("road", "sidewalk", "building") and dataset.classes[17:] == ("motorcycle", "bicycle")
+    assert dataset.palette[0] == (128, 64, 128) and dataset.palette[18] == (119, 11, 32)
+    dataset = check(Cityscapes(tmp_path, labels="all"), CITYSCAPES_IDS, 34)
+    assert dataset[0][1].tolist() == [[7, 8, 0], [33, 29, 1]]
+    assert dataset.classes[7] == "road" and dataset.classes[33] == "bicycle" and dataset.palette[33] == (119, 11, 32)
+
+
+def test_cityscapes_table(tmp_path):
+    cityscapes_layout(tmp_path, "val", CITYSCAPES_IDS[2:], values=[[*range(34), 255]])
+    write_image(tmp_path / "leftImg8bit/val/frankfurt/frankfurt_000000_000294_leftImg8bit.png", size=(35, 1))
+    expected = [TRAIN_IDS.index(value) if value in TRAIN_IDS else 255 for value in range(34)]
+    assert Cityscapes(tmp_path, "val")[0][1].tolist() == [[*expected, 255]]
+    assert Cityscapes(tmp_path, "val", "all")[0][1].tolist() == [[*range(34), 255]]
+
+
+def test_cityscapes_other_splits(tmp_path):
+    cityscapes_layout(tmp_path, "train_extra", ["bad-honnef_000000_000000"], "gtCoarse")
+    dataset = check(Cityscapes(tmp_path, "train_extra"), ["bad-honnef_000000_000000"], 19)
+    assert dataset.masks[0].name == "bad-honnef_000000_000000_gtCoarse_labelIds.png"
+    cityscapes_layout(tmp_path, "test", ["berlin_000000_000019"])
+    assert check(Cityscapes(tmp_path, "test"), ["berlin_000000_000019"], 19).masks is None
+
+
+def test_cityscapes_errors(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"leftImg8bit/train is missing, or holds no images: expected .*_leftImg8bit\.png"
+    ):
+        Cityscapes(tmp_path)
+    cityscapes_layout(tmp_path, "train", CITYSCAPES_IDS, values=[[7, 7, 34], [0, 0, 0]])
+    with pytest.raises(ValueError, match=r"split must be one of train, val, test, train_extra; got 'extra'"):
+        Cityscapes(tmp_path, "extra")
+    with pytest.raises(ValueError, match=r'labels must be "train" \(19 classes\) or "all" \(34\); got \'fine\''):
+        Cityscapes(tmp_path, labels="fine")
+    for labels in ("train", "all"):
+        with pytest.raises(ValueError, match=r"aachen_000000_000019_gtFine_labelIds\.png holds value 34"):
+            Cityscapes(tmp_path, labels=labels)[0]
+    (tmp_path / "gtFine/train/frankfurt/frankfurt_000000_000294_gtFine_labelIds.png").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"000294_gtFine_labelIds\.png is missing: the mask of .*000294_leftImg8bit\.png"
+    ):
+        Cityscapes(tmp_path)
+    write_image(tmp_path / "leftImg8bit/train/bochum/aachen_000000_000019_leftImg8bit.png")
+    with pytest.raises(ValueError, match=r"train has 'aachen_000000_000019' twice"):
+        Cityscapes(tmp_path)
+
+
+CAMVID_VALUES = [[0, 10, 11], [5, 255, 1]]
+
+
+def test_camvid_of_segnet(tmp_path):
+    for red, name in enumerate(("0001TP_006690", "0016E5_00390", "unlisted")):
+        write_image(tmp_path / f"train/{name}.png", red)
+        write_mask(tmp_path / f"trainannot/{name}.png", CAMVID_VALUES)
+    ids = ["0016E5_00390", "0001TP_006690"]
+    lines = [f"/SegNet/CamVid/train/{name}.png /SegNet/CamVid/trainannot/{name}.png" for name in ids]
+    source = write_text(tmp_path / "train.txt", *lines)
+    dataset = check(CamVid(str(tmp_path)), ids, 11)
+    assert reds(dataset) == [1, 0] and dataset[0][1].tolist() == [[0, 10, 255], [5, 255, 1]]
+    assert dataset.classes[0] == "Sky" and dataset.classes[10] == "Bicyclist" and dataset.palette[1] == (128, 0, 0)
+    source.unlink()
+    check(CamVid(tmp_path), [*sorted(ids), "unlisted"], 11)
+    write_text(source, "missing")
+    with pytest.raises(FileNotFoundError, match=r"train/missing\{.* is missing, listed in .*train\.txt"):
+        CamVid(tmp_path)
+
+
+def test_camvid_of_images_and_labels(tmp_path):
+    for split, suffix in (("val", "jpg"), ("test", "png")):
+        write_image(tmp_path / f"images/{split}/{split}.{suffix}")
+        write_mask(tmp_path / f"labels/{split}/{split}.png", CAMVID_VALUES)
+    write_text(tmp_path / "val.txt", "val")
+    for split in ("val", "test"):
+        assert check(CamVid(tmp_path, split), [split], 11)[0][1].tolist() == [[0, 10, 255], [5, 255, 1]]
+    with pytest.raises(
+        FileNotFoundError, match=r"images/train is not a folder: expected .*trainannot/ID\.png, or .*labels/train"
+    ):
+        CamVid(tmp_path)
+    with pytest.raises(ValueError, match=r"split must be one of train, val, test; got 'trainval'"):
+        CamVid(tmp_path, "trainval")
+    write_mask(tmp_path / "labels/val/val.png", [[12, 0, 0], [0, 0, 0]])
+    with pytest.raises(ValueError, match=r"val\.png holds value 12: neither a class \(0 to 10\) nor void \(11, 255\)"):
+        CamVid(tmp_path, "val")[0]
+
+
+def test_unlabelled_folder(tmp_path):
+    for red, name in enumerate(("a.jpg", "b/c/a.png", "b/d.tif", "z.JPG")):
+        write_image(tmp_path / "in" / name, red)
+    write_text(tmp_path / "in/b/notes.txt", "not an image")
+    dataset = check(Unlabelled(str(tmp_path / "in"), 5), ["a", "b/c/a", "b/d", "z"], 5)
+    assert reds(dataset) == [0, 1, 2, 3] and dataset.masks is None and dataset[0][1].shape == (2, 3)
+    write_image(tmp_path / "in/a.png")
+    with pytest.raises(ValueError, match=r"in has 'a' twice"):
+        Unlabelled(tmp_path / "in")
+    (tmp_path / "empty/below").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"empty holds no images \(.*\), nor do folders below it"):
+        Unlabelled(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"num_classes must be in 1 \.\. 255"):
+        Unlabelled(tmp_path / "in", 0)
+
+
+def test_unlabelled_list(tmp_path):
+    for red, name in enumerate(("in/a.png", "in/b c.png", "other/d.png")):
+        write_image(tmp_path / name, red)
+    source = write_text(tmp_path / "in/list.txt", "b c.png", "", "a.png", "../other/d.png")
+    assert reds(check(Unlabelled(source), ["b c", "a", "other/d"], 2)) == [1, 0, 2]
+    source = write_text(tmp_path / "list.txt", "in/a.png", str(tmp_path / "other/d.png"))
+    dataset = Unlabelled(source, root=str(tmp_path))
+    assert dataset.ids == ["in/a", str(tmp_path / "other/d")[1:]] and reds(dataset) == [0, 2]
+    with pytest.raises(FileNotFoundError, match=r"other/in/a\.png is missing: .*list\.txt lists it"):
+        Unlabelled(source, root=tmp_path / "other")
+    for lines, message in (([], r"list\.txt is empty"), (["in/a.png"] * 2, r"list\.txt has 'in/a\.png' twice")):
+        write_text(source, *lines)
+        with pytest.raises(ValueError, match=message):
+            Unlabelled(source)
+    with pytest.raises(FileNotFoundError, match=r"nowhere is missing: expected a folder of images, or a file that lists paths"):
+        Unlabelled(tmp_path / "nowhere")
+
+
+def eyepacs_layout(root, *rows, header="image,level", images=("10_left", "10_right", "13_left")):
+    for red, name in enumerate(images):
+        write_image(root / f"train/{name}.jpeg", red)
+    return str(write_text(root / "trainLabels.csv", header, *rows)), str(root / "train")
+
+
+def test_image_classes(tmp_path):
+    dataset = ImageClasses(*eyepacs_layout(tmp_path, "13_left,0", "10_left,4", "10_right, 2"))
+    assert dataset.ids == ["13_left", "10_left", "10_right"] and dataset.targets == [0, 4, 2] and len(dataset) == 3
+    assert dataset.classes == ("0", "1", "2", "3", "4") and dataset.num_classes == 5
+    image, target = dataset[1]
+    assert image.dtype == torch.uint8 and image.shape == (3, 2, 3) and (target, type(target)) == (4, int)
+    assert reds(dataset) == [2, 0, 1]
+
+
+def test_image_classes_by_name(tmp_path):
+    csv, images = eyepacs_layout(
+        tmp_path, "train,10_left,dog", "val,10_right,ant", "train,13_left,cat", header="part,image,level"
+    )
+    dataset = ImageClasses(csv, images, split_column="part", split="train")
+    assert dataset.classes == ("ant", "cat", "dog") and dataset.targets == [2, 1] and dataset.ids == ["10_left", "13_left"]
+    assert ImageClasses(csv, images, split_column="part", split="val").targets == [0]
+    assert ImageClasses(csv, images, classes=["dog", "cat", "ant"]).targets == [0, 2, 1]
+    csv, images = eyepacs_layout(tmp_path, "10_left,1", "10_right,dog")
+    assert ImageClasses(csv, images, classes=["dog", "cat"]).targets == [1, 0]
+    csv, images = eyepacs_layout(tmp_path, "10_left,2", "10_right,1")
+    assert ImageClasses(csv, images, classes=["1", "2"]).targets == [1, 0]
+
+
+def test_image_classes_are_those_of_all_splits(tmp_path):
+    csv, images = eyepacs_layout(tmp_path, "a,10_left,0", "b,10_right,3", "c,13_left,", header="part,image,level")
+    assert ImageClasses(csv, images, split_column="part", split="a").num_classes == 4
+    with pytest.raises(ValueError, match=r"trainLabels\.csv, line 4: column 'level' holds '', needed is one of 0, 1, 2, 3"):
+        ImageClasses(csv, images, split_column="part", split="c")
+
+
+def test_image_classes_with_paths(tmp_path):
+    write_image(tmp_path / "train/cats/1.png")
+    csv = write_text(tmp_path / "list.csv", "file,animal", "cats/1.png,cat")
+    dataset = ImageClasses(csv, tmp_path / "train", "file", "animal")
+    assert dataset.ids == ["cats/1"] and dataset.images == [tmp_path / "train/cats/1.png"] and dataset.targets == [0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (
+            ["10_left,0", "10_right,5"],
+            {"classes": list("abcde")},
+            r"csv, line 3: .* holds '5', .* one of a, b, c, d, e, or 0 to 4",
+        ),
+        (["10_left,0", "10_right,-1"], {}, r"csv, line 3: column 'level' holds '-1', needed is one of 0$"),
+        (["10_left,x", "10_right,y"], {"classes": ["x", "z"]}, r"csv, line 3: column 'level' holds 'y', needed is one of x, z"),
+        (["10_left,0"], {"classes": ["1", "2"]}, r"csv, line 2: column 'level' holds '0', needed is one of 1, 2$"),
+        (["10_left,0", "10_right,2x"], {}, r"csv, line 3: column 'level' holds '2x' among integers: give classes"),
+        (["10_left,x"], {"classes": ["x", "x"]}, r"classes has 'x' twice"),
+        (["10_left,0"], {"image_column": "id"}, r"csv has no column 'id'; its columns are image, level"),
+        (["10_left,0"], {"class_column": "grade"}, r"csv has no column 'grade'; its columns are image, level"),
+        (["10_left,0"], {"split_column": "part", "split": "val"}, r"csv has no column 'part'; its columns are image, level"),
+        (["10_left,0"], {"split": "val"}, r"split_column and split go together; got None and 'val'"),
+        (
+            ["10_left,0"],
+            {"split_column": "level", "split": "1"},
+            r"csv has no row with '1' in column 'level', which holds \['0'\]",
+        ),
+        (["10_left,0", "10_left,1"], {}, r"trainLabels\.csv has '10_left' twice"),
+        ([], {}, r"trainLabels\.csv has a header and no rows"),
+    ],
+)
+def test_image_classes_errors(tmp_path, rows, options, message):
+    with pytest.raises(ValueError, match=message):
+        ImageClasses(*eyepacs_layout(tmp_path, *rows), **options)
+
+
+def test_image_classes_files(tmp_path):
+    csv, images = eyepacs_layout(tmp_path, "10_left,0", "15_left,1")
+    with pytest.raises(FileNotFoundError, match=r"train/15_left\.\* is missing: .*trainLabels\.csv, line 3, names it"):
+        ImageClasses(csv, images)
+    write_text(Path(csv), "image,level", "10_left.jpeg,0", "15_left.jpeg,1")
+    with pytest.raises(FileNotFoundError, match=r"train/15_left\.jpeg is missing: .*trainLabels\.csv, line 3, names it"):
+        ImageClasses(csv, images)
+    write_text(Path(csv), "image,level", "10_left,0")
+    with pytest.raises(FileNotFoundError, match=r"nowhere is not a folder: expected the images of .*trainLabels\.csv"):
+        ImageClasses(csv, str(tmp_path / "nowhere"))
+    dataset = ImageClasses(csv, images)
+    dataset.images[0].write_bytes(dataset.images[0].read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"10_left\.jpeg cannot be read as an image"):
+        dataset[0]
+    with pytest.raises(
+        FileNotFoundError, match=r"labels\.csv is missing: expected a CSV file with a header that has image, level"
+    ):
+        ImageClasses(str(tmp_path / "labels.csv"), images)
+
+
+def test_listing_decodes_nothing(folder, monkeypatch):
+    monkeypatch.setattr(Image, "open", None)
+    assert len(Folder(folder)) == len(Unlabelled(folder / "images")) == 2
+
+
+def test_workers_take_them(folder):
+    """Data sets travel to spawned workers; batches come out whole."""
+    dataset = pickle.loads(pickle.dumps(Folder(folder)))
+    images, masks = next(iter(torch.utils.data.DataLoader(dataset, batch_size=2)))
+    assert images.shape == (2, 3, 2, 3) and masks.shape == (2, 2, 3)
+
+
+@needs("camvid")
+def test_real_camvid():
+    for split, count in (("train", 367), ("val", 101)):
+        dataset = CamVid(SHARED / "camvid", split)
+        listed = (SHARED / "camvid" / f"{split}.txt").read_text().split()
+        assert dataset.ids == listed and len(dataset) == count
+        image, mask = dataset[count // 2]
+        assert image.shape == (3, 360, 480) and mask.shape == (360, 480)
+        assert {0, 3, 255} <= set(mask.unique().tolist()) <= {*range(11), 255}
+        folder = Folder(SHARED / "camvid", split, 11, void=11, masks="labels")
+        assert folder.ids == listed and torch.equal(folder[count // 2][1], mask)
+
+
+@needs("dsb2018_nuclei")
+def test_real_nuclei():
+    root, modalities = SHARED / "dsb2018_nuclei", []
+    for split, count in (("train", 388), ("val", 75), ("test", 75)):
+        dataset = Folder(root, split, num_classes=2, masks="labels")
+        image, mask = dataset[0]
+        assert len(dataset) == count and image.shape[1:] == mask.shape and mask.unique().tolist() == [0, 1]
+        classes = ImageClasses(
+            str(root / "index.csv"), str(root / "images"), "id", "modality", split_column="split", split=split
+        )
+        assert sorted(classes.ids) == sorted(dataset.ids) and classes.classes == ("fluorescence", "histology")
+        modalities += classes.targets
+        for target in (0, 1):  # fluorescence is gray and dark
+            image, value = classes[classes.targets.index(target)]
+            assert value == target and torch.equal(image[0], image[1]) == (target == 0)
+    assert np.bincount(modalities).tolist() == [431, 107]
+
+
+@needs("voc_slice")
+def test_real_voc_slice():
+    dataset = Folder(SHARED / "voc_slice", images="images", masks="labels", num_classes=21)
+    check(dataset, sorted((SHARED / "voc_slice/list.txt").read_text().split()), 21)
+    assert dataset[dataset.ids.index("2007_000129")][1].unique().tolist() == [0, 2, 15, 255]  # bicycles and riders
+
+
+@needs("mmseg_fixtures")
+def test_real_cityscapes(tmp_path):
+    """The pair holds train ids: written as the label ids of the site, they come back."""
+    name, root = "frankfurt_000000_000294", SHARED / "mmseg_fixtures"
+    train_ids = np.array(Image.open(root / f"labels/cityscapes_{name}.png"))
+    cityscapes_layout(tmp_path, "val", [name], values=np.array([*TRAIN_IDS, *[0] * 237], dtype=np.uint8)[train_ids])
+    (tmp_path / f"leftImg8bit/val/frankfurt/{name}_leftImg8bit.png").write_bytes(
+        (root / f"images/cityscapes_{name}.png").read_bytes()
+    )
+    dataset = check(Cityscapes(tmp_path, "val"), [name], 19)
+    image, mask = dataset[0]
+    assert image.shape == (3, 128, 256) and np.array_equal(mask.numpy(), train_ids) and len(mask.unique()) > 10
+
+
+def test_tables():
+    assert len(datasets.VOC_CLASSES) == 21 and len(datasets.CITYSCAPES_LABELS) == 34 and len(datasets.CAMVID_LABELS) == 11
+    assert [train for _, train, _ in datasets.CITYSCAPES_LABELS if train != 255] == list(range(19))
+    # sums of red, green, blue of the published tables
+    assert np.sum([colour for *_, colour in datasets.CITYSCAPES_LABELS], 0).tolist() == [3585, 2593, 3127]
+    assert np.sum([colour for _, colour in datasets.CAMVID_LABELS], 0).tolist() == [1088, 896, 1152]
