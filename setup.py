@@ -177,7 +177,7 @@ setup(
         "segops.benchmarks",
     ],
     package_dir={"segops.models": "models", "segops.benchmarks": "benchmarks"},
-    package_data={"segops.configs": ["*.yaml"]},
+    package_data={"segops.configs": ["*.yaml", "ablations/*.yaml"]},
     ext_modules=extensions(),
     cmdclass=build_command(),
 )

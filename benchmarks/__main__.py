@@ -4,7 +4,11 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import pytest
+try:
+    import pytest
+    import pytest_benchmark  # noqa: F401
+except ImportError as error:
+    raise ImportError("the benchmarks need pytest-benchmark: pip install 'segops[bench]'") from error
 
 from . import measure, report
 

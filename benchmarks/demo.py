@@ -1,28 +1,30 @@
 """`make demo`: what segops is, in five minutes. Info, gates and races against plain PyTorch, then a network that trains.
 
 python -m benchmarks.demo                                  synthetic scenes
-python -m benchmarks.demo --model unet                     another model than pacnet: python -m segops models lists them
+python -m benchmarks.demo --model unet                     another model than pacnet: segops models lists them
 python -m benchmarks.demo --data DIR --classes 11 --void 11    DIR/images/{train,val}/ID.jpg, DIR/labels/{train,val}/ID.png
+
+The training is `segops fit --config demo`.
 """
 
 import argparse
 import json
-import os
-import time
+import shutil
 from pathlib import Path
 
 import numpy as np
 import segops.models
 import torch
-from PIL import Image
-from tqdm import tqdm
 
-import segops
 from segops.__main__ import info
-from segops.train import FolderDataset, SyntheticScenes, boundary_mask, confusion_matrix, iou
+from segops.train import Folder, cli
+from segops.train.data import synthetic
+from segops.train.inference import Predictor, comparison, load_network, save_image
 
 from . import bench_bal, bench_pac, bench_pag, measure
 
+OUT = Path("runs/demo")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LEARNING_RATES = {"refinenet": 0.005, "gcn": 0.01}  # of models without normalisation behind the backbone; 0.05 for others
 
 
@@ -64,166 +66,57 @@ def races():
     )
 
 
-def datasets(options):
-    """The training and validation sets, and the number of classes."""
-    if options.data is None:
-        scenes = [
-            SyntheticScenes(length, options.size or (128, 128), seed)
-            for length, seed in ((400, options.seed), (100, options.seed + 1))
-        ]
-        return *scenes, len(SyntheticScenes.classes)
-    sets = [
-        FolderDataset(options.data, split, options.classes, options.void, options.size or (180, 240))
-        for split in ("train", "val")
-    ]
-    return *sets, options.classes
-
-
-class InMemory(torch.utils.data.Dataset):
-    """A data set read once, images as bytes. In training every other pass over an image sees it mirrored, at random."""
-
-    def __init__(self, dataset, name, mirror):
-        self.mirror = mirror
-        self.samples = [
-            ((image * 255).byte(), label.byte()) for image, label in tqdm(dataset, desc=f"reading {name}", leave=False)
-        ]
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, index):
-        image, label = self.samples[index]
-        image, label = image.float() / 255, label.long()
-        if self.mirror and torch.rand(()) < 0.5:
-            image, label = image.flip(2), label.flip(1)
-        return (image - 0.45) / 0.25, label
-
-
-def evaluate(model, loader, num_classes, device, autocast):
-    """(IoU per class, IoU per class of the pixels within 3 of a boundary), each from one confusion matrix."""
-    model.eval()
-    whole, band = torch.zeros(2, num_classes, num_classes, dtype=torch.int64)
-    for images, labels in loader:
-        with autocast():
-            predicted = model.predict(images.to(device)).cpu()
-        whole += confusion_matrix(predicted, labels, num_classes)
-        band += confusion_matrix(predicted, labels.where(boundary_mask(labels, num_classes), 255), num_classes)
-    return iou(whole), iou(band)
-
-
-def small_model(options, num_classes):
-    """The model on a small backbone, and narrow where it has an encoder of its own. FCN and dilated networks keep their 4096 channels."""
-    name = options.model
+def small_options(name, backbone, channels):
+    """The model's options: a small backbone, and narrow where it has an encoder of its own. FCN and dilated networks keep their 4096 channels."""
     default = segops.models.model_info(name).backbone
-    small = {"backbone": options.backbone, "channels": options.channels}
-    if small["backbone"] is None and default is not None:
-        small["backbone"] = "vgg11_bn" if default.startswith("vgg") else "resnet18"
-    if small["channels"] is None and name in ("unet", "unet_inception", "r2unet", "runet", "segnet_basic"):
-        small["channels"] = 16
-    if small["channels"] is None and name == "refinenet":
-        small["channels"] = 64
-    if name == "jointseg":
-        small["widths"] = (16, 32, 64, 128)
-    model = segops.models.create_model(name, num_classes, **{key: value for key, value in small.items() if value is not None})
-    if not hasattr(model, "predict"):
-        raise ValueError(f"--model must segment; {name} judges what other models segment")
-    return model
+    if backbone is None and default is not None:
+        backbone = "vgg11_bn" if default.startswith("vgg") else "resnet18"
+    if channels is None:
+        channels = {"refinenet": 64} | dict.fromkeys(("unet", "unet_inception", "r2unet", "runet", "segnet_basic"), 16)
+        channels = channels.get(name)
+    options = {"backbone": backbone, "channels": channels, "widths": [16, 32, 64, 128] if name == "jointseg" else None}
+    return {key: value for key, value in options.items() if value is not None}
 
 
-def train(options, model, device):
-    """Trains a model and returns what was measured."""
-    torch.manual_seed(options.seed)  # whatever the races drew
-    train_set, val_set, num_classes = datasets(options)
-    train_loader = torch.utils.data.DataLoader(
-        InMemory(train_set, "train", True), options.batch, shuffle=True, drop_last=len(train_set) > options.batch
-    )
-    val_loader = torch.utils.data.DataLoader(InMemory(val_set, "val", False), options.batch)
-
-    model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=LEARNING_RATES.get(options.model, 0.05) if options.lr is None else options.lr,
-        momentum=0.9,
-        weight_decay=1e-4,
-        nesterov=True,
-    )
-    # The paper's weights average tens and vary by image: with their mean at 1 the learning rate of cross entropy holds.
-    criterion = segops.nn.BoundaryAwareLoss(normalize="mean") if options.loss == "bal" else segops.nn.UpsampleCrossEntropy()
-    steps = options.epochs * len(train_loader)
-    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
-    half = device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-    def autocast():
-        return torch.autocast(device, dtype=torch.bfloat16, enabled=half)
-
-    print(f"{options.model} from random weights, {num_classes} classes: {len(train_set)} training images, {len(val_set)} to validate, "
-          f"{options.epochs} epochs of {len(train_loader)} steps, {'bfloat16 autocast' if half else 'float32'}")  # fmt: skip
-    history, start = [], time.perf_counter()
-    with tqdm(total=steps, unit="step") as bar:
-        for epoch in range(options.epochs):
-            model.train()
-            total = 0.0
-            for images, labels in train_loader:
-                images = images.to(device, memory_format=torch.channels_last)
-                with autocast():
-                    logits = model(images).logits
-                loss = criterion(logits, labels.to(device))
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                total += loss.item()
-                if not np.isfinite(total):
-                    raise SystemExit("demo: the loss is no finite number any more: try a smaller --lr")
-                bar.update()
-                bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}")
-            whole, band = evaluate(model, val_loader, num_classes, device, autocast)
-            miou, boundary_miou = whole.nanmean().item(), band.nanmean().item()
-            history.append(
-                {"epoch": epoch + 1, "loss": total / len(train_loader), "miou": miou, "boundary_miou": boundary_miou}
-            )
-            bar.write(
-                f"epoch {epoch + 1:3d}   loss {history[-1]['loss']:.4f}   val mIoU {miou:.4f}   at boundaries {boundary_miou:.4f}"
-            )
-    seconds = time.perf_counter() - start
-    names = getattr(train_set, "classes", range(num_classes))
-    print("IoU per class: " + ", ".join(f"{name} {value:.3f}" for name, value in zip(names, whole.tolist(), strict=True)))
-    print(f"loss {history[-1]['loss']:.4f}   mIoU {miou:.4f}   boundary mIoU {boundary_miou:.4f} (within 3 pixels of a boundary)   {seconds:.0f} s"
-          "\nmeans over classes that occur, void ignored")  # fmt: skip
-    overlays(model, val_loader.dataset, num_classes, device, options.out)
-    return {
-        "history": history,
-        "loss": options.loss,
-        "iou": whole.tolist(),
-        "boundary_iou": band.tolist(),
-        "seconds": seconds,
-        "classes": num_classes,
-        "environment": measure.environment(device),
+def train(options):
+    """`segops fit --config demo`, with what the options change."""
+    rate = LEARNING_RATES.get(options.model) if options.lr is None else options.lr
+    precise = not (torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    settings = {
+        "seed_everything": options.seed,
+        "trainer.default_root_dir": options.out,
+        "trainer.max_epochs": options.epochs,
+        "trainer.precision": "32-true" if precise else None,
+        "model.model": options.model,
+        "model.options": json.dumps(small_options(options.model, options.backbone, options.channels)),
+        "model.loss": options.loss,
+        "model.optimizer.lr": rate,
+        "data.batch_size": options.batch,
     }
+    if options.data is not None:
+        settings |= {
+            "data.dataset": "folder",
+            "data.root": options.data,
+            "data.options": json.dumps({"num_classes": options.classes, "void": options.void, "masks": "labels"}),
+        }
+    if options.data is not None or options.size is not None:
+        settings["data.resize"] = json.dumps(options.size or [180, 240])
+    cli.main(["fit", "--config", "demo", *(f"--{key}={value}" for key, value in settings.items() if value is not None)])
 
 
-def overlays(model, dataset, num_classes, device, folder, count=8):
-    """Writes image | truth | prediction, classes laid over the image, void left as it is, for images spread over the set."""
-    hues = np.random.default_rng(1).permutation(num_classes) / num_classes
-    palette = np.array([np.array(Image.new("HSV", (1, 1), (int(255 * hue), 220, 255)).convert("RGB"))[0, 0] for hue in hues])
-    for stale in folder.glob("overlay_*.png"):
-        stale.unlink()
-    indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
-    model.eval()
-    for index in indices:
-        image, label = dataset[index]
-        predicted = model.predict(image[None].to(device))[0].cpu().numpy()
-        picture = dataset.samples[index][0].permute(1, 2, 0).numpy()
-        panels = [picture]
-        for classes in (label.numpy(), predicted):
-            known = (classes < num_classes)[..., None]
-            painted = (picture * 0.4 + palette[np.minimum(classes, num_classes - 1)] * 0.6).astype(np.uint8)
-            panels.append(np.where(known, painted, picture))
-        gap = np.full((picture.shape[0], 4, 3), 255, np.uint8)
-        Image.fromarray(np.concatenate([panels[0], gap, panels[1], gap, panels[2]], axis=1)).save(
-            folder / f"overlay_{index:03d}.png"
-        )
-    print(f"overlays (image, truth, prediction): {folder}/overlay_*.png")
+def pictures(options, count=8):
+    """Writes image | truth | prediction | loss for images spread over the validation set."""
+    model, entry = load_network(options.out / "checkpoints" / "best.ckpt", DEVICE)
+    predictor = Predictor(model, entry["normalize"], entry["resize"])
+    if options.data is None:
+        dataset = synthetic("val")
+    else:
+        dataset = Folder(str(options.data), "val", options.classes, options.void, masks="labels")
+    for index in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int):
+        image, mask = dataset[index]
+        picture = comparison(image, mask, *predictor.with_loss(image, mask), entry["palette"])
+        save_image(options.out / f"comparison_{index:03d}.png", picture)
+    print(f"image, truth, prediction, loss: {options.out}/comparison_*.png")
 
 
 def main():
@@ -243,30 +136,25 @@ def main():
         "--loss", choices=("bal", "ce"), default="bal", help="boundary-aware loss (default) or plain cross entropy"
     )
     parser.add_argument("--batch", type=int, default=8, help="images a step (default: 8)")
-    parser.add_argument("--model", default="pacnet", help="any of `python -m segops models` (default: pacnet)")
+    parser.add_argument("--model", default="pacnet", help="any of `segops models` (default: pacnet)")
     parser.add_argument("--backbone", help="any timm backbone that the model takes (default: resnet18, or vgg11_bn for a VGG)")
     parser.add_argument("--channels", type=int, help="the model's option of that name (default: the model's, 16 for U-Nets)")
     parser.add_argument("--lr", type=float, help="learning rate at the start (default: 0.05, less for a few models)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-race", action="store_true", help="leave out the timing")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), help="folder for overlays and results.json (default: runs/demo)"
-    )
+    parser.add_argument("--out", type=Path, default=OUT, help=f"folder for the run (default: {OUT}, which is emptied)")
     options = parser.parse_args()
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(options.seed)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = small_model(options, options.classes if options.data else len(SyntheticScenes.classes))
+        small_options(options.model, options.backbone, options.channels)
         info()
         if not options.no_race:
             races()
-        results = train(options, model, device)
+        if options.out == OUT:  # an earlier demo's; another folder that holds a run is refused
+            shutil.rmtree(OUT, ignore_errors=True)
+        train(options)
+        pictures(options)
     except (OSError, TypeError, ValueError) as error:
         raise SystemExit(f"demo: {error}") from error
-    unfinished = options.out / "results.json.part"
-    unfinished.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(unfinished, options.out / "results.json")
 
 
 if __name__ == "__main__":

@@ -8,23 +8,13 @@ import argparse
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 
 import segops
-from segops.train import FolderDataset, SyntheticScenes
+from segops.train import Folder, SyntheticScenes
+from segops.train.inference import colourise
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
-
-
-def palette(num_classes):
-    """The colours of PASCAL VOC, (256, 3) in [0, 1]: class 0 black, what is no class white."""
-    colours = np.ones((256, 3))
-    for index in range(num_classes):
-        bits = [(index >> bit) & 1 for bit in range(8)]
-        for channel in range(3):
-            colours[index, channel] = sum(bit << (7 - place) for place, bit in enumerate(bits[channel::3])) / 255
-    return colours
 
 
 def draw(samples, num_classes, path):
@@ -42,7 +32,7 @@ def draw(samples, num_classes, path):
         edge = segops.gaussian_edge(label[None], num_classes, kernel_size=1, downsample=1, beta=0)[0]
         weight = segops.gaussian_edge(label[None], num_classes)[0]
         row[0].imshow(image.permute(1, 2, 0))
-        row[1].imshow(palette(num_classes)[label])
+        row[1].imshow(colourise(label).permute(1, 2, 0))
         row[2].imshow(edge, cmap="gray")
         row[3].imshow(weight, cmap="inferno")
         titles = "image", "label", f"E: 0 to {edge.max():.0f}", f"E_G: {weight.min():.1f} to {weight.max():.1f}"
@@ -67,7 +57,7 @@ def main():
         scenes = SyntheticScenes(3, (256, 256))
         draw(list(scenes), len(scenes.classes), options.out / "synthetic.png")
         if options.data is not None:
-            dataset = FolderDataset(options.data, ".", options.classes, options.void)
+            dataset = Folder(options.data, None, options.classes, options.void, masks="labels")
             draw(list(dataset), options.classes, options.out / f"{options.data.resolve().name}.png")
     except (OSError, ValueError) as error:
         raise SystemExit(f"edges: {error}") from error

@@ -22,7 +22,7 @@ class Backbone(nn.Module):
         name: any timm model that has `features_only`.
         output_stride: image size over the size of the last map.
         in_channels: channels of the images, default 3.
-        pretrained: load the weights that timm has (default False).
+        pretrained: load the weights that timm has (default False), or those of this state_dict of a classifier.
         levels: which maps, counted from the last, -1 (default: that alone). -4 has stride 4 in every common pyramid.
         full_rate: the first block of a dilated ResNet stage at the stage's own rate, as in Caffe, TensorFlow and PSPNet's code; by default
             at the rate of the stage before, as in torchvision. The same weights load, the results differ.
@@ -49,7 +49,12 @@ class Backbone(nn.Module):
         if structure.maps < -min(levels):
             raise ValueError(f"backbone must have {-min(levels)} maps for this model; {name!r} has {structure.maps}")
         self.features = timm.create_model(
-            name, features_only=True, in_chans=in_channels, pretrained=pretrained, out_indices=levels, **structure.arguments
+            name,
+            features_only=True,
+            in_chans=in_channels,
+            out_indices=levels,
+            **weights_from(pretrained),
+            **structure.arguments,
         )
         if structure.dilated_vgg:
             _dilate_vgg(self.features, output_stride)
@@ -94,6 +99,32 @@ class Backbone(nn.Module):
 
 def _rectify(module, arguments):
     return (torch.relu(arguments[0]),)
+
+
+def weights_from(pretrained):
+    """timm's arguments for no weights, its own, or those of a classifier's state_dict, which `check_classifier` has seen."""
+    if isinstance(pretrained, bool):
+        return {"pretrained": pretrained}
+    return {
+        "pretrained": True,
+        "pretrained_cfg_overlay": {"state_dict": pretrained, "num_classes": -1},
+    }  # unlike any: its layer of classes is dropped
+
+
+def check_classifier(name, state_dict, source):
+    """Refuses a state_dict that is not that of timm's classifier `name`, of whatever classes: timm would load what fits and be silent."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    last = model.pretrained_cfg.get("classifier") or ()
+    last = (last,) if isinstance(last, str) else tuple(last)
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    for key in (*shapes, *state_dict):
+        ours, theirs = shapes.get(key), getattr(state_dict.get(key), "shape", None)
+        if ours != theirs and not key.startswith(tuple(f"{layer}." for layer in last)):
+            raise ValueError(
+                f"pretrained must be weights of timm's {name}; in {source} {key} is "
+                f"{tuple(theirs) if theirs is not None else 'missing'} instead of {tuple(ours) if ours is not None else 'nothing'}"
+            )
 
 
 def check_timm(name):
@@ -223,13 +254,13 @@ def create_vgg(name, in_channels, pretrained):
         ValueError: it is not a VGG.
     """
     check_vgg(name)
-    return timm.create_model(name, in_chans=in_channels, pretrained=pretrained, num_classes=1)
+    return timm.create_model(name, in_chans=in_channels, num_classes=1, **weights_from(pretrained))
 
 
 def create_vgg_features(name, in_channels, pretrained):
     """Its `features` alone, as an nn.Sequential. Raises as `create_vgg`."""
     check_vgg(name)
-    features = timm.create_model(name, in_chans=in_channels, pretrained=pretrained, features_only=True)
+    features = timm.create_model(name, in_chans=in_channels, features_only=True, **weights_from(pretrained))
     return nn.Sequential(*features.children())
 
 

@@ -9,38 +9,54 @@ from torch import nn
 
 from .backbones import Backbone
 from .deeplab import deeplabv3
+from .model import Model
 from .segmenter import Segmenter, auxiliary_head, encoder_levels, fcn_head
 
 SHOWN = 5  # mismatches that an error lists
 
 
 def load_checkpoint(model, path):
-    """Loads a file of weights, as torch.save or safetensors write them, into a model.
+    """Loads a file of weights into a model. Raises as `read_weights`, and ValueError where they do not fit: lists the first mismatches."""
+    load_state_dict(model, read_weights(path, "checkpoint"), f"checkpoint {path}")
 
-    The file holds a state_dict, or a dictionary with one under "state_dict" or "model"; "model." before every name is dropped.
+
+def read_weights(path, argument):
+    """The state_dict in a file as torch.save or safetensors write them.
+
+    The file holds a state_dict, or a dictionary with one under "state_dict" or "model". Of a training module's, which holds the model beside others, the
+    model's are taken: those that begin with "model.".
 
     Raises:
-        FileNotFoundError: there is no such file. TypeError: no path.
-        ValueError: it is no file of weights, or of another model: lists the first mismatches.
+        FileNotFoundError: there is no such file. TypeError: no path. ValueError: it is no file of weights. They name `argument`.
     """
     if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"checkpoint must be a path; got {type(path).__name__}")
+        raise TypeError(f"{argument} must be a path; got {type(path).__name__}")
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint must be a file; there is none at {path}")
+        raise FileNotFoundError(f"{argument} must be a file; there is none at {path}")
     try:
         state_dict = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
     except Exception as error:  # torch.load raises what its parsers do
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"checkpoint must be a file of weights; {path} is not: {type(error).__name__}: {reason}") from error
-    if all(key.startswith("model.") for key in state_dict):  # as a training module holds the model
-        state_dict = {key.removeprefix("model."): value for key, value in state_dict.items()}
-    load_state_dict(model, state_dict, f"checkpoint {path}")
+        raise ValueError(f"{argument} must be a file of weights; {path} is not: {type(error).__name__}: {reason}") from error
+    of_model = {key.removeprefix("model."): value for key, value in state_dict.items() if key.startswith("model.")}
+    return of_model or state_dict
+
+
+def load_encoder(model, path):
+    """Loads the weights of a model's own encoder from a file that has them among others. Raises as `load_checkpoint`."""
+    if not hasattr(model, "encoder"):
+        raise ValueError(f"pretrained must be False for {type(model).__name__}, which has no encoder; got {path!r}")
+    weights = read_weights(path, "pretrained")
+    encoder = {key.removeprefix("encoder."): value for key, value in weights.items() if key.startswith("encoder.")}
+    load_state_dict(model.encoder, encoder, f"pretrained {path}")
 
 
 def load_state_dict(model, state_dict, source, names=lambda key: key):
     """Loads weights; where names or shapes differ, an error lists the first of them, by `names(our name)`."""
-    state_dict, own = model.adapt_state_dict(state_dict), model.state_dict()
+    own = model.state_dict()
+    if isinstance(model, Model):
+        state_dict = model.adapt_state_dict(state_dict)
     mismatches = [f"{names(key)} is missing" for key in own if key not in state_dict]
     mismatches += [f"{names(key)} is unknown" for key in state_dict if key not in own]
     shapes = {key: getattr(value, "shape", None) for key, value in state_dict.items()}

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from .backbones import check_timm
-from .checkpoints import load_checkpoint
+from .backbones import check_classifier, check_timm
+from .checkpoints import load_checkpoint, load_encoder, read_weights
 from .deeplab import deeplabv1_largefov, deeplabv2, deeplabv3, deeplabv3_cascaded, deeplabv3plus
 from .dilated import FrontEnd, FrontEndContext
 from .discriminators import FCNDiscriminator, PatchGAN
@@ -125,7 +125,8 @@ def create_model(
         backbone: name of a timm model that has `features_only`; default the paper's (`model_info(name).backbone`).
         output_stride: input size over feature size, as far as model and backbone support it; default the paper's.
         aux: an auxiliary head, whose logits are `aux_logits` (default False); for networks on dilated backbones.
-        pretrained: load the backbone's ImageNet weights through timm (default False).
+        pretrained: load the backbone's ImageNet weights through timm (default False). Or a file: a checkpoint of a classifier, as `segops fit`
+            trains it with segops.train.Classification, or timm's state_dict; for a model with an encoder of its own a checkpoint with that encoder.
         checkpoint: a file with weights of this model (torch.save or safetensors), or of the one it grows out of (fcn32s -> fcn16s -> fcn8s,
             dilated_frontend -> dilated_context); default None.
         **options: further arguments of what builds the model: see its docstring.
@@ -149,6 +150,15 @@ def create_model(
         options["output_stride"] = output_stride
     elif output_stride not in (None, fixed):
         raise ValueError(f"output_stride must be {fixed} for {name!r}; got {output_stride!r}")
+    defaults = {key: parameter.default for key, parameter in known.items()}
+    encoder_file = None
+    if not isinstance(pretrained, bool):
+        named = backbone or defaults.get("backbone")
+        if named is None:
+            encoder_file, pretrained = pretrained, False
+        else:
+            source, pretrained = pretrained, read_weights(pretrained, "pretrained")
+            check_classifier(named, pretrained, source)
     for key, value, default in (("backbone", backbone, None), ("aux", aux, False), ("pretrained", pretrained, False)):
         if value == default:
             continue
@@ -158,6 +168,8 @@ def create_model(
         options[key] = value
     check_options(repr(name), builder, options)
     model = builder(num_classes, in_channels=in_channels, **options)
+    if encoder_file is not None:
+        load_encoder(model, encoder_file)
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
     return model

@@ -114,7 +114,9 @@ def main():
         epilog="commands:\n" + "\n".join(f"  {name:<10}{text}" for name, (text, _) in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of those below; segops COMMAND --help says more")
+    parser.add_argument(
+        "command", choices=COMMANDS, metavar="command", help="one of those below; segops COMMAND --help says more"
+    )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
     arguments = sys.argv[1:]
     name = parser.parse_args(arguments[:1]).command
@@ -123,9 +125,7 @@ def main():
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read, as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except ImportError as error:
-        raise SystemExit(f"segops {name}: {error}; pip install 'segops[models,train]' has what the commands need") from error
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise SystemExit(f"segops {name}: {error}") from error
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def build(tmp_path):
     """Runs build_ext on a copy of the sources, with changes to the environment; None removes a variable."""
-    for name in ("csrc", "segops", "models", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("csrc", "segops", "models", "benchmarks", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         options = {"ignore": shutil.ignore_patterns("*.so", "__pycache__")} if copy is shutil.copytree else {}
         copy(ROOT / name, tmp_path / name, **options)

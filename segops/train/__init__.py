@@ -1,4 +1,12 @@
-"""Training, evaluation and prediction on Lightning: data, recipes, figures, inference (pip install 'segops[models,train]')."""
+"""Training, evaluation and prediction on Lightning: data, recipes, figures, inference."""
+
+try:
+    import lightning as _lightning  # noqa: F401
+    import timm as _timm  # noqa: F401
+    import torchmetrics as _torchmetrics  # noqa: F401
+    import torchvision as _torchvision  # noqa: F401
+except ImportError as error:
+    raise ImportError(f"segops.train needs what pip install 'segops[train]' brings: {error}") from error
 
 from .data import ClassificationData, CooperativeData, SegmentationData
 from .datasets import VOC, CamVid, Cityscapes, Folder, ImageClasses, Unlabelled, palette

@@ -1,11 +1,13 @@
 """`segops fit`, `validate` and `test`: Lightning's command line with this package's recipes, data and checkpoints."""
 
 import logging
+import re
 import sys
 import warnings
 from pathlib import Path
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -14,6 +16,32 @@ from .runs import Last, Results, WholeCheckpoints, best, last_checkpoint, summar
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 COMMANDS = ("fit", "validate", "test")
+
+
+# What Lightning says that is not so here, or not of use.
+UNHELPFUL = (
+    ".*your dataloader is not resumable",  # it is: see data.Stream
+    ".*does not have many workers",
+    ".*litlogger",
+    "`weights_only` was not set",  # of saving
+    "LightningCLI's args parameter",
+    "`isinstance.treespec, LeafSpec.` is deprecated",
+    "The number of training batches",
+    "Be aware that when using `ckpt_path`, callbacks",  # of evaluation, which has none
+    ".*Checkpoint directory .* exists and is not empty",  # of a resumed run; others are refused
+    ".*find_unused_parameters=True was specified",
+)
+
+
+class Without(logging.Filter):
+    """Lets through what does not match."""
+
+    def __init__(self, pattern):
+        super().__init__()
+        self.pattern = re.compile(pattern)
+
+    def filter(self, record):
+        return self.pattern.match(record.getMessage()) is None
 
 
 class SaveConfig(SaveConfigCallback):
@@ -30,34 +58,56 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser):
         parser.add_argument(
-            "--checkpoint_every", type=int | None, default=None, help="steps after which last.ckpt is written, besides every epoch"
+            "--checkpoint_every",
+            type=int | None,
+            default=None,
+            help="steps after which last.ckpt is written, besides every epoch",
         )
-        parser.set_defaults({"trainer.default_root_dir": "runs/default", "trainer.use_distributed_sampler": False})
+        parser.set_defaults(
+            {
+                "trainer.default_root_dir": "runs/default",
+                "trainer.use_distributed_sampler": False,  # the streams of data.py know the ranks
+                "trainer.enable_model_summary": False,
+            }
+        )
+
+    @property
+    def settings(self):
+        return self.config_init[self.subcommand] if self.subcommand else self.config_init
 
     def instantiate_trainer(self, **kwargs):
-        settings = self.config_init[self.subcommand]
-        config = settings["trainer"]
+        config = self.settings["trainer"]
         folder = Path(config["default_root_dir"])
         monitor = "val/iou_macro" if hasattr(self.model, "evaluate") else "val/top1_accuracy_micro"
         if config.get("logger") is None:
             kwargs["logger"] = TensorBoardLogger(folder, name="", version="") if self.subcommand == "fit" else False
         if self.subcommand == "fit":
-            ours = [best(folder, monitor), Results(folder), Last(folder, settings["checkpoint_every"])]
+            ours = [best(folder, monitor), Results(folder), Last(folder, self.settings["checkpoint_every"])]
+            if config.get("logger") is None:
+                ours.append(LearningRateMonitor("step"))
             config["callbacks"] = [*(config.get("callbacks") or []), *ours]
         config["plugins"] = [*(config.get("plugins") or []), WholeCheckpoints()]
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self):
-        last, settings = last_checkpoint(self.trainer.default_root_dir), self.config_init["fit"]
-        if settings["ckpt_path"] == "last":
+        last, asked = last_checkpoint(self.trainer.default_root_dir), self.settings["ckpt_path"]
+        if asked == "last":
             if not last.is_file():
                 raise FileNotFoundError(f"--ckpt_path last: there is no {last}")
-            settings["ckpt_path"] = str(last)
-        elif settings["ckpt_path"] is None and last.is_file():
+            self.settings["ckpt_path"] = str(last)
+        elif asked is None and last.is_file():
             raise FileExistsError(
                 f"{self.trainer.default_root_dir} holds a run already: go on with --ckpt_path last, or name another folder with "
                 "--trainer.default_root_dir"
             )
+        self.settings["weights_only"] = True
+
+    def before_validate(self):
+        self.settings["weights_only"] = True
+        if self.settings["ckpt_path"] is None:
+            raise ValueError("--ckpt_path must be a checkpoint of segops fit")
+
+    before_test = before_validate
 
     def after_fit(self):
         self._print("val")
@@ -82,7 +132,7 @@ def named_configs(arguments):
         name = argument.removeprefix("--config=") if argument.startswith("--config=") else None
         if index and arguments[index - 1] in ("--config", "-c"):
             name = argument
-        if name is None or Path(name).exists():
+        if name is None or Path(name).is_file():
             continue
         path = CONFIGS / f"{name.removesuffix('.yaml')}.yaml"
         if not path.is_file():
@@ -94,10 +144,10 @@ def named_configs(arguments):
 
 def main(arguments):
     """Runs `fit`, `validate` or `test`. Raises what goes wrong."""
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # it is: see data.Stream
-    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
-    logging.getLogger("lightning.pytorch").addFilter(lambda record: "litlogger" not in record.getMessage())
+    for message in UNHELPFUL:
+        warnings.filterwarnings("ignore", message)
+        for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+            logging.getLogger(f"lightning.pytorch.{name}").addFilter(Without(message))
     CLI(
         LightningModule,
         LightningDataModule,

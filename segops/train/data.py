@@ -5,7 +5,7 @@ So a run that was interrupted, and one on more workers or ranks, sees what an un
 
 import os
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ class Samples(Dataset):
                 image, mask = self.augment(image, mask)
         image = normalize(image.float() / 255, self.kind)
         if not isinstance(target, torch.Tensor):
-                return image, target if key.scored else UNSCORED
+            return image, target if key.scored else UNSCORED
         return image, mask.long() if key.scored else torch.full(mask.shape, VOID)
 
     def read(self, index):
@@ -201,7 +201,7 @@ class SegmentationData(Data):
         self,
         dataset: Literal["camvid", "cityscapes", "folder", "synthetic", "voc"] = "synthetic",
         root: str | None = None,
-        options: dict | None = None,
+        options: dict[str, Any] | None = None,
         train_split: str = "train",
         val_split: str = "val",
         test_split: str | None = None,
@@ -248,7 +248,7 @@ class SegmentationData(Data):
         train, without = self.sets["train"], []
         if self.labelled < 1:
             order = np.random.default_rng((run_seed(), len(train))).permutation(len(train))
-            count = max(round(self.labelled * len(train)), 1)
+            count = min(max(round(self.labelled * len(train)), 1), len(train) - 1)
             self.sets["train"] = torch.utils.data.Subset(train, sorted(order[:count].tolist()))
             without.append(Masked(torch.utils.data.Subset(train, sorted(order[count:].tolist()))))
         if self.unlabelled is not None:
@@ -405,7 +405,10 @@ class RandomClasses(Dataset):
     def __init__(self, dataset, num_classes, share, seed):
         rng = np.random.default_rng((seed, len(dataset)))
         chosen = rng.permutation(len(dataset))[: round(share * len(dataset))]
-        self.dataset, self.classes = dataset, dict(zip(chosen.tolist(), rng.integers(num_classes, size=len(chosen)).tolist(), strict=True))
+        self.dataset, self.classes = (
+            dataset,
+            dict(zip(chosen.tolist(), rng.integers(num_classes, size=len(chosen)).tolist(), strict=True)),
+        )
 
     def __len__(self):
         return len(self.dataset)

@@ -10,6 +10,8 @@ from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode, functional
 
 import segops
+from segops.models import create_model
+from segops.models.checkpoints import load_state_dict
 
 from .._checks import positive_pair
 from .datasets import palette as voc_palette
@@ -34,7 +36,6 @@ def load_network(checkpoint_path, device="cpu"):
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read, is no checkpoint of `segops fit`, names a network that there is not, or has weights of
             another one (lists the first mismatches). Each names the file.
-        ImportError: timm is not installed.
     """
     path = Path(checkpoint_path)
     if not path.is_file():
@@ -49,9 +50,6 @@ def load_network(checkpoint_path, device="cpu"):
     missing = [key for key in INFO if key not in info]
     if missing:
         raise ValueError(f"{path} is no checkpoint of segops fit: its entry 'segops' lacks {', '.join(map(repr, missing))}")
-
-    from segops.models import create_model  # needs timm, which segops.train does not
-    from segops.models.checkpoints import load_state_dict
 
     try:
         check_kind(info["normalize"])
@@ -330,6 +328,12 @@ def overlay(image, classes, palette=None, opacity=0.6):
         raise ValueError(f"opacity must be in [0, 1]; got {opacity!r}")
     mixed = torch.lerp(image.float(), colourise(classes, palette).float(), opacity).round().byte()
     return mixed.where(classes != VOID, image)
+
+
+def comparison(image, mask, classes, loss, palette=None):
+    """Image, truth, prediction and loss side by side, uint8 (3, H, 4 W + 12): Yu, Fig. 4. Arguments as for `colourise` and `heat`."""
+    gap = torch.full((3, image.shape[1], 4), 255, dtype=torch.uint8)
+    return torch.cat([image, gap, colourise(mask, palette), gap, colourise(classes, palette), gap, heat(loss)], 2)
 
 
 def save_classes(path, classes, palette=None):

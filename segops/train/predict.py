@@ -7,11 +7,10 @@ import torch
 from tqdm import tqdm
 
 from .datasets import IMAGE_SUFFIXES, Segmentation
-from .inference import Predictor, colourise, first_line, heat, load_network, overlay, save_classes, save_image
+from .inference import Predictor, comparison, first_line, load_network, overlay, save_classes, save_image
 from .transforms import VOID
 
 KINDS = {"classes": "class maps", "overlay": "overlays", "loss": "loss images"}  # folders of DIR
-GAP = 4  # white pixels between the panels of a loss image
 
 
 def add_arguments(parser):
@@ -155,9 +154,7 @@ def _results(image, mask, kinds, predictor, palette):
         results = {"classes": predictor(image)}
     else:
         classes, loss = predictor.with_loss(image, mask)
-        gap = torch.full((3, image.shape[1], GAP), 255, dtype=torch.uint8)
-        panels = image, gap, colourise(mask, palette), gap, colourise(classes, palette), gap, heat(loss)
-        results = {"classes": classes, "loss": torch.cat(panels, 2)}
+        results = {"classes": classes, "loss": comparison(image, mask, classes, loss, palette)}
     if "overlay" in kinds:
         results["overlay"] = overlay(image, results["classes"], palette)
     return results

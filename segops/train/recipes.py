@@ -6,6 +6,7 @@ Each draws the random numbers of a training step (dropout) from the run's seed a
 import math
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import timm
 import torch
@@ -55,7 +56,9 @@ class Recipe(LightningModule):
         """Batches of the whole training, over which learning rates decay."""
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
-            raise ValueError("trainer.max_epochs or trainer.max_steps must be set: learning rates decay over the whole training")
+            raise ValueError(
+                "trainer.max_epochs or trainer.max_steps must be set: learning rates decay over the whole training"
+            )
         return steps if steps != self.trainer.max_steps else math.ceil(steps / self.optimizer_steps)
 
     def descend(self, optimizer, loss):
@@ -138,25 +141,32 @@ class Supervised(Segmentation):
         loss_options: of `SegmentationLoss`: aux_weight, reduction, class_weight (a list, or "median_frequency", SegNet's), kernel_size, gamma, ...
         optimizer: `Optimizer`, by default SGD with polynomial decay from 0.007.
         freeze_batch_norm: batch normalisation keeps its running statistics (default False): for batches too small for them, as DeepLab v2.
+        batch_norm_momentum: share of a batch in the running statistics, default PyTorch's 0.1; a decay of 0.9997 (DeepLab v3) is 0.0003.
     """
 
     def __init__(
         self,
         model: str = "pacnet",
-        options: dict | None = None,
+        options: dict[str, Any] | None = None,
         loss: str = "ce",
-        loss_options: dict | None = None,
+        loss_options: dict[str, Any] | None = None,
         optimizer: Optimizer | None = None,
         freeze_batch_norm: bool = False,
+        batch_norm_momentum: float | None = None,
     ):
         super().__init__(model, options, loss, loss_options, optimizer)
-        self.freeze_batch_norm = freeze_batch_norm
+        self.freeze_batch_norm, self.batch_norm_momentum = freeze_batch_norm, batch_norm_momentum
+
+    def make(self, data):
+        super().make(data)
+        if self.batch_norm_momentum is not None:
+            for module in batch_norms(self.model):
+                module.momentum = self.batch_norm_momentum
 
     def on_train_epoch_start(self):
         if self.freeze_batch_norm:
-            for module in self.model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+            for module in batch_norms(self.model):
+                module.eval()
 
     def training_step(self, batch, batch_idx):
         images, masks = batch["labelled"] if isinstance(batch, dict) else batch
@@ -177,12 +187,17 @@ class Classification(Recipe):
         optimizer: `Optimizer`.
     """
 
-    def __init__(self, model: str = "vgg19", options: dict | None = None, optimizer: Optimizer | None = None):
+    def __init__(self, model: str = "vgg19", options: dict[str, Any] | None = None, optimizer: Optimizer | None = None):
         super().__init__(model, options, optimizer)
 
     def make(self, data):
         if self.name in list_models():
-            self.model = ImageClassifier(create_model(self.name, data.num_classes, **self.options), data.num_classes)
+            network = create_model(self.name, data.num_classes, **self.options)
+            if hasattr(network, "class_logits"):
+                network.decoder, network.forward = None, network.class_logits
+            else:
+                network = ImageClassifier(network, data.num_classes)
+            self.model = network
         elif timm.is_model(self.name):
             self.model = timm.create_model(self.name, num_classes=data.num_classes, **self.options)
         else:
@@ -268,9 +283,9 @@ class Cooperative(Segmentation):
     def __init__(
         self,
         model: str = "jointseg",
-        options: dict | None = None,
+        options: dict[str, Any] | None = None,
         loss: str = "ce",
-        loss_options: dict | None = None,
+        loss_options: dict[str, Any] | None = None,
         optimizer: Optimizer | None = None,
         classifier_lr: float = 30.0,
     ):
@@ -286,8 +301,11 @@ class Cooperative(Segmentation):
         self.class_metrics = ClassificationMetrics(len(data.image_classes))
 
     def configure_optimizers(self):
-        segmenter, classifier = self.optimizer, replace(
-            self.optimizer, lr=self.classifier_lr * self.optimizer.lr, min_lr=self.classifier_lr * self.optimizer.min_lr
+        segmenter, classifier = (
+            self.optimizer,
+            replace(
+                self.optimizer, lr=self.classifier_lr * self.optimizer.lr, min_lr=self.classifier_lr * self.optimizer.min_lr
+            ),
         )
         built = [
             agent.build([self.model.encoder, own], self.iterations())
@@ -344,12 +362,12 @@ class Adversarial(Segmentation):
     def __init__(
         self,
         model: str = "deeplabv3plus",
-        options: dict | None = None,
+        options: dict[str, Any] | None = None,
         loss: str = "ce",
-        loss_options: dict | None = None,
+        loss_options: dict[str, Any] | None = None,
         optimizer: Optimizer | None = None,
         discriminator: str = "fcn_discriminator",
-        discriminator_options: dict | None = None,
+        discriminator_options: dict[str, Any] | None = None,
         discriminator_optimizer: Optimizer | None = None,
         lambda_labelled: float = 0.01,
         lambda_unlabelled: float = 0.001,
@@ -416,6 +434,10 @@ class Adversarial(Segmentation):
             self.descend(generator, self.lambda_unlabelled * adversarial)
         for schedule in self.lr_schedulers():
             schedule.step()
+
+
+def batch_norms(model):
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
 def class_map(logits, valid):

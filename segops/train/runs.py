@@ -89,9 +89,7 @@ def summary(trainer, module, split):
     """The figures of the last evaluation, as text."""
     prefix = f"{split}/"
     values = {
-        name.removeprefix(prefix): value.item()
-        for name, value in trainer.callback_metrics.items()
-        if name.startswith(prefix)
+        name.removeprefix(prefix): value.item() for name, value in trainer.callback_metrics.items() if name.startswith(prefix)
     }
     lines = []
     if "iou_macro" in values:

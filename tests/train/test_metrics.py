@@ -1,9 +1,12 @@
-"""Confusion matrix, IoU and trimap against what can be counted by hand."""
+"""Confusion matrix, figures and trimap against what can be counted by hand."""
+
+import math
 
 import pytest
 import torch
 
-from segops.train import boundary_mask, confusion_matrix, iou
+from segops.train import SegmentationMetrics, boundary_mask, confusion_matrix, iou, scores
+from segops.train.metrics import PER_CLASS, micro_scores, table
 
 
 def test_confusion_and_iou():
@@ -51,3 +54,161 @@ def test_boundary_mask_against_every_pair_of_pixels():
         near = labels[0, max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2]
         expected = labels[0, y, x] != 255 and ((near != 255) & (near != labels[0, y, x])).any()
         assert boundary_mask(coarse, 3, 1)[0, y, x] == expected
+
+
+def maps(num_classes=5, void=0.1, size=(3, 10, 14), shown=None):
+    """Random predictions, and labels that agree with half of them; classes of `shown` alone."""
+    classes = torch.arange(num_classes) if shown is None else torch.tensor(shown)
+    predicted, labels = (classes[torch.randint(0, len(classes), size)] for _ in range(2))
+    labels = labels.where(torch.rand(size) < 0.5, predicted)
+    return predicted, labels.where(torch.rand(size) >= void, 255)
+
+
+def counts(predicted, labels, index):
+    """(hits, false alarms, misses, the rest) of one class, pixel by pixel."""
+    pairs = [
+        (p == index, t == index)
+        for p, t in zip(predicted.flatten().tolist(), labels.flatten().tolist(), strict=True)
+        if t != 255
+    ]
+    return [pairs.count(kind) for kind in ((True, True), (True, False), (False, True), (False, False))]
+
+
+def figures(tp, fp, fn, tn):
+    def ratio(numerator, denominator):
+        return numerator / denominator if denominator else 0.0
+
+    return {
+        "iou": ratio(tp, tp + fp + fn),
+        "f1": ratio(2 * tp, 2 * tp + fp + fn),
+        "precision": ratio(tp, tp + fp),
+        "sensitivity": ratio(tp, tp + fn),
+        "specificity": tn / (tn + fp) if tn + fp else math.nan,
+        "accuracy": ratio(tp + tn, tp + fp + fn + tn),
+    }
+
+
+@pytest.mark.parametrize("shown", [None, [0, 2, 4], [3, 4], [1]])
+@pytest.mark.parametrize("void", [0.0, 0.3])
+def test_scores_against_every_pixel(shown, void):
+    predicted, labels = maps(void=void, shown=shown)
+    confusion = confusion_matrix(predicted, labels, 5)
+    found, summed = scores(confusion), [0] * 4
+    assert tuple(found) == PER_CLASS and all(values.dtype == torch.float64 for values in found.values())
+    for index in range(5):
+        cells = counts(predicted, labels, index)
+        summed = [a + b for a, b in zip(summed, cells, strict=True)]
+        for name, value in figures(*cells).items():
+            expected = value if shown is None or index in shown else math.nan
+            assert found[name][index].item() == pytest.approx(expected, nan_ok=True), (name, index)
+    assert {name: value.item() for name, value in micro_scores(confusion).items()} == pytest.approx(figures(*summed))
+
+
+def test_a_class_never_predicted_and_one_never_there():
+    """Class 1 is never predicted, class 2 never there, class 3 neither."""
+    labels = torch.tensor([[0, 0, 0, 1, 1, 255]])
+    predicted = torch.tensor([[0, 0, 2, 0, 2, 1]])
+    found = {name: values.tolist() for name, values in scores(confusion_matrix(predicted, labels, 4)).items()}
+    assert found["precision"][:3] == pytest.approx([2 / 3, 0, 0]) and found["sensitivity"][:3] == pytest.approx([2 / 3, 0, 0])
+    assert found["iou"][:3] == pytest.approx([1 / 2, 0, 0]) and found["f1"][:3] == pytest.approx([2 / 3, 0, 0])
+    assert found["specificity"][:3] == pytest.approx([1 / 2, 1, 3 / 5]) and found["accuracy"][:3] == pytest.approx(
+        [3 / 5, 3 / 5, 3 / 5]
+    )
+    assert all(math.isnan(values[3]) for values in found.values())
+
+
+def test_one_class_alone():
+    found = scores(torch.tensor([[7, 0], [0, 0]]))
+    assert [found[name][0].item() for name in PER_CLASS if name != "specificity"] == [1.0] * 5
+    assert found["specificity"][0].isnan() and all(values[1].isnan() for values in found.values())
+
+
+def test_nothing_at_all():
+    empty = torch.zeros(3, 3, dtype=torch.long)
+    assert all(values.isnan().all() for values in scores(empty).values())
+    assert all(value.isnan() for value in micro_scores(empty).values())
+
+
+def test_large_counts_are_exact():
+    """Beyond float32's integers: one pixel in 2^40."""
+    confusion = torch.tensor([[2**40, 1], [0, 2**40]])
+    assert 1 - scores(confusion)["precision"][1].item() == pytest.approx(2.0**-40, rel=1e-3)
+
+
+NAMES = ["pixel_accuracy", *(f"{name}_{kind}" for name in PER_CLASS for kind in ("macro", "micro")), "boundary_iou_macro"]
+
+
+def test_metrics_of_batches_are_those_of_all():
+    predicted, labels = maps(size=(6, 20, 24))
+    whole, parts = SegmentationMetrics(5), SegmentationMetrics(5)
+    whole.update(predicted, labels)
+    for chosen in (slice(0, 1), slice(1, 3), slice(3, 6)):
+        parts.update(predicted[chosen], labels[chosen].byte())
+    assert sorted(whole.compute()) == sorted(NAMES)
+    assert all(torch.equal(whole.compute()[name], parts.compute()[name]) for name in NAMES)
+    assert all(torch.equal(value, parts.per_class()[name]) for name, value in whole.per_class().items())
+    parts.reset()
+    parts.update(predicted[:1], predicted[:1])
+    assert parts.compute()["iou_macro"] == 1 and parts.confusion.sum() == 20 * 24
+
+
+def test_metrics_against_scores():
+    predicted, labels = maps(shown=[0, 1, 4])
+    metrics = SegmentationMetrics(5, radius=1)
+    metrics.update(predicted, labels)
+    values, confusion = metrics.compute(), confusion_matrix(predicted, labels, 5)
+    valid = labels != 255
+    assert values["pixel_accuracy"].item() == pytest.approx((predicted == labels)[valid].double().mean().item())
+    for name in PER_CLASS:
+        assert values[f"{name}_macro"].item() == pytest.approx(scores(confusion)[name][[0, 1, 4]].mean().item())
+        assert values[f"{name}_micro"] == micro_scores(confusion)[name]
+        assert torch.equal(metrics.per_class()[name].nan_to_num(-1), scores(confusion)[name].nan_to_num(-1))
+    near = labels.where(boundary_mask(labels, 5, 1), 255)
+    boundary = iou(confusion_matrix(predicted, near, 5))
+    assert values["boundary_iou_macro"] == boundary.nanmean()
+    assert torch.equal(metrics.per_class()["boundary_iou"].nan_to_num(-1), boundary.nan_to_num(-1))
+    assert all(value.dtype == torch.float64 and value.shape == () for value in values.values())
+
+
+@pytest.mark.parametrize("radius", [1, 3])
+def test_boundary_iou(radius):
+    """An edge that is one column off: right of the band's 2 radius columns but one."""
+    labels, predicted = torch.zeros(2, 1, 12, 20, dtype=torch.long).unbind()
+    labels[:, :, 10:], predicted[:, :, 11:] = 1, 1
+    metrics = SegmentationMetrics(2, radius)
+    metrics.update(predicted, labels)
+    expected = [radius / (radius + 1), (radius - 1) / radius]
+    assert metrics.per_class()["boundary_iou"].tolist() == pytest.approx(expected)
+    assert metrics.compute()["iou_macro"].item() == pytest.approx((10 / 11 + 9 / 10) / 2)
+    metrics = SegmentationMetrics(2, radius)
+    metrics.update(predicted[:, :, :5], labels[:, :, :5])
+    assert metrics.compute()["boundary_iou_macro"].isnan() and metrics.compute()["iou_macro"] == 1
+
+
+def test_ignored_pixels_never_count():
+    predicted, labels = maps(void=0.3)
+    results = []
+    for other in (predicted, predicted.where(labels != 255, (predicted + 1) % 5)):
+        metrics = SegmentationMetrics(5)
+        metrics.update(other, labels)
+        results.append((metrics.compute(), metrics.confusion.sum().item()))
+    assert results[0] == results[1] and results[0][1] == (labels != 255).sum()
+    metrics = SegmentationMetrics(5)
+    metrics.update(predicted, torch.full_like(labels, 255))
+    assert all(value.isnan() for value in metrics.compute().values())
+
+
+def test_table():
+    predicted, labels = maps(3, shown=[0, 2])
+    metrics = SegmentationMetrics(3)
+    metrics.update(predicted, labels)
+    summary, per_class = metrics.compute(), metrics.per_class()
+    lines = table(summary, per_class, ["sky", "a long name of a class", "road"]).splitlines()
+    assert lines[0].split() == [*PER_CLASS, "boundary_iou"]
+    assert len({len(line) for line in lines[:6]}) == 1
+    assert lines[1].split() == ["sky", *(f"{per_class[name][0]:.4f}" for name in (*PER_CLASS, "boundary_iou"))]
+    assert lines[2].startswith("a long name of a class") and lines[2].split()[-7:] == ["-"] * 7
+    assert lines[4].split() == ["macro", *(f"{summary[f'{name}_macro']:.4f}" for name in (*PER_CLASS, "boundary_iou"))]
+    assert lines[5].split() == ["micro", *(f"{summary[f'{name}_micro']:.4f}" for name in PER_CLASS), "-"]
+    assert lines[6].split() == ["pixel", "accuracy", "(micro)", f"{summary['pixel_accuracy']:.4f}"]
+    assert "macro: mean over the classes that occur" in lines[7] and "micro: of sums over classes" in lines[7]

@@ -1,7 +1,9 @@
 """Runs: what a resumed run, one killed by SIGKILL, and one on two processes come to is what an undisturbed one comes to, bit by bit where that can be."""
 
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from segops.train import runs
 from segops.train.cli import main
+from segops.train.files import write_whole
+from segops.train.runs import WholeCheckpoints
 
 TINY = [
     "--trainer.accelerator=cpu",
@@ -119,3 +122,102 @@ def test_resumed_from_the_last_step_of_an_epoch(tmp_path, every, interrupt):
     patched.undo()
     fit(tmp_path / "parts", *UNET, "--ckpt_path=last")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def command(folder, *arguments):
+    return [sys.executable, "-m", "segops", "fit", f"--trainer.default_root_dir={folder}", *TINY, *arguments]
+
+
+def test_killed_and_resumed(tmp_path):
+    """SIGKILL somewhere in the second epoch or later."""
+    fit(tmp_path / "whole", *UNET)
+    with subprocess.Popen(
+        command(tmp_path / "parts", *UNET, "--checkpoint_every=1"), env=os.environ | {"OMP_NUM_THREADS": "1"}
+    ) as run:
+        results_file = tmp_path / "parts" / "results.json"
+        while not results_file.exists():
+            assert run.poll() is None
+            time.sleep(0.005)
+        run.send_signal(signal.SIGKILL)
+    assert run.returncode == -signal.SIGKILL
+    assert load(tmp_path / "parts")["global_step"] < 15
+    fit(tmp_path / "parts", *UNET, "--ckpt_path=last")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+# No dropout, and batch normalisation that keeps its statistics: what two processes can do as one does.
+FROZEN = [*PACNET, "--model.freeze_batch_norm=true", "--data.options.val=5", "--data.eval_batch_size=2"]
+
+
+@pytest.mark.parametrize("void", [False, True], ids=["full", "void"])
+def test_two_processes_are_as_one(tmp_path, void):
+    """The same loss, weights and figures, although the ranks' shares of the valid pixels and of the validation images differ."""
+    # Images that augmentation pads have fewer valid pixels.
+    size = ["--data.augment.crop=[48, 48]"] if void else []
+    fit(tmp_path / "one", *FROZEN, *size, "--data.batch_size=4")
+    two = [*FROZEN, *size, "--data.batch_size=2", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    run = subprocess.run(
+        command(tmp_path / "two", *two), env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    one, two = (load(tmp_path / name)["state_dict"] for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert torch.allclose(value.double(), two[name].double(), rtol=1e-4, atol=1e-5), name
+    epochs = [results(tmp_path / name)["epochs"] for name in ("one", "two")]
+    for ours, theirs in zip(*epochs, strict=True):
+        for name, value in ours.items():
+            if name != "train/loss":  # of a rank
+                assert theirs[name] == pytest.approx(value, abs=2e-3), name
+
+
+def test_a_run_is_not_written_over(tmp_path):
+    fit(tmp_path, *UNET, "--trainer.max_epochs=1")
+    before = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()
+    with pytest.raises(FileExistsError, match=re.escape(f"{tmp_path} holds a run already: go on with --ckpt_path last")):
+        fit(tmp_path, *UNET, "--trainer.max_epochs=1")
+    assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == before
+    with pytest.raises(FileNotFoundError, match=r"--ckpt_path last: there is no .*last\.ckpt"):
+        fit(tmp_path / "other", *UNET, "--ckpt_path=last")
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    fit(tmp_path, *UNET, "--trainer.max_epochs=1")
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=re.escape(f"{path} cannot be read as a checkpoint")):
+        fit(tmp_path, *UNET, "--ckpt_path=last")
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    plugin, path = WholeCheckpoints(), tmp_path / "last.ckpt"
+    plugin.save_checkpoint({"step": 1}, path)
+
+    def full(checkpoint, file):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        plugin.save_checkpoint({"step": 2}, path)
+    assert plugin.load_checkpoint(path) == {"step": 1} and [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_what_is_written_replaces_only_when_whole(tmp_path):
+    path = tmp_path / "folder" / "results.json"
+    write_whole(path, lambda file: file.write(b"one"))
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, lambda file: file.write(b"two") and (_ for _ in ()).throw(KeyboardInterrupt))
+    assert path.read_bytes() == b"one" and len(list(path.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_evaluation_of_a_checkpoint(tmp_path, command, capsys):
+    fit(tmp_path, *UNET, "--trainer.max_epochs=1")
+    figures = results(tmp_path)["epochs"][-1]
+    capsys.readouterr()
+    split = {"validate": "val", "test": "test"}[command]
+    arguments = [*TINY, *UNET, f"--ckpt_path={tmp_path}/checkpoints/last.ckpt", "--data.test_split=val"]
+    main([command, *arguments])
+    printed = capsys.readouterr().out
+    assert f"{figures['val/iou_macro']:.4f}" in printed and "macro: mean over the classes that occur" in printed, split

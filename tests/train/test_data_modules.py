@@ -1,0 +1,505 @@
+"""Streams and loaders: what is read, in which order, on which rank, whatever the workers; and the splits of the data modules."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from segops.train import Augment, ClassificationData, CooperativeData, SegmentationData
+from segops.train.data import UNSCORED, Key, Masked, Once, RandomClasses, Samples, Stream, collate
+from segops.train.transforms import VOID
+
+CAMVID = Path(__file__).parents[3] / "shared" / "data" / "camvid"
+SCENES = {"train": 10, "val": 3, "size": (16, 24)}
+
+
+def trained(data, done=0, rank=0, world=1, stage="fit"):
+    """A data module that is set up, of a trainer that has done some batches."""
+    progress = SimpleNamespace(total=SimpleNamespace(processed=done))
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world, fit_loop=loop)
+    data.setup(stage)
+    return data
+
+
+@pytest.fixture(autouse=True)
+def seed(monkeypatch):
+    """Sets the run's seed, as `seed_everything` does."""
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    return lambda value: monkeypatch.setenv("PL_GLOBAL_SEED", str(value))
+
+
+@pytest.fixture
+def table(tmp_path):
+    """20 images of five classes, told apart by red, with a split each."""
+    (tmp_path / "train").mkdir()
+    lines = ["image,level,split"]
+    for index in range(20):
+        Image.new("RGB", (12, 8), (10 * index, 0, 0)).save(tmp_path / f"train/{index}.png")
+        lines.append(f"{index},{index % 5},{'val' if index < 6 else 'train'}")
+    (tmp_path / "trainLabels.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def red(images):
+    """Which images of the table these are, where normalize is "none"."""
+    return (images[:, 0, 0, 0] * 25.5).round().int().tolist()
+
+
+def keys(stream):
+    return [key for batch in stream for key in batch]
+
+
+@pytest.mark.parametrize(("length", "batch_size"), [(10, 3), (10, 5), (4, 9), (1, 2)])
+def test_stream_is_one_shuffling_after_another(length, batch_size):
+    stream = Stream(length, batch_size, 40, lambda: 0, 7, 0, 1)
+    batches = list(stream)
+    assert len(stream) == len(batches) == 40 and all(len(batch) == batch_size for batch in batches)
+    drawn = keys(stream)
+    assert drawn == keys(batches) and [key.place for key in drawn] == list(range(40 * batch_size))
+    passes = [tuple(key.index for key in drawn[start : start + length]) for start in range(0, len(drawn) - length + 1, length)]
+    assert all(sorted(shuffling) == list(range(length)) for shuffling in passes)
+    assert length < 9 or len(set(passes)) == len(passes)
+    assert length < 9 or keys(Stream(length, batch_size, 40, lambda: 0, 8, 0, 1)) != drawn
+    assert all(key.scored for key in drawn)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_together_are_one_process(world):
+    whole = list(Stream(11, 6, 5, lambda: 2, 7, 0, 1))
+    parts = [list(Stream(11, 6 // world, 5, lambda: 2, 7, rank, world)) for rank in range(world)]
+    assert [keys(step) for step in zip(*parts, strict=True)] == whole
+
+
+@pytest.mark.parametrize("done", [1, 4, 5, 23])
+def test_stream_goes_on_at_any_step(done):
+    """The number of batches done is asked for when an epoch begins, not before."""
+    whole, steps = list(Stream(11, 3, 40, lambda: 0, 7, 0, 1)), [0]
+    stream = Stream(11, 3, 5, lambda: steps[0], 7, 0, 1)
+    assert list(stream) == whole[:5]
+    steps[0] = done
+    assert list(stream) == whole[done : done + 5]
+
+
+@pytest.mark.parametrize(("length", "world"), [(10, 1), (10, 2), (10, 3), (2, 4), (12, 4), (1, 1)])
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_once(length, world, batch_size):
+    ranks = [Once(length, batch_size, rank, world) for rank in range(world)]
+    assert len({len(rank) for rank in ranks}) == 1
+    assert all(len(rank) == len(list(rank)) for rank in ranks)
+    assert all([len(batch) for batch in rank] == [len(batch) for batch in ranks[0]] for rank in ranks)
+    drawn = [key for rank in ranks for key in keys(rank)]
+    assert sorted(key.index for key in drawn if key.scored) == list(range(length))
+    assert len(drawn) == -(-length // world) * world and all(key.place is None for key in drawn)
+
+
+def test_what_is_not_scored(table):
+    scenes = trained(SegmentationData(options=SCENES, batch_size=2))
+    samples = scenes.samples(scenes.sets["val"], False)
+    image, mask = samples[Key(1, None)]
+    same, void = samples[Key(1, None, False)]
+    assert torch.equal(image, same) and mask.dtype == void.dtype == torch.int64 and mask.shape == void.shape
+    assert (void == VOID).all() and (mask != VOID).all()
+    images = trained(ClassificationData(str(table), split_column="split"))
+    samples = images.samples(images.sets["val"], False)
+    assert samples[Key(3, None)][1] == 3 and samples[Key(3, None, False)][1] == UNSCORED
+
+
+def test_evaluation_on_ranks_scores_every_image_once(table):
+    seen, batches = [], []
+    for rank in range(4):
+        data = ClassificationData(str(table), split_column="split", normalize="none", eval_batch_size=2)
+        loader = trained(data, rank=rank, world=4).val_dataloader()
+        drawn = list(loader)
+        batches.append(len(drawn))
+        seen += [name for images, classes in drawn for name, c in zip(red(images), classes, strict=True) if c != UNSCORED]
+        assert len(loader) == len(drawn)
+    assert sorted(seen) == list(range(6)) and len(set(batches)) == 1
+
+
+RANDOM = Augment(scale=(0.5, 2.0, 0.25), crop=(12, 12), rotate=10, brightness=0.3)
+
+
+def batches_of(data, **where):
+    return [batch for batch in trained(data, **where).train_dataloader()]
+
+
+def assert_batches(one, other):
+    assert len(one) == len(other)
+    for (images, masks), (others, other_masks) in zip(one, other, strict=True):
+        assert torch.equal(images, others) and torch.equal(masks, other_masks)
+
+
+def scenes(**settings):
+    return SegmentationData(**{"options": SCENES, "augment": RANDOM, "batch_size": 4} | settings)
+
+
+def test_augmentation_depends_on_seed_and_place_alone(seed):
+    expected = batches_of(scenes())
+    assert len(expected) == 2
+    torch.manual_seed(1)
+    assert_batches(batches_of(scenes()), expected)
+    assert_batches(batches_of(scenes(cache=True)), expected)
+    seed(5)
+    assert not torch.equal(batches_of(scenes())[0][0], expected[0][0])
+
+
+def test_augmentation_leaves_the_process_its_random_numbers():
+    data = trained(scenes())
+    samples, state = data.samples(data.sets["train"], True), torch.get_rng_state()
+    samples[Key(0, 0)]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_workers_change_nothing():
+    expected = batches_of(scenes())
+    loader = trained(scenes(workers=2, cache=True)).train_dataloader()
+    assert_batches(list(loader), expected)
+    assert_batches(list(loader), expected)  # now from the cache
+
+
+def test_batches_of_ranks_and_of_a_later_start():
+    expected = batches_of(scenes())
+    halves = [batches_of(scenes(batch_size=2), rank=rank, world=2) for rank in range(2)]
+    joined = [tuple(map(torch.cat, zip(*parts, strict=True))) for parts in zip(*halves, strict=True)]
+    assert_batches(joined, expected)
+    assert_batches(batches_of(scenes(), done=1)[:1], expected[1:])
+
+
+def test_the_same_image_is_augmented_anew_in_every_pass():
+    data = trained(scenes(options=SCENES | {"train": 1}, batch_size=8))
+    images, _ = next(iter(data.train_dataloader()))
+    assert len({image.sum().item() for image in images}) == 8
+
+
+@pytest.mark.parametrize("augment", [None, RANDOM])
+def test_a_cache_stays_as_it_was_read(augment):
+    class Counted(torch.utils.data.Dataset):
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            return torch.full((3, 20, 30), index, dtype=torch.uint8), torch.full((20, 30), index, dtype=torch.uint8)
+
+    dataset = Counted()
+    samples = Samples(dataset, (10, 12), augment, "imagenet", True, 0)
+    for place in range(6):
+        samples[Key(place % 2, place)]
+    assert dataset.reads == 2
+    for index in range(2):
+        image, mask = samples.read(index)
+        assert image.shape == (3, 10, 12) and mask.shape == (10, 12) and image.dtype == mask.dtype == torch.uint8
+        assert (image == index).all() and (mask == index).all()
+
+
+def test_batches():
+    data = trained(scenes(augment=Augment(horizontal_flip=0), normalize="none", resize=(8, 10), batch_size=3))
+    loader = data.train_dataloader()
+    images, masks = next(iter(loader))
+    assert len(loader) == 3 and images.shape == (3, 3, 8, 10) and masks.shape == (3, 8, 10)
+    assert images.dtype == torch.float32 and masks.dtype == torch.int64 and 0 <= images.min() and 0.2 < images.max() <= 1
+    first = data.samples(data.sets["train"], False)
+    order = [key.index for key in next(iter(loader.batch_sampler))]
+    assert torch.equal(images, torch.stack([first[Key(index, None)][0] for index in order]))
+    assert (images.max() * 255).item() == pytest.approx(round((images.max() * 255).item()), abs=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "mean"), [("imagenet", None), ("per_image", 0.0), ("none", None)])
+def test_normalize(kind, mean):
+    plain, _ = batches_of(scenes(normalize="none"))[0]
+    images, _ = batches_of(scenes(normalize=kind))[0]
+    if kind == "imagenet":
+        scale, shift = (torch.tensor(values).view(3, 1, 1) for values in ((0.229, 0.224, 0.225), (0.485, 0.456, 0.406)))
+        torch.testing.assert_close(images, (plain - shift) / scale)
+    else:
+        assert torch.equal(images, plain) == (kind == "none")
+    assert mean is None or images.mean((1, 2, 3)).abs().max() < 1e-5
+
+
+def test_evaluation_is_without_augmentation():
+    data = trained(scenes(normalize="none", eval_batch_size=2))
+    batches = list(data.val_dataloader())
+    assert [len(images) for images, _ in batches] == [2, 1]
+    images, masks = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    for index, (image, mask) in enumerate(data.sets["val"]):
+        assert torch.equal((images[index] * 255).round().byte(), image) and torch.equal(masks[index], mask.long())
+
+
+def test_collate():
+    image, other = torch.zeros(3, 4, 5), torch.zeros(3, 5, 4)
+    message = "images of one batch must have one size; got 4x5 and 5x4: set resize or augment.crop, or eval_batch_size to 1"
+    with pytest.raises(ValueError, match=message):
+        collate([(image, 1), (other, 2)])
+    images, classes = collate([(image, 1), (image, UNSCORED)])
+    assert images.shape == (2, 3, 4, 5) and classes.tolist() == [1, UNSCORED] and classes.dtype == torch.int64
+    images, masks = collate([(image, image[0].long())] * 3)
+    assert images.shape == (3, 3, 4, 5) and masks.shape == (3, 4, 5) and masks.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dataset": "coco"}, "dataset must be one of 'camvid', 'cityscapes', 'folder', 'synthetic', 'voc'; got 'coco'"),
+        ({"dataset": "voc"}, "root must be a folder for dataset 'voc'; got None"),
+        ({"root": "somewhere"}, "root must be left out for dataset 'synthetic'; got 'somewhere'"),
+        ({"labelled": 0}, "labelled must be a share, above 0 and at most 1; got 0"),
+        ({"labelled": 1.1}, "labelled must be a share"),
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"eval_batch_size": 0}, "eval_batch_size must be at least 1; got 0"),
+        ({"resize": (0, 4)}, r"resize must be two positive sizes \(height, width\); got \(0, 4\)"),
+        ({"normalize": "tanh"}, "normalize must be one of"),
+    ],
+)
+def test_segmentation_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SegmentationData(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"options": {"scenes": 3}}, "options of dataset 'synthetic': .*scenes"),
+        ({"train_split": "training"}, "split must be 'train', 'val' or 'test'; got 'training'"),
+        ({"dataset": "folder", "root": ".", "options": {"sbd": "x"}}, "options of dataset 'folder': .*sbd"),
+    ],
+)
+def test_options(settings, message):
+    with pytest.raises(ValueError, match=message):
+        trained(SegmentationData(**settings))
+
+
+def test_stages_open_what_they_need():
+    data = trained(scenes())
+    assert set(data.sets) == {"train", "val"} and data.num_classes == len(data.classes) == len(data.palette) == 7
+    assert len(data.sets["train"]) == 10 and len(data.sets["val"]) == 3
+    assert set(trained(scenes(), stage="validate").sets) == {"val"}
+    data = trained(scenes(train_split="val", test_split="train"), stage="test")
+    assert set(data.sets) == {"test"} and len(list(data.test_dataloader())) == 10
+    assert len(list(trained(scenes(), stage="test").test_dataloader())) == 3
+    splits = [trained(scenes(test_split=split), stage="test").sets["test"][0][0] for split in ("train", "val", "test")]
+    assert not any(torch.equal(splits[i], splits[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def chosen(data):
+    """(labelled, unlabelled) indices."""
+    unlabelled = data.sets["unlabelled"].datasets[0]
+    assert isinstance(unlabelled, Masked)
+    return data.sets["train"].indices, unlabelled.dataset.indices
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.01, 1), (0.3, 3), (0.5, 5), (0.9, 9)])
+def test_labelled(share, count, seed):
+    labelled, unlabelled = chosen(trained(scenes(labelled=share)))
+    assert len(labelled) == count and sorted([*labelled, *unlabelled]) == list(range(10))
+    assert chosen(trained(scenes(labelled=share))) == (labelled, unlabelled)
+    others = set()
+    for value in range(1, 6):
+        seed(value)
+        others.add(tuple(chosen(trained(scenes(labelled=share)))[0]))
+    assert len(others) > 1
+
+
+def test_labelled_all_but_nothing():
+    """A share that rounds to all images leaves no unlabelled stream."""
+    data = trained(scenes(labelled=0.9, options=SCENES | {"train": 3}, batch_size=1))
+    assert len(data.sets["train"]) == 3
+    batches = list(data.train_dataloader())
+    assert len(batches) == 3 and not isinstance(batches[0], dict)
+
+
+def reds_of(images):
+    return {value for value in (images[:, 0].amax((1, 2)) * 255).round().int().tolist()}
+
+
+def test_unlabelled_stream(tmp_path):
+    for index in range(4):
+        Image.new("RGB", (24, 16), (index + 1, 0, 0)).save(tmp_path / f"{index}.png")
+    plain = {"normalize": "none", "augment": Augment(), "batch_size": 5}
+    data = trained(scenes(labelled=0.5, unlabelled=str(tmp_path), **plain))
+    assert len(data.sets["train"]) == 5 and len(data.sets["unlabelled"]) == 9
+    loaders = data.train_dataloader()
+    assert set(loaders) == {"labelled", "unlabelled"} and len(loaders["labelled"]) == len(loaders["unlabelled"]) == 1
+    images, masks = next(iter(loaders["labelled"]))
+    assert images.shape == (5, 3, 16, 24) and (masks != VOID).all()
+    images, masks = next(iter(loaders["unlabelled"]))
+    assert images.shape == (5, 3, 16, 24) and masks.shape == (5, 16, 24) and (masks == VOID).all()
+    all_files = trained(scenes(unlabelled=str(tmp_path), **plain))
+    assert len(all_files.sets["train"]) == 10
+    loaders = all_files.train_dataloader()
+    assert len(loaders["unlabelled"]) == 2
+    assert reds_of(torch.cat([images for images, _ in loaders["unlabelled"]])) == {1, 2, 3, 4}
+
+
+def test_the_streams_of_an_epoch_differ():
+    data = trained(scenes(labelled=0.5))
+    orders = [[key.index for key in keys(loader.batch_sampler)] for loader in data.train_dataloader().values()]
+    longer = [
+        [key.index for key in keys(data.stream(data.samples(data.sets["train"], True), 5, 9, n).batch_sampler)] for n in (0, 1)
+    ]
+    assert len(orders[0]) == len(orders[1]) and longer[0] != longer[1]
+
+
+def test_masks_are_hidden_from_the_unlabelled():
+    data = trained(scenes(labelled=0.5))
+    hidden = data.sets["unlabelled"]
+    assert all((mask == VOID).all() and mask.dtype == torch.uint8 for _, mask in (hidden[i] for i in range(len(hidden))))
+    whole = trained(scenes()).sets["train"]
+    assert torch.equal(hidden[0][0], whole[chosen(data)[1][0]][0])
+
+
+def test_an_epoch_is_one_pass_on_all_ranks():
+    assert len(trained(scenes(batch_size=3)).train_dataloader()) == 3
+    assert len(trained(scenes(batch_size=3), world=2).train_dataloader()) == 1
+    assert len(trained(scenes(batch_size=30)).train_dataloader()) == 1
+
+
+def write_folder(root, masks):
+    for name in ("images", "masks"):
+        (root / name).mkdir()
+    for index, mask in enumerate(masks):
+        mask = np.array(mask, dtype=np.uint8)
+        Image.fromarray(mask).save(root / f"masks/{index}.png")
+        Image.fromarray(np.zeros((*mask.shape, 3), dtype=np.uint8)).save(root / f"images/{index}.png")
+
+
+def test_median_frequency(tmp_path):
+    """By hand: class 0 has 6 of the 12 pixels of its images, void included, class 1 has 3 of 12, class 2 has 1 of 6, class 3 none."""
+    write_folder(tmp_path, [[[0, 0, 0], [0, 1, 1]], [[0, 0, 1], [2, 255, 255]]])
+    data = trained(SegmentationData("folder", str(tmp_path), {"num_classes": 4}, train_split=None, val_split=None))
+    weights = data.median_frequency()
+    assert weights == pytest.approx([0.5, 1.0, 1.5, 0.0]) and all(isinstance(weight, float) for weight in weights)
+
+
+def test_median_frequency_is_of_what_training_sees(tmp_path):
+    write_folder(tmp_path, [[[0] * 4 + [1] * 4] * 4 for _ in range(3)] + [[[2] * 8] * 4])
+    settings = {"train_split": None, "val_split": None, "options": {"num_classes": 3}}
+    small = trained(SegmentationData("folder", str(tmp_path), resize=(2, 4), **settings))
+    assert small.median_frequency() == pytest.approx([1.0, 1.0, 0.5])
+    data = trained(SegmentationData("folder", str(tmp_path), labelled=0.25, **settings))
+    shown = data.sets["train"][0][1].unique().tolist()
+    assert data.median_frequency() == pytest.approx([1.0 if index in shown else 0.0 for index in range(3)])
+
+
+@pytest.mark.skipif(not CAMVID.exists(), reason="shared/data/camvid is not beside the checkout")
+def test_median_frequency_of_camvid():
+    data = trained(SegmentationData("camvid", str(CAMVID)))
+    expected = [0.2793, 0.2017, 4.7865, 0.1490, 1.0000, 0.4217, 3.8467, 1.9736, 0.7889, 6.3747, 8.8587]
+    assert [round(weight, 4) for weight in data.median_frequency()] == expected
+
+
+def test_descriptions(table):
+    data = trained(scenes(resize=(8, 10), normalize="per_image"))
+    description = data.description()
+    assert description["classes"][:2] == ["background", "disc"] and description["palette"][0] == [90, 110, 130]
+    assert description["normalize"] == "per_image" and description["resize"] == [8, 10]
+    classes = trained(ClassificationData(str(table)))
+    assert classes.description() == {"image_classes": list("01234"), "normalize": "imagenet", "resize": None}
+
+
+def names(dataset):
+    """Which images of the table a part holds."""
+    return [round(dataset[index][0][0].float().mean().item() / 10) for index in range(len(dataset))]
+
+
+def test_split_column(table):
+    data = trained(ClassificationData(str(table), split_column="split", normalize="none", batch_size=4))
+    assert data.num_classes == 5 and data.classes == tuple("01234")
+    assert names(data.sets["val"]) == list(range(6)) and names(data.sets["train"]) == list(range(6, 20))
+    loader = data.train_dataloader()
+    assert len(loader) == 3
+    for images, classes in loader:
+        assert images.shape == (4, 3, 8, 12) and classes.tolist() == [name % 5 for name in red(images)]
+    swapped = {"split_column": "split", "train_split": "val", "val_split": "train"}
+    assert names(trained(ClassificationData(str(table), **swapped)).sets["train"]) == list(range(6))
+
+
+def test_val_share(table, seed):
+    data = trained(ClassificationData(str(table), val_share=0.3))
+    train, val = names(data.sets["train"]), names(data.sets["val"])
+    assert len(val) == 6 and sorted(train + val) == list(range(20)) and val != list(range(6))
+    seed(9)
+    assert names(trained(ClassificationData(str(table), val_share=0.3)).sets["val"]) == val
+    for share, split in ((0.0, "val"), (1.0, "train")):
+        with pytest.raises(ValueError, match=f"val_share leaves no image to {split}; got {share}"):
+            trained(ClassificationData(str(table), val_share=share))
+
+
+@pytest.mark.parametrize("name", ["val_share", "random_classes"])
+@pytest.mark.parametrize("value", [-0.1, 1.1])
+def test_shares(table, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a share, at least 0 and at most 1; got {value}"):
+        ClassificationData(str(table), **{name: value})
+
+
+def test_random_classes(table, seed):
+    """Of 14 training images 80 % get one by chance, the same one in every epoch; those of validation keep theirs."""
+    data = trained(ClassificationData(str(table), split_column="split", random_classes=0.8, normalize="none", batch_size=7))
+    assert [target for _, target in (data.sets["val"][index] for index in range(6))] == [0, 1, 2, 3, 4, 0]
+    train = data.sets["train"]
+    targets = [train[index][1] for index in range(14)]
+    assert len(train.classes) == 11 and set(train.classes) <= set(range(14))
+    assert all(target == (index + 6) % 5 for index, target in enumerate(targets) if index not in train.classes)
+    assert targets != [(index + 6) % 5 for index in range(14)] and set(targets) <= set(range(5))
+    for _ in range(2):
+        for images, classes in data.train_dataloader():
+            assert classes.tolist() == [targets[name - 6] for name in red(images)]
+    again = trained(ClassificationData(str(table), split_column="split", random_classes=0.8))
+    assert again.sets["train"].classes == train.classes
+    seed(3)
+    assert (
+        trained(ClassificationData(str(table), split_column="split", random_classes=0.8)).sets["train"].classes != train.classes
+    )
+
+
+def test_random_classes_are_of_all_classes():
+    drawn = RandomClasses([(None, 7)] * 1000, 8, 0.8, 0)
+    counts = np.bincount([target for _, target in (drawn[index] for index in range(1000))], minlength=8)
+    assert counts.sum() == 1000 and abs(counts[:7] - 100).max() < 40 and abs(counts[7] - 300) < 40
+
+
+def test_classes_are_augmented_as_images(table):
+    augment = Augment(pad=4, horizontal_flip=0, crop=(8, 12))
+    data = trained(
+        ClassificationData(str(table), augment=augment, batch_size=20, val_share=0.1, normalize="none", resize=(10, 14))
+    )
+    images, _ = next(iter(data.train_dataloader()))
+    assert images.shape == (20, 3, 8, 12)
+    images, _ = next(iter(data.val_dataloader()))
+    assert images.shape == (1, 3, 10, 14)
+
+
+def cooperative(table, **where):
+    segmentation = scenes(batch_size=2)
+    classification = ClassificationData(str(table), split_column="split", normalize="none", batch_size=4)
+    return trained(CooperativeData(segmentation, classification), **where)
+
+
+def test_cooperative(table):
+    data = cooperative(table)
+    assert data.num_classes == 7 and len(data.classes) == len(data.palette) == 7 and data.image_classes == tuple("01234")
+    loaders = data.train_dataloader()
+    assert set(loaders) == {"segmentation", "classification"} and [len(loader) for loader in loaders.values()] == [5, 5]
+    images, masks = next(iter(loaders["segmentation"]))
+    assert images.shape == (2, 3, 12, 12) and masks.shape == (2, 12, 12)
+    batches = list(loaders["classification"])
+    assert all(images.shape == (4, 3, 8, 12) for images, _ in batches)
+    assert all(classes.tolist() == [name % 5 for name in red(images)] for images, classes in batches)
+    scored = [list(loader) for loader in data.val_dataloader()]
+    assert [len(batches) for batches in scored] == [3, 6] and scored[1][0][1].shape == (1,)
+    assert [len(loader) for loader in cooperative(table, stage="test").test_dataloader()] == [3, 6]
+    description = data.description()
+    assert set(description) == {"classes", "palette", "normalize", "resize", "image_classes"}
+    assert description["normalize"] == "imagenet"
+
+
+def test_the_classifier_s_stream_goes_on(table):
+    """20 of its 14 images in the first epoch, and the next 20 in the second: no pass is cut."""
+    seen = []
+    for done in (0, 5):
+        loader = cooperative(table, done=done).train_dataloader()["classification"]
+        seen += [name for images, _ in loader for name in red(images)]
+    assert len(seen) == 40
+    assert all(sorted(seen[start : start + 14]) == list(range(6, 20)) for start in (0, 14))
