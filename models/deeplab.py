@@ -24,16 +24,12 @@ def scaled(rates, reference, output_stride):
 
 
 def large_field_of_view(in_channels, channels, num_classes, rate):
-    """fc6 as a 3x3 convolution at a large rate, fc7 and the classifier as 1x1."""
-    return nn.Sequential(
-        nn.Conv2d(in_channels, channels, 3, padding=rate, dilation=rate),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-        nn.Conv2d(channels, channels, 1),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-        normal_(Classifier(channels, num_classes), 0.01),
-    )
+    """fc6 as a 3x3 convolution at a large rate, fc7 and the classifier as 1x1. fc6 and fc7 are marked as `of_backbone`: they learn at its rate."""
+    fc6 = nn.Conv2d(in_channels, channels, 3, padding=rate, dilation=rate)
+    fc7 = nn.Conv2d(channels, channels, 1)
+    fc6.of_backbone = fc7.of_backbone = True
+    classifier = normal_(Classifier(channels, num_classes), 0.01)
+    return nn.Sequential(fc6, nn.ReLU(), nn.Dropout(0.5), fc7, nn.ReLU(), nn.Dropout(0.5), classifier)
 
 
 @torch.no_grad()

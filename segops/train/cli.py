@@ -86,6 +86,8 @@ class CLI(LightningCLI):
             if config.get("logger") is None:
                 ours.append(LearningRateMonitor("step"))
             config["callbacks"] = [*(config.get("callbacks") or []), *ours]
+        if not self.model.automatic_optimization and config["strategy"] == "ddp":
+            config["strategy"] = "ddp_find_unused_parameters_true"  # each optimizer leaves out the others' parameters
         config["plugins"] = [*(config.get("plugins") or []), WholeCheckpoints()]
         return super().instantiate_trainer(**kwargs)
 

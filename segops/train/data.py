@@ -246,9 +246,9 @@ class SegmentationData(Data):
     def _divide(self):
         """The training set's images with masks, and those without."""
         train, without = self.sets["train"], []
-        if self.labelled < 1:
+        count = max(round(self.labelled * len(train)), 1)
+        if count < len(train):
             order = np.random.default_rng((run_seed(), len(train))).permutation(len(train))
-            count = min(max(round(self.labelled * len(train)), 1), len(train) - 1)
             self.sets["train"] = torch.utils.data.Subset(train, sorted(order[:count].tolist()))
             without.append(Masked(torch.utils.data.Subset(train, sorted(order[count:].tolist()))))
         if self.unlabelled is not None:
@@ -272,14 +272,15 @@ class SegmentationData(Data):
         return self.once(self.samples(self.sets["test"], False))
 
     def median_frequency(self):
-        """Class weights of SegNet: the median frequency over the class's own, the frequency of a class being its share of the pixels, void left out, of the
+        """Class weights of SegNet: the median frequency over the class's own, the frequency of a class being its share of the pixels, void among them, of the
         images that show it. A class that no image shows weighs 0."""
         pixels, seen = np.zeros(self.num_classes), np.zeros(self.num_classes)
         samples = Samples(self.sets["train"], self.size, None, "none", False, 0)
         for index in range(len(self.sets["train"])):
-            counts = np.bincount(samples.read(index)[1].numpy().ravel(), minlength=256)[: self.num_classes]
+            mask = samples.read(index)[1].numpy()
+            counts = np.bincount(mask.ravel(), minlength=256)[: self.num_classes]
             pixels += counts
-            seen += np.where(counts > 0, counts.sum(), 0)
+            seen += np.where(counts > 0, mask.size, 0)
         frequency = pixels / np.maximum(seen, 1)
         weights = np.median(frequency[seen > 0]) / np.maximum(frequency, 1e-30)
         return np.where(seen > 0, weights, 0.0).tolist()
@@ -434,7 +435,10 @@ class CooperativeData(LightningDataModule):
             part.trainer = self.trainer
             part.setup(stage)
         self.num_classes, self.classes, self.palette = segmentation.num_classes, segmentation.classes, segmentation.palette
-        self.image_classes = classification.classes
+        self.image_classes, self.sets = classification.classes, segmentation.sets
+
+    def median_frequency(self):
+        return self.parts[0].median_frequency()
 
     def train_dataloader(self):
         segmentation, classification = self.parts

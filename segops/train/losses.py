@@ -22,13 +22,15 @@ def focal_loss(logits, labels, gamma=2.0, class_weight=None, reduction="mean"):
         class_weight: (C) or None.
         reduction: "mean" over the pixels that count, or "sum".
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if logits.shape[2:] != labels.shape[1:]:
-        logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear")
+        logits = F.interpolate(logits, labels.shape[1:], mode="bilinear")
     labels = labels.long()
-    log_p = F.log_softmax(logits.float(), 1)
+    log_p = F.log_softmax(logits, 1)
     true_log_p = log_p.gather(1, labels.where(labels != VOID, 0)[:, None])[:, 0]
     cross_entropy = F.nll_loss(log_p, labels, class_weight, ignore_index=VOID, reduction="none")
-    total = ((1 - true_log_p.exp()) ** gamma * cross_entropy).sum()
+    doubt = (-torch.expm1(true_log_p)).clamp_min(torch.finfo(log_p.dtype).tiny)  # 0 ** (gamma - 1) is infinite
+    total = (doubt**gamma * cross_entropy).sum()
     return total if reduction == "sum" else total / (labels != VOID).sum().clamp_min(1)
 
 
@@ -60,19 +62,24 @@ class SegmentationLoss(nn.Module):
         unknown = sorted(set(options) - allowed)
         if unknown:
             raise TypeError(f"loss {name!r} has no option {unknown[0]!r}: it has {', '.join(sorted(allowed))}")
+        if isinstance(class_weight, str):
+            raise ValueError(f"class_weight must be a number for each class, or {MEDIAN_FREQUENCY!r}; got {class_weight!r}")
         weight = None if class_weight is None else torch.as_tensor(class_weight, dtype=torch.float32)
         self.register_buffer("class_weight", weight, persistent=False)
         self.function, self.options, self.aux_weight, self.reduction = functions[name], options, aux_weight, reduction
 
-    def forward(self, output, labels):
-        total = self._sum(output.logits, labels)
+    def forward(self, output, labels, align_corners=False):
+        """align_corners: of the resizing that the model's predictions have; where it is True, full-size logits are built."""
+        total = self._sum(output.logits, labels, align_corners)
         auxiliary = output.aux_logits
         if auxiliary is not None:
             maps = auxiliary if isinstance(auxiliary, tuple) else (auxiliary,)
-            total = total + self.aux_weight * sum(self._sum(logits, labels) for logits in maps)
+            total = total + self.aux_weight * sum(self._sum(logits, labels, align_corners) for logits in maps)
         return total * ranks() if self.reduction == "sum" else mean_over_ranks(total, (labels != VOID).sum())
 
-    def _sum(self, logits, labels):
+    def _sum(self, logits, labels, align_corners):
+        if align_corners:
+            logits = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=True)
         return self.function(logits, labels, class_weight=self.class_weight, reduction="sum", **self.options)
 
 

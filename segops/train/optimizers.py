@@ -19,7 +19,8 @@ class Optimizer:
         momentum: of SGD, default 0.9; nesterov: its Nesterov form (default False).
         betas: of Adam, default (0.9, 0.999).
         weight_decay: default 1e-4.
-        head_lr: factor on the learning rate of all parameters that are not the backbone's, default 1 (DeepLab v1 and v2: 10).
+        head_lr: factor on the learning rate of all parameters that are not the backbone's, default 1 (DeepLab v1 and v2: 10). A VGG's fully connected
+            layers as convolutions are the backbone's.
         bias_lr: factor on that of biases, default 1 (Caffe's networks: 2; with head_lr=10 the head's biases get 20, as in DeepLab v2).
         bias_weight_decay: weight decay of biases, default that of the others (Caffe's networks: 0).
         schedule: of the learning rate, at every iteration: "poly" (default), (1 - t)^power from lr down to min_lr, t the share of iterations that is done;
@@ -82,7 +83,7 @@ class Optimizer:
         return least + (1 - least) * max(1 - done / iterations, 0) ** self.power
 
     def _groups(self, modules):
-        backbones = [module for module in modules.modules() if isinstance(module, Backbone)]
+        backbones = [module for module in modules.modules() if isinstance(module, Backbone) or hasattr(module, "of_backbone")]
         inside = {id(parameter) for backbone in backbones for parameter in backbone.parameters()}
         if self.head_lr != 1 and not inside:
             raise ValueError(f"head_lr must be 1 for a model without a backbone; got {self.head_lr}")

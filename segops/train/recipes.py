@@ -3,6 +3,7 @@
 Each draws the random numbers of a training step (dropout) from the run's seed and the step's number, so that a resumed run draws the same.
 """
 
+import copy
 import math
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,8 +34,6 @@ class Recipe(LightningModule):
         optimizer: `Optimizer`.
     """
 
-    optimizer_steps = 1  # of every batch, as Lightning's global_step and max_steps count
-
     def __init__(self, model, options, optimizer):
         super().__init__()
         self.name, self.options = model, dict(options or {})
@@ -54,12 +53,23 @@ class Recipe(LightningModule):
 
     def iterations(self):
         """Batches of the whole training, over which learning rates decay."""
-        steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
+        trainer = self.trainer
+        limits = [] if trainer.max_steps == -1 else [self.batches_of(trainer.max_steps)]
+        if trainer.max_epochs not in (None, -1):
+            limits.append(math.ceil(self.epoch_batches() / trainer.accumulate_grad_batches) * trainer.max_epochs)
+        if not limits:
             raise ValueError(
                 "trainer.max_epochs or trainer.max_steps must be set: learning rates decay over the whole training"
             )
-        return steps if steps != self.trainer.max_steps else math.ceil(steps / self.optimizer_steps)
+        return min(limits)
+
+    def epoch_batches(self):
+        self.trainer.fit_loop.setup_data()
+        return self.trainer.num_training_batches
+
+    def batches_of(self, steps):
+        """Batches in which the optimizers of this recipe make so many steps, as Lightning's max_steps counts them."""
+        return steps
 
     def descend(self, optimizer, loss):
         optimizer.zero_grad()
@@ -101,7 +111,10 @@ class Segmentation(Recipe):
     def __init__(self, model, options, loss, loss_options, optimizer):
         super().__init__(model, options, optimizer)
         self.loss_name, self.loss_options = loss, dict(loss_options or {})
-        SegmentationLoss(loss, **self.loss_options | {"class_weight": None})  # what is wrong is said before any data is read
+        options = self.loss_options
+        if options.get("class_weight") == MEDIAN_FREQUENCY:
+            options = options | {"class_weight": None}
+        SegmentationLoss(loss, **options)  # what is wrong is said before any data is read
 
     def make(self, data):
         self.model = create_model(self.name, data.num_classes, **self.options)
@@ -109,9 +122,12 @@ class Segmentation(Recipe):
             raise ValueError(f"model must segment; {self.name!r} judges what other models segment")
         options = dict(self.loss_options)
         if options.get("class_weight") == MEDIAN_FREQUENCY:
-            options["class_weight"] = data.median_frequency() if hasattr(data, "sets") and "train" in data.sets else None
+            options["class_weight"] = data.median_frequency() if "train" in data.sets else None
         self.criterion = SegmentationLoss(self.loss_name, **options)
         self.metrics = SegmentationMetrics(data.num_classes)
+
+    def loss(self, output, masks):
+        return self.criterion(output, masks, self.model.align_corners)
 
     def evaluate(self, batch):
         images, masks = batch
@@ -163,14 +179,14 @@ class Supervised(Segmentation):
             for module in batch_norms(self.model):
                 module.momentum = self.batch_norm_momentum
 
-    def on_train_epoch_start(self):
+    def on_train_start(self):  # a run resumed within an epoch does not start that; validation gives each module its mode back
         if self.freeze_batch_norm:
             for module in batch_norms(self.model):
                 module.eval()
 
     def training_step(self, batch, batch_idx):
-        images, masks = batch["labelled"] if isinstance(batch, dict) else batch
-        loss = self.criterion(self.model(channels_last(images)), masks)
+        images, masks = labelled(batch)
+        loss = self.loss(self.model(channels_last(images)), masks)
         self.show("loss", loss)
         return loss
 
@@ -216,7 +232,8 @@ class Classification(Recipe):
 
     def validation_step(self, batch, batch_idx):
         images, classes = batch
-        self.metrics.update(self.model(channels_last(images)), classes)
+        logits = self.model(channels_last(images))
+        self.metrics.update(logits[0] if isinstance(logits, tuple) else logits, classes)
 
     def test_step(self, batch, batch_idx):
         self.validation_step(batch, batch_idx)
@@ -230,12 +247,12 @@ class ImageClassifier(nn.Module):
 
     def __init__(self, model, num_classes):
         super().__init__()
-        if not hasattr(model, "encoder"):
-            raise ValueError(f"model must have an encoder; {type(model).__name__} has none")
-        self.encoder = model.encoder
-        with torch.no_grad():
-            channels = self.encoder.eval()(torch.zeros(1, model.in_channels, 64, 64))[-1].shape[1]
-        self.encoder.train()
+        encoder = getattr(model, "encoder", None)
+        if encoder is None or isinstance(encoder, nn.ModuleList):
+            raise ValueError(f"model must have an encoder of its own, images to maps; {type(model).__name__} has none")
+        images = torch.empty(1, model.in_channels, 256, 256, device="meta")
+        channels = copy.deepcopy(encoder).to("meta")(images)[-1].shape[1]
+        self.encoder = encoder
         self.linear = nn.Linear(channels, num_classes)
 
     def forward(self, images):
@@ -313,7 +330,8 @@ class Cooperative(Segmentation):
         ]
         return [optimizer for optimizer, _ in built], [schedule for _, schedule in built]
 
-    optimizer_steps = 2
+    def batches_of(self, steps):
+        return math.ceil(steps / 2)
 
     def training_step(self, batch, batch_idx):
         segmenter, classifier = self.optimizers()
@@ -321,8 +339,8 @@ class Cooperative(Segmentation):
         loss = class_loss(self.model.class_logits(channels_last(images)), classes)
         self.show("classification_loss", loss)
         self.descend(classifier, loss)
-        images, masks = batch["segmentation"]
-        loss = self.criterion(Output(self.model.segment_logits(channels_last(images))), masks)
+        images, masks = labelled(batch["segmentation"])
+        loss = self.loss(Output(self.model.segment_logits(channels_last(images))), masks)
         self.show("loss", loss)
         self.descend(segmenter, loss)
         for schedule in self.lr_schedulers():
@@ -403,21 +421,26 @@ class Adversarial(Segmentation):
         ]
         return [optimizer for optimizer, _ in built], [schedule for _, schedule in built]
 
-    optimizer_steps = 3
+    def batches_of(self, steps):
+        unlabelled = "unlabelled" in self.trainer.datamodule.sets
+        if not unlabelled:
+            return math.ceil(steps / 2)
+        before = min(math.ceil(steps / 2), self.unlabelled_from * self.epoch_batches())
+        return before + math.ceil((steps - 2 * before) / 3)
 
     def training_step(self, batch, batch_idx):
         generator, discriminator = self.optimizers()
-        images, masks = batch["labelled"] if isinstance(batch, dict) else batch
+        images, masks = labelled(batch)
         images = channels_last(images)
         output, valid = self.model(images), masks != VOID
-        predicted = class_map(output.logits, valid)
+        predicted = class_map(output.logits, valid, self.model.align_corners)
 
         real, fake = (self.discriminator(images, classes).logits for classes in (masks, predicted.detach()))
         loss = (judged(real, True, valid) + judged(fake, False, valid)) / 2
         self.show("discriminator_loss", loss)
         self.descend(discriminator, loss)
 
-        loss = self.criterion(output, masks)
+        loss = self.loss(output, masks)
         self.show("loss", loss)
         with frozen(self.discriminator):
             adversarial = judged(self.discriminator(images, predicted).logits, True, valid)
@@ -427,7 +450,7 @@ class Adversarial(Segmentation):
         if isinstance(batch, dict) and self.current_epoch >= self.unlabelled_from:
             images = channels_last(batch["unlabelled"][0])
             everywhere = torch.ones_like(images[:, 0], dtype=torch.bool)
-            predicted = class_map(self.model(images).logits, everywhere)
+            predicted = class_map(self.model(images).logits, everywhere, self.model.align_corners)
             with frozen(self.discriminator):
                 adversarial = judged(self.discriminator(images, predicted).logits, True, everywhere)
             self.show("unlabelled_loss", adversarial)
@@ -436,14 +459,19 @@ class Adversarial(Segmentation):
             schedule.step()
 
 
+def class_map(logits, valid, align_corners=False):
+    """Probabilities (N, C, H, W) float32 at the images' size, zero where a pixel is not valid, as a label's are."""
+    logits = F.interpolate(logits.float(), valid.shape[1:], mode="bilinear", align_corners=align_corners)
+    return logits.softmax(1) * valid[:, None]
+
+
 def batch_norms(model):
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
-def class_map(logits, valid):
-    """Probabilities (N, C, H, W) float32 at the images' size, zero where a pixel is not valid, as a label's are."""
-    probabilities = F.interpolate(logits.float(), valid.shape[1:], mode="bilinear").softmax(1)
-    return probabilities * valid[:, None]
+def labelled(batch):
+    """Images and masks of a batch that may have an unlabelled stream beside."""
+    return batch["labelled"] if isinstance(batch, dict) else batch
 
 
 def judged(logits, real, valid):

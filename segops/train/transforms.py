@@ -74,7 +74,7 @@ class Augment:
 
     def __post_init__(self):
         if self.scale is not None:
-            least, most, step = self.scale
+            least, most, step = self.scale if len(self.scale) == 3 else (0, 0, 0)
             if not 0 < least <= most or step < 0:
                 raise ValueError(f"scale must be (least, most, step) with 0 < least <= most and step >= 0; got {self.scale!r}")
         if self.crop is not None:
@@ -129,5 +129,5 @@ def pad(image, mask, margins, fill):
 
 
 def check_size(name, size):
-    if not isinstance(size, tuple | list) or len(size) != 2 or min(size) < 1:
+    if not isinstance(size, tuple | list) or len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
         raise ValueError(f"{name} must be two positive sizes (height, width); got {size!r}")

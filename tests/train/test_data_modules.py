@@ -1,4 +1,4 @@
-"""Streams and loaders: what is read, in which order, on which rank, whatever the workers; and the splits of the data modules."""
+"""Streams and loaders: what is read, in which order, on which rank, whatever the workers; and the data modules' splits."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -366,7 +366,7 @@ def write_folder(root, masks):
 
 
 def test_median_frequency(tmp_path):
-    """By hand: class 0 has 6 of the 12 pixels of its images, void included, class 1 has 3 of 12, class 2 has 1 of 6, class 3 none."""
+    """By hand: class 0 has 6 of its images' 12 pixels, void included, class 1 has 3 of 12, class 2 has 1 of 6, class 3 none."""
     write_folder(tmp_path, [[[0, 0, 0], [0, 1, 1]], [[0, 0, 1], [2, 255, 255]]])
     data = trained(SegmentationData("folder", str(tmp_path), {"num_classes": 4}, train_split=None, val_split=None))
     weights = data.median_frequency()

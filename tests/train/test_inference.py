@@ -456,7 +456,7 @@ def test_command(work, capsys):
         assert torch.equal(pixels(out / f"classes/{name}.png"), classes)
         assert torch.equal(pixels(out / f"overlay/{name}.png").permute(2, 0, 1), overlay(image, classes, PALETTE))
         panel = pixels(out / f"loss/{name}.png").permute(2, 0, 1)
-        assert panel.shape == (3, 36, 4 * 40 + 3 * predict.GAP)
+        assert panel.shape == (3, 36, 4 * 40 + 3 * 4)
         first, second, third, fourth = (panel[:, :, start : start + 40] for start in range(0, 4 * 44, 44))
         assert torch.equal(first, image) and torch.equal(second, colourise(mask.where(mask != 3, 255), PALETTE))
         assert torch.equal(third, colourise(classes, PALETTE)) and torch.equal(fourth, heat(loss))

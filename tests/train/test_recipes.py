@@ -1,4 +1,4 @@
-"""The recipes on tiny networks: who learns from what, when, at which rate; figures, and checkpoints that rebuild the network."""
+"""The recipes on tiny networks: who learns from what, when, at which rate; figures; checkpoints that rebuild the network."""
 
 import copy
 
@@ -631,7 +631,7 @@ def is_of(network, names):
 
 @discriminators
 def test_adversarial_phases(trainer, settings):
-    """Discriminator, generator, and from the second epoch on the generator again; whoever does not learn stays as it is, its statistics too."""
+    """Discriminator, generator, from the second epoch on the generator again; who does not learn keeps its statistics too."""
     recipe, kept = Adversarial(**settings, unlabelled_from=1), Kept()
     descents = Descents(recipe, *NETWORKS)
     trainer(2, callbacks=[kept], limit_val_batches=0).fit(recipe, datamodule=scenes(4, labelled=0.5))
