@@ -406,26 +406,6 @@ def test_waits_for_the_training_of_a_killed_runner(tmp_path, fit, capsys):
     training.stdout.close()
 
 
-class Parsed(Exception):
-    pass
-
-
-@pytest.fixture(scope="module")
-def parser():
-    """`segops fit`'s."""
-    found = []
-
-    class Dry(cli.CLI):
-        def parse_arguments(self, parser, args):
-            found.append(parser)
-            raise Parsed
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):
-        patch.setattr(cli, "CLI", Dry)
-        cli.main(["fit"])
-    return found[0]
-
-
 def names(metrics, *batch):
     metrics.update(*batch)
     return {f"val/{name}" for name in metrics.compute()}

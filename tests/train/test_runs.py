@@ -10,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from segops.train.cli import main
 from segops.train.files import write_whole
@@ -107,6 +109,83 @@ def test_resumed(tmp_path, model, every, interrupt):
         for part in ("whole", "parts")
     ]
     assert epochs[0] == epochs[1] and len(epochs[0]) == 3
+
+
+def nuclei(folder):
+    """Images with masks, and a table of classes, as small files."""
+    rng = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    rows = ["id,modality,split"]
+    for index in range(14):
+        split = "train" if index < 10 else "val"
+        pixels = rng.integers(0, 255, (32, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
+        Image.fromarray((pixels[..., 0] > 127).astype(np.uint8)).save(folder / "masks" / f"{index}.png")
+        rows.append(f"{index},{'dark' if index % 2 else 'bright'},{split}")
+        with (folder / f"{split}.txt").open("a") as file:
+            file.write(f"{index}\n")
+    (folder / "index.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def cooperative(data):
+    table = {"root": str(data), "csv": "index.csv", "images": "images", "image_column": "id", "class_column": "modality"}
+    table |= {"split_column": "split", "batch_size": 4, "random_classes": 0.5}
+    segmentation = {"dataset": "folder", "root": str(data), "batch_size": 2, "labelled": 0.7}
+    return [
+        *TINY[:5],
+        "--model=Cooperative",
+        '--model.options={"widths": [4, 8, 8, 16], "blocks": 1}',
+        "--data=CooperativeData",
+        f"--data.segmentation={json.dumps({'class_path': 'SegmentationData', 'init_args': segmentation})}",
+        f"--data.classification={json.dumps({'class_path': 'ClassificationData', 'init_args': table})}",
+    ]
+
+
+def adversarial(data):
+    return [
+        *TINY[:5],
+        "--model=Adversarial",
+        "--model.model=unet",
+        '--model.options={"channels": 4}',
+        "--model.discriminator=patchgan",
+        '--model.discriminator_options={"channels": 4, "receptive_field": 16}',
+        "--model.discriminator_optimizer.lr=0.01",
+        "--model.unlabelled_from=1",
+        "--data=SegmentationData",
+        "--data.dataset=folder",
+        f"--data.root={data}",
+        "--data.labelled=0.6",
+        "--data.batch_size=2",
+    ]
+
+
+@pytest.mark.parametrize("recipe", [cooperative, adversarial])
+@pytest.mark.parametrize("every", [None, 1])
+def test_recipes_of_several_optimizers_resume(tmp_path, recipe, every, interrupt):
+    arguments = recipe(nuclei(tmp_path / "data"))
+    run = ["fit", "--trainer.default_root_dir"]
+    main([*run, str(tmp_path / "whole"), *arguments])
+    patched = interrupt(5)
+    with pytest.raises(Interrupted):
+        main([*run, str(tmp_path / "parts"), *arguments, *([] if every is None else [f"--checkpoint_every={every}"])])
+    patched.undo()
+    main([*run, str(tmp_path / "parts"), *arguments, "--ckpt_path=last"])
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("recipe", [cooperative, adversarial])
+def test_recipes_of_several_optimizers_on_two_processes(tmp_path, recipe):
+    arguments = [*recipe(nuclei(tmp_path / "data")), "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=2"]
+    run = subprocess.run(
+        [sys.executable, "-m", "segops", "fit", f"--trainer.default_root_dir={tmp_path / 'two'}", *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert len(results(tmp_path / "two")["epochs"]) == 2
 
 
 def results(folder):
