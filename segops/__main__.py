@@ -125,7 +125,7 @@ def main():
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read, as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ImportError, OSError, ValueError) as error:
+    except (FloatingPointError, ImportError, OSError, ValueError) as error:
         raise SystemExit(f"segops {name}: {error}") from error
 
 

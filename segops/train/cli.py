@@ -6,12 +6,14 @@ import sys
 import warnings
 from pathlib import Path
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from .files import write_whole
+from .recipes import Recipe
 from .runs import Last, Results, WholeCheckpoints, best, last_checkpoint, summary
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -78,15 +80,15 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs):
         config = self.settings["trainer"]
         folder = Path(config["default_root_dir"])
-        monitor = "val/iou_macro" if hasattr(self.model, "evaluate") else "val/top1_accuracy_micro"
         if config.get("logger") is None:
             kwargs["logger"] = TensorBoardLogger(folder, name="", version="") if self.subcommand == "fit" else False
         if self.subcommand == "fit":
-            ours = [best(folder, monitor), Results(folder), Last(folder, self.settings["checkpoint_every"])]
+            ours = [best(folder, self.model.monitor), Results(folder), Last(folder, self.settings["checkpoint_every"])]
             if config.get("logger") is None:
                 ours.append(LearningRateMonitor("step"))
             config["callbacks"] = [*(config.get("callbacks") or []), *ours]
-        if not self.model.automatic_optimization and config["strategy"] == "ddp":
+        several = config["strategy"] == "auto" and torch.cuda.device_count() > 1 and config["devices"] not in (1, "1")
+        if not self.model.automatic_optimization and (several or config["strategy"] == "ddp"):
             config["strategy"] = "ddp_find_unused_parameters_true"  # each optimizer leaves out the others' parameters
         config["plugins"] = [*(config.get("plugins") or []), WholeCheckpoints()]
         return super().instantiate_trainer(**kwargs)
@@ -102,12 +104,16 @@ class CLI(LightningCLI):
                 f"{self.trainer.default_root_dir} holds a run already: go on with --ckpt_path last, or name another folder with "
                 "--trainer.default_root_dir"
             )
-        self.settings["weights_only"] = True
+        self._resume()
 
     def before_validate(self):
-        self.settings["weights_only"] = True
         if self.settings["ckpt_path"] is None:
             raise ValueError("--ckpt_path must be a checkpoint of segops fit")
+        self._resume()
+
+    def _resume(self):
+        self.settings["weights_only"] = True
+        self.model.resumes = self.settings["ckpt_path"] is not None
 
     before_test = before_validate
 
@@ -151,7 +157,7 @@ def main(arguments):
         for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
             logging.getLogger(f"lightning.pytorch.{name}").addFilter(Without(message))
     CLI(
-        LightningModule,
+        Recipe,
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,

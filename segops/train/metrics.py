@@ -160,5 +160,7 @@ def table(summary, per_class, classes):
         values = [summary.get(f"{name}_{reduction}") for name in names]
         lines.append(line(reduction, [None if value is None else float(value) for value in values]))
     lines.append(f"{'pixel accuracy (micro)':<{width}}{float(summary['pixel_accuracy']):>12.4f}")
-    lines.append("macro: mean over the classes that occur (iou: mIoU). micro: of sums over classes. void is not scored.")
+    lines.append(
+        "macro: mean over the classes that occur, of iou (Jaccard) mIoU. micro: of sums over classes. void is not scored."
+    )
     return "\n".join(lines)

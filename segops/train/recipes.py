@@ -39,6 +39,7 @@ class Recipe(LightningModule):
         self.name, self.options = model, dict(options or {})
         self.optimizer = Optimizer() if optimizer is None else optimizer
         self.model = None
+        self.resumes = False  # the command line says so where it is given a checkpoint
 
     def setup(self, stage):
         if self.model is None:
@@ -46,6 +47,12 @@ class Recipe(LightningModule):
 
     def forward(self, images):
         return self.model(images)
+
+    def network_options(self):
+        """The options; without weights to begin with where a checkpoint is about to bring all of them."""
+        if not self.resumes:
+            return self.options
+        return {key: value for key, value in self.options.items() if key not in ("pretrained", "checkpoint")}
 
     def configure_optimizers(self):
         optimizer, schedule = self.optimizer.build(self.model, self.iterations())
@@ -108,6 +115,8 @@ class Recipe(LightningModule):
 class Segmentation(Recipe):
     """Base of the recipes that segment: loss and figures of validation and test."""
 
+    monitor = "val/iou_macro"  # of best.ckpt
+
     def __init__(self, model, options, loss, loss_options, optimizer):
         super().__init__(model, options, optimizer)
         self.loss_name, self.loss_options = loss, dict(loss_options or {})
@@ -117,7 +126,7 @@ class Segmentation(Recipe):
         SegmentationLoss(loss, **options)  # what is wrong is said before any data is read
 
     def make(self, data):
-        self.model = create_model(self.name, data.num_classes, **self.options)
+        self.model = create_model(self.name, data.num_classes, **self.network_options())
         if not hasattr(self.model, "to_classes"):
             raise ValueError(f"model must segment; {self.name!r} judges what other models segment")
         options = dict(self.loss_options)
@@ -203,19 +212,21 @@ class Classification(Recipe):
         optimizer: `Optimizer`.
     """
 
+    monitor = "val/top1_accuracy_micro"
+
     def __init__(self, model: str = "vgg19", options: dict[str, Any] | None = None, optimizer: Optimizer | None = None):
         super().__init__(model, options, optimizer)
 
     def make(self, data):
         if self.name in list_models():
-            network = create_model(self.name, data.num_classes, **self.options)
+            network = create_model(self.name, data.num_classes, **self.network_options())
             if hasattr(network, "class_logits"):
                 network.decoder, network.forward = None, network.class_logits
             else:
                 network = ImageClassifier(network, data.num_classes)
             self.model = network
         elif timm.is_model(self.name):
-            self.model = timm.create_model(self.name, num_classes=data.num_classes, **self.options)
+            self.model = timm.create_model(self.name, num_classes=data.num_classes, **self.network_options())
         else:
             raise ValueError(f"model must be a model of timm or of segops; got {self.name!r}")
         self.metrics = ClassificationMetrics(data.num_classes)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from segops.models import create_model
 
 from segops.train.cli import main
 from segops.train.files import write_whole
@@ -300,3 +301,15 @@ def test_evaluation_of_a_checkpoint(tmp_path, command, capsys):
     main([command, *arguments])
     printed = capsys.readouterr().out
     assert f"{figures['val/iou_macro']:.4f}" in printed and "macro: mean over the classes that occur" in printed, split
+
+
+def test_weights_to_begin_with_are_not_needed_again(tmp_path):
+    """Not to resume, nor to evaluate."""
+    first = tmp_path / "first.pt"
+    torch.save(create_model("unet", 7, channels=4).state_dict(), first)
+    begun = [*TINY, "--model=Supervised", "--model.model=unet", f'--model.options={{"channels": 4, "checkpoint": "{first}"}}']
+    main(["fit", f"--trainer.default_root_dir={tmp_path}", *begun, "--trainer.max_epochs=1"])
+    first.unlink()
+    main(["validate", *begun, f"--ckpt_path={tmp_path}/checkpoints/last.ckpt"])
+    main(["fit", f"--trainer.default_root_dir={tmp_path}", *begun, "--trainer.max_epochs=2", "--ckpt_path=last"])
+    assert load(tmp_path)["epoch"] == 1
