@@ -31,4 +31,4 @@ bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:
-	rm -rf build dist runs *.egg-info segops/*.so $(VENV)/installed .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info segops/*.so $(VENV)/installed .pytest_cache .ruff_cache .hypothesis

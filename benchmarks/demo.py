@@ -23,7 +23,7 @@ from segops.train.inference import Predictor, comparison, load_network, save_ima
 
 from . import bench_bal, bench_pac, bench_pag, measure
 
-OUT = Path("runs/demo")
+OUT = Path("runs/make_demo")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LEARNING_RATES = {"refinenet": 0.005, "gcn": 0.01}  # of models without normalisation behind the backbone; 0.05 for others
 

@@ -6,11 +6,12 @@ import sys
 import warnings
 from pathlib import Path
 
-import torch
+import yaml
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 
 from .files import write_whole
 from .recipes import Recipe
@@ -47,12 +48,28 @@ class Without(logging.Filter):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes config.yaml, all that was asked for, into the run's folder."""
+    """Writes config.yaml, all that was asked for, into the run's folder; of a resumed run it says first what is no longer as it was."""
 
     def setup(self, trainer, pl_module, stage):
-        if stage == "fit" and trainer.is_global_zero:
-            text = self.parser.dump(self.config, skip_none=False)
-            write_whole(Path(trainer.default_root_dir, "config.yaml"), lambda file: file.write(text.encode()))
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        path = Path(trainer.default_root_dir, "config.yaml")
+        config = self.config.clone()
+        config["ckpt_path"] = None
+        text = self.parser.dump(config, skip_none=False)
+        if path.is_file():
+            before, now = (flat(yaml.safe_load(content)) for content in (path.read_text(), text))
+            for key in sorted(before.keys() | now.keys()):
+                if before.get(key) != now.get(key):
+                    print(f"resumed with another {key}: {now.get(key)!r}, before {before.get(key)!r}")
+        write_whole(path, lambda file: file.write(text.encode()))
+
+
+def flat(config, prefix=""):
+    """{"trainer.max_epochs": 3, ...} of a nested dictionary."""
+    if not isinstance(config, dict):
+        return {prefix: config}
+    return {key: value for name, item in config.items() for key, value in flat(item, f"{prefix}.{name}".strip(".")).items()}
 
 
 class CLI(LightningCLI):
@@ -87,21 +104,21 @@ class CLI(LightningCLI):
             if config.get("logger") is None:
                 ours.append(LearningRateMonitor("step"))
             config["callbacks"] = [*(config.get("callbacks") or []), *ours]
-        several = config["strategy"] == "auto" and torch.cuda.device_count() > 1 and config["devices"] not in (1, "1")
-        if not self.model.automatic_optimization and (several or config["strategy"] == "ddp"):
-            config["strategy"] = "ddp_find_unused_parameters_true"  # each optimizer leaves out the others' parameters
         config["plugins"] = [*(config.get("plugins") or []), WholeCheckpoints()]
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if isinstance(trainer.strategy, DDPStrategy) and not self.model.automatic_optimization:
+            trainer.strategy._ddp_kwargs["find_unused_parameters"] = True  # each optimizer leaves out the others' parameters
+        return trainer
 
     def before_fit(self):
         last, asked = last_checkpoint(self.trainer.default_root_dir), self.settings["ckpt_path"]
-        if asked == "last":
-            if not last.is_file():
-                raise FileNotFoundError(f"--ckpt_path last: there is no {last}")
-            self.settings["ckpt_path"] = str(last)
+        if asked == "last" and not last.is_file():
+            raise FileNotFoundError(f"--ckpt_path last: there is no {last}")
+        if asked in ("last", "auto"):
+            self.settings["ckpt_path"] = str(last) if last.is_file() else None
         elif asked is None and last.is_file():
             raise FileExistsError(
-                f"{self.trainer.default_root_dir} holds a run already: go on with --ckpt_path last, or name another folder with "
+                f"{self.trainer.default_root_dir} holds a run already: go on with --ckpt_path last (or auto), or name another folder with "
                 "--trainer.default_root_dir"
             )
         self._resume()
@@ -110,6 +127,7 @@ class CLI(LightningCLI):
         if self.settings["ckpt_path"] is None:
             raise ValueError("--ckpt_path must be a checkpoint of segops fit")
         self._resume()
+        self.settings["verbose"] = False  # the table has it all
 
     def _resume(self):
         self.settings["weights_only"] = True

@@ -85,6 +85,7 @@ class Stream:
     def __init__(self, length, batch_size, steps, done, seed, rank, world):
         self.length, self.batch_size, self.steps, self.done, self.seed = length, batch_size, steps, done, seed
         self.rank, self.world = rank, world
+        self.shuffling = -1, None  # which, and its order
 
     def __len__(self):
         return self.steps
@@ -96,8 +97,10 @@ class Stream:
             yield [Key(self._index(place), place) for place in range(first, first + self.batch_size)]
 
     def _index(self, place):
-        shuffling = np.random.default_rng((self.seed, place // self.length)).permutation(self.length)
-        return int(shuffling[place % self.length])
+        number = place // self.length
+        if self.shuffling[0] != number:
+            self.shuffling = number, np.random.default_rng((self.seed, number)).permutation(self.length)
+        return int(self.shuffling[1][place % self.length])
 
 
 class Once:
@@ -143,23 +146,26 @@ class Data(LightningDataModule):
     def samples(self, dataset, training):
         return Samples(dataset, self.size, self.augment if training else None, self.kind, self.cache, run_seed())
 
-    def stream(self, samples, batch_size, steps, number=0):
+    def stream(self, samples, steps, number=0):
         """The loader of a stream; those of one epoch differ in `number`."""
+        world = self.trainer.world_size
+        if self.batch_size % world:
+            raise ValueError(f"batch_size must be a multiple of the number of processes, {world}; got {self.batch_size}")
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         stream = Stream(
             len(samples.dataset),
-            batch_size,
+            self.batch_size // world,
             steps,
             lambda: progress.total.processed,
             mixed_seed(run_seed(), number),
             self.trainer.global_rank,
-            self.trainer.world_size,
+            world,
         )
         return self._loader(samples, stream)
 
     def steps(self, dataset):
-        """Batches of an epoch, of all ranks together one pass over the data set; what is left begins the next epoch."""
-        return max(len(dataset) // (self.batch_size * self.trainer.world_size), 1)
+        """Batches of an epoch, one pass over the data set; what is left begins the next epoch."""
+        return max(len(dataset) // self.batch_size, 1)
 
     def once(self, samples):
         batches = Once(len(samples.dataset), self.eval_batch_size, self.trainer.global_rank, self.trainer.world_size)
@@ -184,11 +190,11 @@ class SegmentationData(Data):
         root: its folder (not for "synthetic").
         options: further arguments of the data set, as sbd for VOC, labels for Cityscapes, num_classes, void, images and masks for a folder; for "synthetic"
             train and val, the numbers of scenes, default 400 and 100, and size, default (128, 128).
-        train_split, val_split, test_split: which splits, default "train", "val" and the same as val_split.
+        train_split, val_split: which splits, default "train" and "val". test_split: what `segops test` scores, default none.
         resize: (height, width) of all images and masks, in training, validation and test, or None (default) for their own.
         augment: what training does to them besides: `Augment`; by default flips them horizontally.
         normalize: "imagenet" (default), "per_image" or "none".
-        batch_size: of each process, default 8. eval_batch_size: default 1, since images may differ in size.
+        batch_size: of all processes together, default 8. eval_batch_size: of each, default 1, since images may differ in size.
         labelled: share of the training images whose masks are used, default 1.0; the same ones for the same seed. Others are an unlabelled stream.
         unlabelled: a folder of images or a list of them: (more) images without masks, or None (default).
         workers: processes that read, default 0: this one. cache: keep what was read, resized, in memory (default False).
@@ -223,25 +229,33 @@ class SegmentationData(Data):
         if not 0 < labelled <= 1:
             raise ValueError(f"labelled must be a share, above 0 and at most 1; got {labelled}")
         self.dataset, self.root, self.options = dataset, root, options or {}
-        self.splits = {"train": train_split, "val": val_split, "test": test_split or val_split}
+        self.splits = {"train": train_split, "val": val_split, "test": test_split}
         self.labelled, self.unlabelled = labelled, unlabelled
 
     def setup(self, stage):
         """Opens the splits that `stage` ("fit", "validate", "test") needs."""
         wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]
-        self.sets = {split: self._open(self.splits[split]) for split in wanted}
+        self.sets = {part: self._open(part) for part in wanted}
         first = self.sets[wanted[0]]
+        if first.num_classes < 2:
+            raise ValueError(f"dataset must have at least 2 classes, background among them; got {first.num_classes}")
         self.num_classes, self.classes, self.palette = first.num_classes, tuple(first.classes), tuple(first.palette)
         if "train" in self.sets:
             self._divide()
 
-    def _open(self, split):
+    def _open(self, part):
+        split = self.splits[part]
+        if part == "test" and split is None:
+            raise ValueError("test_split must name the split to be scored; got None")
         try:
-            if self.dataset == "synthetic":
-                return synthetic(split, **self.options)
-            return DATASETS[self.dataset](self.root, split, **self.options)
+            dataset = DATASETS[self.dataset](*(() if self.root is None else (self.root,)), split, **self.options)
         except TypeError as error:
             raise ValueError(f"options of dataset {self.dataset!r}: {error}") from error
+        if getattr(dataset, "masks", ()) is None:
+            raise ValueError(f"{part}_split must have masks; {split!r} of {self.root} has none")
+        if self.dataset == "folder" and dataset.num_classes == 2:
+            check_binary(dataset)
+        return dataset
 
     def _divide(self):
         """The training set's images with masks, and those without."""
@@ -259,10 +273,10 @@ class SegmentationData(Data):
     def train_dataloader(self):
         train = self.sets["train"]
         steps = self.steps(train)
-        labelled = self.stream(self.samples(train, True), self.batch_size, steps)
-        if "unlabelled" not in self.sets:
+        labelled = self.stream(self.samples(train, True), steps)
+        if "unlabelled" not in self.sets or not getattr(self.trainer.lightning_module, "takes_unlabelled", False):
             return labelled
-        unlabelled = self.stream(self.samples(self.sets["unlabelled"], True), self.batch_size, steps, 1)
+        unlabelled = self.stream(self.samples(self.sets["unlabelled"], True), steps, 1)
         return {"labelled": labelled, "unlabelled": unlabelled}
 
     def val_dataloader(self):
@@ -293,6 +307,16 @@ class SegmentationData(Data):
             "normalize": self.kind,
             "resize": None if self.size is None else list(self.size),
         }
+
+
+def check_binary(dataset, looked_at=8):
+    """Refuses masks of 0 and 255, of which 255 would be void: white is not class 1."""
+    found = {value for index in range(min(looked_at, len(dataset))) for value in dataset[index][1].unique().tolist()}
+    if found == {0, VOID}:
+        raise ValueError(
+            f"masks of two classes must hold 0 and 1; the first {min(looked_at, len(dataset))}, as {dataset.masks[0]}, hold 0 and 255 alone, "
+            "and 255 is void: data.options.values={255: 1} makes it class 1"
+        )
 
 
 class Masked(Dataset):
@@ -329,7 +353,8 @@ class ClassificationData(Data):
         image_column, class_column: default "image" and "level".
         split_column: column that names an image's split, or None (default): then `val_share` of the images, the same ones for the same table, validate.
         train_split, val_split: names in that column, default "train" and "val".
-        val_share: default 0.2.
+        val_share: default 0.2. Images are drawn one by one: two of one patient may come to both sides.
+        test_split: name in that column of what `segops test` scores, default none.
         classes: names of the classes, if the column holds names in another order than the alphabet's.
         random_classes: share of the training images that get a class by chance, always the same one (Haloi, II.C: 0.8). Default 0.
         resize, augment, normalize, batch_size, eval_batch_size, workers, cache: as in `SegmentationData`.
@@ -347,6 +372,7 @@ class ClassificationData(Data):
         split_column: str | None = None,
         train_split: str = "train",
         val_split: str = "val",
+        test_split: str | None = None,
         val_share: float = 0.2,
         classes: list[str] | None = None,
         random_classes: float = 0.0,
@@ -364,9 +390,18 @@ class ClassificationData(Data):
                 raise ValueError(f"{name} must be a share, at least 0 and at most 1; got {share}")
         table, folder = str(Path(root, csv)), str(Path(root, images))
         self.table = (table, folder, image_column, class_column, classes, split_column)
-        self.splits, self.val_share, self.random_classes = {"train": train_split, "val": val_split}, val_share, random_classes
+        if test_split is not None and split_column is None:
+            raise ValueError(f"test_split needs a split_column; got {test_split!r}")
+        self.splits = {"train": train_split, "val": val_split, "test": test_split}
+        self.val_share, self.random_classes = val_share, random_classes
 
     def setup(self, stage):
+        if stage == "test":
+            if self.splits["test"] is None:
+                raise ValueError("test_split must name the split to be scored; got None")
+            test = ImageClasses(*self.table, self.splits["test"])
+            self.num_classes, self.classes, self.sets = test.num_classes, tuple(test.classes), {"test": test}
+            return
         if self.table[-1] is None:
             everything = ImageClasses(*self.table)
             order = np.random.default_rng(len(everything)).permutation(len(everything)).tolist()
@@ -384,13 +419,13 @@ class ClassificationData(Data):
 
     def train_dataloader(self, steps=None, number=0):
         train = self.sets["train"]
-        return self.stream(self.samples(train, True), self.batch_size, steps or self.steps(train), number)
+        return self.stream(self.samples(train, True), steps or self.steps(train), number)
 
     def val_dataloader(self):
         return self.once(self.samples(self.sets["val"], False))
 
     def test_dataloader(self):
-        return self.val_dataloader()
+        return self.once(self.samples(self.sets["test"], False))
 
     def description(self):
         return {

@@ -163,6 +163,7 @@ class Folder(Segmentation):
         split: "train", "val", ...; None for all.
         num_classes: masks hold 0 .. num_classes - 1; 1 to 255.
         void: a value that becomes 255, as 255 itself always is. It may be one of the classes, which then never occurs.
+        values: {value in the masks: class}, as {255: 1} for masks of 0 and 255, beside 0 .. num_classes - 1; default none.
         images, masks: names of the two folders.
         classes: num_classes names; "0", "1", ... by default. Colours are those of `palette`.
 
@@ -180,8 +181,13 @@ class Folder(Segmentation):
         images: str = "images",
         masks: str = "masks",
         classes: list[str] | None = None,
+        values: dict[int, int] | None = None,
     ):
         _check_num_classes(num_classes)
+        values = {int(value): index for value, index in (values or {}).items()}
+        for value, index in values.items():
+            if not 0 <= value <= 255 or not 0 <= index < num_classes:
+                raise ValueError(f"values must be {{0 to 255: class below {num_classes}}}; got {value}: {index}")
         if not 0 <= void <= 255:
             raise ValueError(f"void must be a value of 8 bits, 0 to 255; got {void}")
         if num_classes == 1 and void == 0:
@@ -199,7 +205,9 @@ class Folder(Segmentation):
             else:
                 folders = [folder / split for folder in folders]
         files = _pair(*folders, layout, listed, source)
-        super().__init__(*files, classes or _numbers(num_classes), palette(num_classes), _identity(num_classes) | {void: VOID})
+        super().__init__(
+            *files, classes or _numbers(num_classes), palette(num_classes), _identity(num_classes) | {void: VOID} | values
+        )
 
 
 class VOC(Segmentation):

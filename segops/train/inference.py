@@ -47,6 +47,8 @@ def load_network(checkpoint_path, device="cpu"):
     info = saved.get("segops") if isinstance(saved, dict) else None
     if not isinstance(info, dict) or not isinstance(saved.get("state_dict"), dict):
         raise ValueError(f"{path} is no checkpoint of segops fit: it needs the entries 'state_dict' and 'segops'")
+    if "image_classes" in info and "palette" not in info:
+        raise ValueError(f"{path} classifies whole images: class maps need a model that segments")
     missing = [key for key in INFO if key not in info]
     if missing:
         raise ValueError(f"{path} is no checkpoint of segops fit: its entry 'segops' lacks {', '.join(map(repr, missing))}")

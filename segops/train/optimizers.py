@@ -21,7 +21,7 @@ class Optimizer:
         weight_decay: default 1e-4.
         head_lr: factor on the learning rate of all parameters that are not the backbone's, default 1 (DeepLab v1 and v2: 10). A VGG's fully connected
             layers as convolutions are the backbone's.
-        bias_lr: factor on that of biases, default 1 (Caffe's networks: 2; with head_lr=10 the head's biases get 20, as in DeepLab v2).
+        bias_lr: factor on that of biases (of convolutions and linear layers), default 1 (Caffe's networks: 2; with head_lr=10 the head's biases get 20, as in DeepLab v2).
         bias_weight_decay: weight decay of biases, default that of the others (Caffe's networks: 0).
         schedule: of the learning rate, at every iteration: "poly" (default), (1 - t)^power from lr down to min_lr, t the share of iterations that is done;
             "fixed"; "step", times `factor` every `every` iterations.
@@ -87,11 +87,16 @@ class Optimizer:
         inside = {id(parameter) for backbone in backbones for parameter in backbone.parameters()}
         if self.head_lr != 1 and not inside:
             raise ValueError(f"head_lr must be 1 for a model without a backbone; got {self.head_lr}")
+        biases = {
+            id(layer.bias)
+            for layer in modules.modules()
+            if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd) and layer.bias is not None
+        }
         groups = {}
-        for name, parameter in modules.named_parameters():
+        for parameter in modules.parameters():
             if not parameter.requires_grad:
                 continue
-            bias = name.endswith(".bias")
+            bias = id(parameter) in biases
             factor = (1.0 if id(parameter) in inside else self.head_lr) * (self.bias_lr if bias else 1.0)
             decay = self.weight_decay if not bias or self.bias_weight_decay is None else self.bias_weight_decay
             groups.setdefault((factor, decay), []).append(parameter)

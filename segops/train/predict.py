@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from .datasets import IMAGE_SUFFIXES, Segmentation
@@ -42,6 +43,7 @@ def run(options):
         SystemExit: with the message, for what is wrong before the first image, a file that cannot be written, or images that
             failed; 130 after an interrupt. Whatever is written is whole.
     """
+    Image.MAX_IMAGE_PIXELS = None  # large images are what windows are for
     kinds = ["classes", *["overlay"] * options.overlay, *["loss"] * options.loss_images]
     out = Path(options.out)
     try:

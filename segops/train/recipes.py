@@ -13,6 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 
@@ -41,9 +42,16 @@ class Recipe(LightningModule):
         self.model = None
         self.resumes = False  # the command line says so where it is given a checkpoint
 
+    takes_unlabelled = False
+
     def setup(self, stage):
+        data = self.trainer.datamodule
+        if getattr(data, "unlabelled", None) is not None and not self.takes_unlabelled:
+            raise ValueError(
+                f"unlabelled must be None: {type(self).__name__} takes no images without masks; got {data.unlabelled!r}"
+            )
         if self.model is None:
-            self.make(self.trainer.datamodule)
+            self.make(data)
 
     def forward(self, images):
         return self.model(images)
@@ -165,7 +173,7 @@ class Supervised(Segmentation):
         loss: "ce" (default), "bal" or "focal".
         loss_options: of `SegmentationLoss`: aux_weight, reduction, class_weight (a list, or "median_frequency", SegNet's), kernel_size, gamma, ...
         optimizer: `Optimizer`, by default SGD with polynomial decay from 0.007.
-        freeze_batch_norm: batch normalisation keeps its running statistics (default False): for batches too small for them, as DeepLab v2.
+        freeze_batch_norm: batch normalisation keeps its running statistics, scales and shifts (default False): for batches too small for it, as DeepLab v2.
         batch_norm_momentum: share of a batch in the running statistics, default PyTorch's 0.1; a decay of 0.9997 (DeepLab v3) is 0.0003.
     """
 
@@ -184,8 +192,9 @@ class Supervised(Segmentation):
 
     def make(self, data):
         super().make(data)
-        if self.batch_norm_momentum is not None:
-            for module in batch_norms(self.model):
+        for module in batch_norms(self.model):
+            module.requires_grad_(not self.freeze_batch_norm)
+            if self.batch_norm_momentum is not None:
                 module.momentum = self.batch_norm_momentum
 
     def on_train_start(self):  # a run resumed within an epoch does not start that; validation gives each module its mode back
@@ -375,7 +384,7 @@ class Adversarial(Segmentation):
     """A generator that segments and a discriminator that tells its class maps from labels, for images with masks and without (Lalwani, III.C).
 
     Every step has a labelled phase: the discriminator minimises L_BCE, half for labels and half for predictions, then the generator
-    L_CCE + lambda_labelled L_BCE with the discriminator frozen. From epoch `unlabelled_from` on an unlabelled phase follows: the generator minimises
+    L_CCE + lambda_labelled L_BCE with the discriminator frozen, on the same batch (the paper draws another). From epoch `unlabelled_from` on an unlabelled phase follows: the generator minimises
     lambda_unlabelled L_BCE on images without masks, the discriminator frozen. Frozen: no gradients, and running statistics are kept. Void pixels count in no
     loss, and the discriminator sees no class there.
 
@@ -387,6 +396,8 @@ class Adversarial(Segmentation):
         lambda_labelled, lambda_unlabelled: default 0.01 and 0.001.
         unlabelled_from: epoch, default 0.
     """
+
+    takes_unlabelled = True
 
     def __init__(
         self,
@@ -420,6 +431,8 @@ class Adversarial(Segmentation):
 
     def make(self, data):
         super().make(data)
+        if "train" in data.sets and "unlabelled" not in data.sets:
+            rank_zero_warn("no images without masks (data.labelled below 1, or data.unlabelled): there is no unlabelled phase")
         self.discriminator = create_model(self.discriminator_name, data.num_classes, **self.discriminator_options)
 
     def configure_optimizers(self):

@@ -1,12 +1,13 @@
 """A run's folder: checkpoints, written whole or not at all, and results."""
 
 import json
+import math
 import time
 from pathlib import Path
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 
 from .files import write_whole
 from .metrics import table
@@ -28,13 +29,15 @@ class WholeCheckpoints(TorchCheckpointIO):
             raise ValueError(f"{path} cannot be read as a checkpoint: {type(error).__name__}: {reason}") from error
 
 
-class Last(Callback):
-    """Keeps checkpoints/last.ckpt: of the end of the last epoch and, with `every`, of the last step whose number it divides.
+class Last(Checkpoint):
+    """Keeps checkpoints/last.ckpt: of the end of the last epoch and, with `every`, of the last step whose number it divides. Comes after `best`, whose state it
+    saves: Lightning moves all of kind Checkpoint behind other callbacks, in their order.
 
     (ModelCheckpoint's own last.ckpt is left behind where the best does not change.)
     """
 
     def __init__(self, folder, every=None):
+        super().__init__()
         self.path, self.every = last_checkpoint(folder), every
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
@@ -77,12 +80,21 @@ class Results(Callback):
         if trainer.sanity_checking or trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
         figures = {name: value.item() for name, value in trainer.callback_metrics.items() if "/" in name}
-        self.history.append({"epoch": trainer.current_epoch + 1} | figures)
+        self.history.append({"epoch": trainer.current_epoch + 1, "step": trainer.global_step} | figures)
         results = {"seconds": self._elapsed(), "epochs": self.history, "classes": list(trainer.datamodule.classes)}
         if hasattr(module, "per_class"):
             results["per_class"] = module.per_class
-        text = json.dumps(results, indent=1) + "\n"
+        text = json.dumps(without_nan(results), indent=1, allow_nan=False) + "\n"
         write_whole(self.path, lambda file: file.write(text.encode()))
+
+
+def without_nan(value):
+    """What JSON can say: None where a figure is of nothing."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def summary(trainer, module, split):

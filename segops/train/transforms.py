@@ -7,13 +7,14 @@ from torchvision.transforms.v2 import ColorJitter, InterpolationMode, functional
 
 VOID = 255
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-KINDS = ("imagenet", "per_image", "none")
+KINDS = ("imagenet", "inception", "per_image", "none")
 
 
 def normalize(images, kind):
     """Images (..., C, H, W), float in [0, 1], as a network takes them.
 
-    kind: "imagenet" subtracts ImageNet's mean and divides by its deviation (three channels), "per_image" does so with each image's own, over all
+    kind: "imagenet" subtracts ImageNet's mean and divides by its deviation (three channels); "inception" subtracts 0.5 and divides by 0.5, as TensorFlow's
+        Inception and Xception were trained; "per_image" does so with each image's own, over all
         channels and pixels, as Haloi's "each image is standardized" (the deviation is at least 1 / sqrt(C H W), as in TensorFlow's
         per_image_standardization); "none" changes nothing.
 
@@ -23,6 +24,8 @@ def normalize(images, kind):
     check_kind(kind)
     if kind == "none":
         return images
+    if kind == "inception":
+        return 2 * images - 1
     if kind == "imagenet":
         return functional.normalize(images, list(MEAN), list(STD))
     dimensions = (-3, -2, -1)

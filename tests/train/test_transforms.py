@@ -322,5 +322,7 @@ def test_normalize_per_image_of_one_colour(value):
 
 
 def test_normalize_kind():
-    with pytest.raises(ValueError, match="normalize must be one of 'imagenet', 'per_image', 'none'; got 'standard'"):
+    with pytest.raises(
+        ValueError, match="normalize must be one of 'imagenet', 'inception', 'per_image', 'none'; got 'standard'"
+    ):
         normalize(torch.rand(3, 2, 2), "standard")
