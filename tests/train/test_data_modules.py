@@ -507,3 +507,43 @@ def test_the_classifier_s_stream_goes_on(table):
         seen += [name for images, _ in loader for name in red(images)]
     assert len(seen) == 40
     assert all(sorted(seen[start : start + 14]) == list(range(6, 20)) for start in (0, 14))
+
+
+def binary_folder(tmp_path, values):
+    write_folder(tmp_path, [[[values[0], values[1]], [values[0], 255]]] * 2)
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.txt").write_text("0\n1\n")
+    return str(tmp_path)
+
+
+def test_masks_of_0_and_255(tmp_path):
+    """They would train on nothing."""
+    root = binary_folder(tmp_path, (0, 255))
+    with pytest.raises(
+        ValueError, match=r"masks of two classes must hold 0 and 1; the first 2, as .*0\.png, hold 0 and 255 alone"
+    ):
+        trained(SegmentationData("folder", root))
+    data = trained(SegmentationData("folder", root, options={"values": {255: 1}}))
+    assert data.sets["train"][0][1].tolist() == [[0, 1], [0, 1]]
+    with pytest.raises(ValueError, match=r"values must be \{0 to 255: class below 2\}; got 255: 2"):
+        trained(SegmentationData("folder", root, options={"values": {255: 2}}))
+
+
+def test_masks_of_0_1_and_void(tmp_path):
+    data = trained(SegmentationData("folder", binary_folder(tmp_path, (0, 1))))
+    assert data.sets["train"][0][1].tolist() == [[0, 1], [0, 255]]
+
+
+def test_one_class_is_refused(tmp_path):
+    root = binary_folder(tmp_path, (0, 0))
+    with pytest.raises(ValueError, match="dataset must have at least 2 classes, background among them; got 1"):
+        trained(SegmentationData("folder", root, options={"num_classes": 1}))
+
+
+def test_a_split_without_masks_is_not_scored(tmp_path):
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (tmp_path / folder).mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "JPEGImages/a.jpg")
+    (tmp_path / "ImageSets/Segmentation/test.txt").write_text("a\n")
+    with pytest.raises(ValueError, match=r"test_split must have masks; 'test' of .* has none"):
+        trained(SegmentationData("voc", str(tmp_path), test_split="test"), stage="test")

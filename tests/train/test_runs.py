@@ -328,3 +328,34 @@ def test_weights_to_begin_with_are_not_needed_again(tmp_path):
     main(["validate", *begun, f"--ckpt_path={tmp_path}/checkpoints/last.ckpt"])
     main(["fit", f"--trainer.default_root_dir={tmp_path}", *begun, "--trainer.max_epochs=2", "--ckpt_path=last"])
     assert load(tmp_path)["epoch"] == 1
+
+
+def test_auto_begins_or_goes_on(tmp_path):
+    fit(tmp_path, *UNET, "--trainer.max_epochs=1", "--ckpt_path=auto")
+    fit(tmp_path, *UNET, "--trainer.max_epochs=2", "--ckpt_path=auto")
+    assert [epoch["step"] for epoch in results(tmp_path)["epochs"]] == [5, 10]
+
+
+def test_a_resumed_run_says_what_is_no_longer_as_it_was(tmp_path, capsys):
+    fit(tmp_path, *UNET, "--trainer.max_epochs=1")
+    capsys.readouterr()
+    fit(tmp_path, *UNET, "--trainer.max_epochs=1", "--model.loss=bal", "--ckpt_path=last")
+    assert "resumed with another model.init_args.loss: 'bal', before 'ce'" in capsys.readouterr().out
+    assert "ckpt_path: null" in (tmp_path / "config.yaml").read_text()
+
+
+def test_results_are_json(tmp_path):
+    """A figure of nothing is null."""
+    fit(tmp_path, *UNET, "--trainer.max_epochs=1", '--data.options={"train": 4, "val": 1, "size": [8, 8]}')
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    written = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+    assert None in written["per_class"]["iou"]
+
+
+def test_images_without_masks_are_not_left_out_silently(tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "image.png")
+    with pytest.raises(ValueError, match="unlabelled must be None: Supervised takes no images without masks; got "):
+        fit(tmp_path / "run", *UNET, f"--data.unlabelled={tmp_path}")
