@@ -346,7 +346,7 @@ def test_a_resumed_run_says_what_is_no_longer_as_it_was(tmp_path, capsys):
 
 def test_results_are_json(tmp_path):
     """A figure of nothing is null."""
-    fit(tmp_path, *UNET, "--trainer.max_epochs=1", '--data.options={"train": 4, "val": 1, "size": [8, 8]}')
+    fit(tmp_path, *UNET, "--trainer.max_epochs=1", '--data.options={"train": 4, "val": 1, "size": [16, 24]}')
 
     def refuse(name):
         raise AssertionError(name)
