@@ -2,7 +2,6 @@
 
 import logging
 import re
-import sys
 import warnings
 from pathlib import Path
 
@@ -18,8 +17,6 @@ from .recipes import Recipe
 from .runs import Last, Results, WholeCheckpoints, best, last_checkpoint, summary
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-COMMANDS = ("fit", "validate", "test")
-
 
 # What Lightning says that is not so here, or not of use.
 UNHELPFUL = (
@@ -185,7 +182,3 @@ def main(arguments):
         parser_kwargs={"prog": "segops", "default_env": False},
         args=named_configs(arguments),
     )
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

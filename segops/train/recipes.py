@@ -35,14 +35,14 @@ class Recipe(LightningModule):
         optimizer: `Optimizer`.
     """
 
+    takes_unlabelled = False
+
     def __init__(self, model, options, optimizer):
         super().__init__()
         self.name, self.options = model, dict(options or {})
         self.optimizer = Optimizer() if optimizer is None else optimizer
         self.model = None
         self.resumes = False  # the command line says so where it is given a checkpoint
-
-    takes_unlabelled = False
 
     def setup(self, stage):
         data = self.trainer.datamodule
@@ -384,9 +384,9 @@ class Adversarial(Segmentation):
     """A generator that segments and a discriminator that tells its class maps from labels, for images with masks and without (Lalwani, III.C).
 
     Every step has a labelled phase: the discriminator minimises L_BCE, half for labels and half for predictions, then the generator
-    L_CCE + lambda_labelled L_BCE with the discriminator frozen, on the same batch (the paper draws another). From epoch `unlabelled_from` on an unlabelled phase follows: the generator minimises
-    lambda_unlabelled L_BCE on images without masks, the discriminator frozen. Frozen: no gradients, and running statistics are kept. Void pixels count in no
-    loss, and the discriminator sees no class there.
+    L_CCE + lambda_labelled L_BCE with the discriminator frozen, on the same batch (the paper draws another). From epoch `unlabelled_from` on an
+    unlabelled phase follows: the generator minimises lambda_unlabelled L_BCE on images without masks, the discriminator frozen. Frozen: no gradients,
+    and running statistics are kept. Void pixels count in no loss, and the discriminator sees no class there.
 
     Args:
         model, options, loss, loss_options: the generator, as in `Supervised`; default "deeplabv3plus", "ce".
