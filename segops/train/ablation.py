@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from .cli import CONFIGS
+from .cli import CONFIGS, shipped
 from .files import write_whole
 from .runs import last_checkpoint
 
@@ -91,17 +91,12 @@ def load(name):
     if not path.is_file():
         path = ABLATIONS / f"{name}.yaml"
     if not path.is_file():
-        raise FileNotFoundError(f"ablation must be a file or one of {', '.join(shipped())}; got {str(name)!r}")
+        raise FileNotFoundError(f"ablation must be a file or one of {', '.join(shipped(ABLATIONS))}; got {str(name)!r}")
     content = _read_yaml(path)
     try:
         return _ablation(path, content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def shipped():
-    """Names of the ablations that come with the package."""
-    return sorted(path.stem for path in ABLATIONS.glob("*.yaml"))
 
 
 def _read_yaml(path):
@@ -230,9 +225,9 @@ def base_files(ablation, variant):
         own = ablation.file.parent / name
         path = own if own.is_file() else CONFIGS / f"{name}.yaml"
         if not path.is_file():
-            known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
             raise FileNotFoundError(
-                f"{ablation.file}: variant {variant.name!r}: base must be a file beside it or one of {known}; got {name!r}"
+                f"{ablation.file}: variant {variant.name!r}: base must be a file beside it or one of {', '.join(shipped())}; "
+                f"got {name!r}"
             )
         files.append(path)
     return files
@@ -365,9 +360,10 @@ def _figures(ablation, variant, folder):
     last = results["epochs"][-1]
     for metric in variant.metrics:
         if metric not in last:
-            known = ", ".join(sorted(name for name in last if name != "epoch"))
+            known = ", ".join(sorted(name for name in last if "/" in name))
             raise ValueError(f"{ablation.file}: metric of {variant.name!r} must be one of {path}: {known}; got {metric!r}")
-    scaled = {metric: ablation.scale * last[metric] for metric in variant.metrics}
+    # null: a figure of nothing
+    scaled = {metric: None if last[metric] is None else ablation.scale * last[metric] for metric in variant.metrics}
     return scaled | {"seconds": results["seconds"], "epochs": last["epoch"]}
 
 
@@ -379,7 +375,8 @@ def summarise(ablation, results):
         means = {}
         for variant in ablation.reported():
             if metric in variant.metrics:
-                values = [figures[metric] for figures in results[variant.name].values()]
+                found = (figures[metric] for figures in results[variant.name].values())
+                values = [value for value in found if value is not None]
                 means[variant.name] = statistics.fmean(values) if values else None
                 rows.append(
                     {
@@ -456,7 +453,7 @@ def _described(metric, scale):
 
 def add_arguments(parser):
     """Adds the arguments of `segops ablate` to an argparse parser; `run` takes what it parses."""
-    parser.add_argument("ablation", metavar="NAME_OR_FILE", help=f"a YAML file, or one of {', '.join(shipped())}")
+    parser.add_argument("ablation", metavar="NAME_OR_FILE", help=f"a YAML file, or one of {', '.join(shipped(ABLATIONS))}")
     parser.add_argument("--out", metavar="DIR", help="default runs/ablations/NAME; what is there is not trained again")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="train these; default: those of the file")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="train these; default: all")

@@ -148,6 +148,11 @@ class CLI(LightningCLI):
                 print(f"checkpoints, results.json, config.yaml: {self.trainer.default_root_dir}")
 
 
+def shipped(folder=CONFIGS):
+    """Names of the configurations that come with the package."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
 def named_configs(arguments):
     """The arguments with the names of shipped configurations made paths: --config camvid_pacnet."""
     arguments = list(arguments)
@@ -159,8 +164,7 @@ def named_configs(arguments):
             continue
         path = CONFIGS / f"{name.removesuffix('.yaml')}.yaml"
         if not path.is_file():
-            known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-            raise FileNotFoundError(f"--config must be a file or one of {known}; got {name!r}")
+            raise FileNotFoundError(f"--config must be a file or one of {', '.join(shipped())}; got {name!r}")
         arguments[index] = argument.replace(name, str(path))
     return arguments
 

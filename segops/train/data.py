@@ -46,7 +46,7 @@ class Samples(Dataset):
 
     def __getitem__(self, key):
         image, target = self.read(key.index)
-        mask = target if isinstance(target, torch.Tensor) else torch.zeros(image.shape[1:], dtype=torch.uint8)
+        mask = mask_of(image, target)
         if key.place is not None and self.augment is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(mixed_seed(self.seed, key.place))
@@ -62,12 +62,16 @@ class Samples(Dataset):
             return self.cache[index]
         image, target = self.dataset[index]
         if self.size is not None:
-            mask = target if isinstance(target, torch.Tensor) else torch.zeros(image.shape[1:], dtype=torch.uint8)
-            image, mask = resize(image, mask, self.size)
+            image, mask = resize(image, mask_of(image, target), self.size)
             target = mask if isinstance(target, torch.Tensor) else target
         if self.cache is not None:
             self.cache[index] = image, target
         return image, target
+
+
+def mask_of(image, target):
+    """The target, or an empty mask beside a class, so that both are treated alike."""
+    return target if isinstance(target, torch.Tensor) else torch.zeros(image.shape[1:], dtype=torch.uint8)
 
 
 class Stream:
@@ -193,7 +197,7 @@ class SegmentationData(Data):
         train_split, val_split: which splits, default "train" and "val". test_split: what `segops test` scores, default none.
         resize: (height, width) of all images and masks, in training, validation and test, or None (default) for their own.
         augment: what training does to them besides: `Augment`; by default flips them horizontally.
-        normalize: "imagenet" (default), "per_image" or "none".
+        normalize: "imagenet" (default), "inception", "per_image" or "none": see `segops.train.normalize`.
         batch_size: of all processes together, default 8. eval_batch_size: of each, default 1, since images may differ in size.
         labelled: share of the training images whose masks are used, default 1.0; the same ones for the same seed. Others are an unlabelled stream.
         unlabelled: a folder of images or a list of them: (more) images without masks, or None (default).
@@ -264,7 +268,7 @@ class SegmentationData(Data):
         if count < len(train):
             order = np.random.default_rng((run_seed(), len(train))).permutation(len(train))
             self.sets["train"] = torch.utils.data.Subset(train, sorted(order[:count].tolist()))
-            without.append(Masked(torch.utils.data.Subset(train, sorted(order[count:].tolist()))))
+            without.append(WithoutMasks(torch.utils.data.Subset(train, sorted(order[count:].tolist()))))
         if self.unlabelled is not None:
             without.append(Unlabelled(self.unlabelled, self.num_classes))
         if without:
@@ -319,7 +323,7 @@ def check_binary(dataset, looked_at=8):
         )
 
 
-class Masked(Dataset):
+class WithoutMasks(Dataset):
     """A data set whose masks are kept from sight."""
 
     def __init__(self, dataset):
@@ -441,10 +445,8 @@ class RandomClasses(Dataset):
     def __init__(self, dataset, num_classes, share, seed):
         rng = np.random.default_rng((seed, len(dataset)))
         chosen = rng.permutation(len(dataset))[: round(share * len(dataset))]
-        self.dataset, self.classes = (
-            dataset,
-            dict(zip(chosen.tolist(), rng.integers(num_classes, size=len(chosen)).tolist(), strict=True)),
-        )
+        drawn = rng.integers(num_classes, size=len(chosen))
+        self.dataset, self.classes = dataset, dict(zip(chosen.tolist(), drawn.tolist(), strict=True))
 
     def __len__(self):
         return len(self.dataset)

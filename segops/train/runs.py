@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 
-from .files import write_whole
+from .files import read_checkpoint, write_whole
 from .metrics import table
 
 
@@ -20,13 +20,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         write_whole(path, lambda file: torch.save(checkpoint, file))
 
     def load_checkpoint(self, path, map_location=lambda storage, place: storage, weights_only=True):
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no checkpoint at {path}")
-        try:
-            return torch.load(path, map_location, weights_only=True)
-        except Exception as error:  # torch.load raises what its parsers do
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise ValueError(f"{path} cannot be read as a checkpoint: {type(error).__name__}: {reason}") from error
+        return read_checkpoint(path, map_location)
 
 
 class Last(Checkpoint):

@@ -411,7 +411,7 @@ def names(metrics, *batch):
     return {f"val/{name}" for name in metrics.compute()}
 
 
-@pytest.mark.parametrize("name", ablation.shipped())
+@pytest.mark.parametrize("name", cli.shipped(ablation.ABLATIONS))
 def test_shipped(name, parser):
     """Every variant's arguments make a recipe that has its metrics, and data; and its network can be built."""
     table = ablation.load(name)
@@ -436,7 +436,7 @@ def test_shipped(name, parser):
 
 
 def test_shipped_tables_are_the_papers():
-    counts = {name: len(ablation.load(name).reported()) for name in ablation.shipped()}
+    counts = {name: len(ablation.load(name).reported()) for name in cli.shipped(ablation.ABLATIONS)}
     assert counts == {
         "bal_table1": 16,
         "camvid": 4,

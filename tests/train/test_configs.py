@@ -9,7 +9,7 @@ from segops.models import create_model, list_models
 
 from segops.train import cli
 
-NAMES = sorted(path.stem for path in cli.CONFIGS.glob("*.yaml"))
+NAMES = cli.shipped()
 
 
 @pytest.mark.parametrize("name", NAMES)

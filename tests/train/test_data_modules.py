@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from segops.train import Augment, ClassificationData, CooperativeData, SegmentationData
-from segops.train.data import UNSCORED, Key, Masked, Once, RandomClasses, Samples, Stream, collate
+from segops.train.data import UNSCORED, Key, Once, RandomClasses, Samples, Stream, WithoutMasks, collate
 from segops.train.transforms import VOID
 
 CAMVID = Path(__file__).parents[3] / "shared" / "data" / "camvid"
@@ -289,7 +289,7 @@ def test_stages_open_what_they_need():
 def chosen(data):
     """(labelled, unlabelled) indices."""
     unlabelled = data.sets["unlabelled"].datasets[0]
-    assert isinstance(unlabelled, Masked)
+    assert isinstance(unlabelled, WithoutMasks)
     return data.sets["train"].indices, unlabelled.dataset.indices
 
 
