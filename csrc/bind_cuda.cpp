@@ -1,8 +1,5 @@
-// segops._C_cuda: the CUDA kernels. Schemas live in Python (segops/*/op.py); this file adds implementations only.
-#include "argmax/argmax.h"
-#include "bal/bal.h"
-#include "pac/pac.h"
-#include "pag/pag.h"
+// segops._C_cuda: the CUDA kernels. Schemas live in Python (segops/*/op.py), implementations at the foot of each kernel's file; this
+// one makes a Python module of them.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -10,19 +7,6 @@
 #include <sstream>
 #include <string>
 #include <vector>
-
-STABLE_TORCH_LIBRARY_IMPL(segops, CUDA, m) {
-  m.impl("argmax_upsample", TORCH_BOX(&segops::argmax_upsample_cuda));
-  m.impl("bal_count_edges", TORCH_BOX(&segops::bal_count_edges_cuda));
-  m.impl("bal_blur", TORCH_BOX(&segops::bal_blur_cuda));
-  m.impl("bal_softmax_loss", TORCH_BOX(&segops::bal_softmax_loss_cuda));
-  m.impl("bal_softmax_grad", TORCH_BOX(&segops::bal_softmax_grad_cuda));
-  m.impl("pac_shift_gather", TORCH_BOX(&segops::pac_shift_gather_cuda));
-  m.impl("pac_shift_scatter", TORCH_BOX(&segops::pac_shift_scatter_cuda));
-  m.impl("pag_pool", TORCH_BOX(&segops::pag_pool_cuda));
-  m.impl("pag_scatter", TORCH_BOX(&segops::pag_scatter_cuda));
-  m.impl("pag_gather", TORCH_BOX(&segops::pag_gather_cuda));
-}
 
 PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "segops kernels for CUDA";

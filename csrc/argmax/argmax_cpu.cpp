@@ -322,4 +322,8 @@ void argmax_upsample_cpu(Tensor logits, Tensor best, Tensor out) {
   });
 }
 
+STABLE_TORCH_LIBRARY_IMPL(segops, CPU, m) {
+  m.impl("argmax_upsample", TORCH_BOX(&argmax_upsample_cpu));
+}
+
 }  // namespace segops

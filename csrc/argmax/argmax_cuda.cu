@@ -88,21 +88,25 @@ __global__ void __launch_bounds__(kThreads)
 
 void argmax_upsample_cuda(Tensor logits, Tensor best, Tensor out) {
   const ArgmaxShape s = check_argmax(logits, best, out);
-  const Launch launch(logits);
+  const CurrentStream stream(logits);
   int* bests = static_cast<int*>(best.mutable_data_ptr());
   int64_t* to = static_cast<int64_t*>(out.mutable_data_ptr());
   const int64_t positions = best.numel(), pixels = out.numel();
   dispatch_cuda(logits, "argmax_upsample", [&](auto type) {
-    const Logits<decltype(type)> from(logits);
-    best_kernel<<<Launch::blocks(positions), kThreads, 0, launch.stream()>>>(from, int(s.classes), s.h, s.w, bests, positions);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    using T = decltype(type);
+    const Logits<T> from(logits);
+    launch(best_kernel<T>, blocks_for(positions), kThreads, 0, stream, from, int(s.classes), s.h, s.w, bests, positions);
     if (s.resized())
-      upsample_kernel<<<Launch::blocks(pixels), kThreads, 0, launch.stream()>>>(
-          from, s, double(s.h) / double(s.height), double(s.w) / double(s.width), bests, to, pixels);
+      launch(
+          upsample_kernel<T>, blocks_for(pixels), kThreads, 0, stream, from, s, double(s.h) / double(s.height),
+          double(s.w) / double(s.width), bests, to, pixels);
     else
-      widen_kernel<<<Launch::blocks(pixels), kThreads, 0, launch.stream()>>>(bests, to, pixels);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+      launch(widen_kernel, blocks_for(pixels), kThreads, 0, stream, bests, to, pixels);
   });
+}
+
+SEGOPS_CUDA_KERNELS(m) {
+  m.impl("argmax_upsample", TORCH_BOX(&argmax_upsample_cuda));
 }
 
 }  // namespace segops

@@ -741,4 +741,11 @@ void bal_softmax_grad_cpu(
   });
 }
 
+STABLE_TORCH_LIBRARY_IMPL(segops, CPU, m) {
+  m.impl("bal_count_edges", TORCH_BOX(&bal_count_edges_cpu));
+  m.impl("bal_blur", TORCH_BOX(&bal_blur_cpu));
+  m.impl("bal_softmax_loss", TORCH_BOX(&bal_softmax_loss_cpu));
+  m.impl("bal_softmax_grad", TORCH_BOX(&bal_softmax_grad_cpu));
+}
+
 }  // namespace segops

@@ -158,18 +158,6 @@ struct Problem {
   }
 };
 
-// Sums a block's values in a fixed order; the first thread gets the sum.
-__device__ inline double block_sum(double value) {
-  __shared__ double values[kThreads];
-  __syncthreads();
-  values[threadIdx.x] = value;
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half) values[threadIdx.x] += values[threadIdx.x + half];
-  }
-  return values[0];
-}
-
 template <typename T, bool resized>
 __global__ void __launch_bounds__(kThreads) loss_kernel(
     const Problem<T> p, float* __restrict__ coefficients, float* __restrict__ loss, double* __restrict__ partial,
@@ -419,27 +407,25 @@ void bal_count_edges_cuda(Tensor labels, Tensor out, int64_t classes, int64_t ig
   check_count_edges(labels, out);
   const int64_t work = out.numel();
   if (work == 0) return;
-  const Launch launch(out);
+  const CurrentStream stream(out);
   const Labels packed(labels, classes, ignore_index, "bal_count_edges");
   float* to = static_cast<float*>(out.mutable_data_ptr());
-  count_edges_kernel<<<Launch::blocks(work), kThreads, 0, launch.stream()>>>(
-      packed, labels.size(1), labels.size(2), to, out.size(1), out.size(2), work);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(
+      count_edges_kernel, blocks_for(work), kThreads, 0, stream, packed, labels.size(1), labels.size(2), to, out.size(1),
+      out.size(2), work);
 }
 
 void bal_blur_cuda(Tensor edges, Tensor factors, Tensor rows, Tensor out) {
   check_blur(edges, factors, rows, out);
   const int64_t h = edges.size(1), w = edges.size(2), size = factors.size(1), work = edges.numel();
   if (work == 0) return;
-  const Launch launch(out);
+  const CurrentStream stream(out);
   const float* from = static_cast<const float*>(edges.const_data_ptr());
   const float* factor = static_cast<const float*>(factors.const_data_ptr());
   float* along_x = static_cast<float*>(rows.mutable_data_ptr());
   float* to = static_cast<float*>(out.mutable_data_ptr());
-  blur_x_kernel<<<Launch::blocks(work), kThreads, 0, launch.stream()>>>(from, factor, size, along_x, w, work);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  blur_y_kernel<<<Launch::blocks(work), kThreads, 0, launch.stream()>>>(along_x, factor, size, to, h, w, work);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(blur_x_kernel, blocks_for(work), kThreads, 0, stream, from, factor, size, along_x, w, work);
+  launch(blur_y_kernel, blocks_for(work), kThreads, 0, stream, along_x, factor, size, to, h, w, work);
 }
 
 void bal_softmax_loss_cuda(
@@ -448,9 +434,9 @@ void bal_softmax_loss_cuda(
   const LossShape s = check_loss("bal_softmax_loss", logits, labels, pixel_weight, class_weight, coefficients);
   check_loss_outputs(labels, totals, loss, coefficients, label_smoothing);
   STD_TORCH_CHECK(coefficients.scalar_type() == ScalarType::Float, "bal_softmax_loss: coefficients must be float32 on CUDA");
-  const Launch launch(logits);
+  const CurrentStream stream(logits);
   const int64_t work = s.images * ((s.height + kRows - 1) / kRows) * s.width;
-  const unsigned blocks = Launch::blocks(work);
+  const unsigned blocks = blocks_for(work);
   Tensor partial = torch::stable::new_empty(totals, {2 * int64_t(blocks)});
   double* pairs = static_cast<double*>(partial.mutable_data_ptr());
   float* maps = static_cast<float*>(coefficients.mutable_data_ptr());
@@ -460,12 +446,10 @@ void bal_softmax_loss_cuda(
     const Problem<T> p(
         s, logits, labels, pixel_weight, class_weight, coefficients, label_smoothing, ignore_index, "bal_softmax_loss");
     const auto kernel = s.resized() ? &loss_kernel<T, true> : &loss_kernel<T, false>;
-    kernel<<<blocks, kThreads, 0, launch.stream()>>>(p, maps, losses, pairs, work);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(kernel, blocks, kThreads, 0, stream, p, maps, losses, pairs, work);
   });
   double* sums = static_cast<double*>(totals.mutable_data_ptr());
-  total_kernel<<<1, kThreads, 0, launch.stream()>>>(pairs, blocks, sums);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(total_kernel, 1, kThreads, 0, stream, pairs, blocks, sums);
 }
 
 void bal_softmax_grad_cuda(
@@ -474,7 +458,7 @@ void bal_softmax_grad_cuda(
   const LossShape s = check_loss("bal_softmax_grad", logits, labels, std::nullopt, class_weight, coefficients);
   check_grad(grad, logits, labels, out, coefficients);
   STD_TORCH_CHECK(coefficients.scalar_type() == ScalarType::Float, "bal_softmax_grad: coefficients must be float32 on CUDA");
-  const Launch launch(logits);
+  const CurrentStream stream(logits);
   dispatch_cuda(logits, "bal_softmax_grad", [&](auto type) {
     using T = decltype(type);
     const Problem<T> p(s, logits, labels, std::nullopt, class_weight, coefficients, 0, ignore_index, "bal_softmax_grad");
@@ -489,14 +473,20 @@ void bal_softmax_grad_cuda(
       const int64_t reached = kThreads * s.w / s.width - 1;
       const int columns = int(std::max<int64_t>(1, std::min<int64_t>(reached, kThreads / kClasses)));
       const int64_t column_tiles = (s.w + columns - 1) / columns, class_tiles = (s.classes + kClasses - 1) / kClasses;
-      const unsigned blocks = Launch::blocks(s.images * class_tiles * s.h * column_tiles * kThreads);
-      resized_grad_kernel<T><<<blocks, kThreads, 0, launch.stream()>>>(p, g, columns, column_tiles, class_tiles);
+      const unsigned blocks = blocks_for(s.images * class_tiles * s.h * column_tiles * kThreads);
+      launch(resized_grad_kernel<T>, blocks, kThreads, 0, stream, p, g, columns, column_tiles, class_tiles);
     } else {
       const int64_t work = labels.numel();
-      grad_kernel<T><<<Launch::blocks(work), kThreads, 0, launch.stream()>>>(p, g, work);
+      launch(grad_kernel<T>, blocks_for(work), kThreads, 0, stream, p, g, work);
     }
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
+}
+
+SEGOPS_CUDA_KERNELS(m) {
+  m.impl("bal_count_edges", TORCH_BOX(&bal_count_edges_cuda));
+  m.impl("bal_blur", TORCH_BOX(&bal_blur_cuda));
+  m.impl("bal_softmax_loss", TORCH_BOX(&bal_softmax_loss_cuda));
+  m.impl("bal_softmax_grad", TORCH_BOX(&bal_softmax_grad_cuda));
 }
 
 }  // namespace segops

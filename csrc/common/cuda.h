@@ -1,7 +1,15 @@
-// What every .cu file needs: conversions, 16-byte loads and stores, the launch.
+// What every .cu file needs: the launch, conversions, 16-byte loads and stores, sums of a block.
+//
+// Whatever is more than C++ goes by names of this file: launches, shared memory of a size known at the launch, instructions
+// that CUDA has no function for. tests/emulation/cuda_on_cpu.h has the same names, and those of CUDA that kernels use, for a
+// compiler of C++: there the files with kernels are compiled as they are, and run in every test.
 #pragma once
 
 #include "tensor.h"
+
+#ifdef SEGOPS_EMULATION
+#include "cuda_on_cpu.h"
+#else
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -11,9 +19,82 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+// Implements the ops of a file, at its foot: SEGOPS_CUDA_KERNELS(m) { m.impl(...); }
+#define SEGOPS_CUDA_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(segops, CUDA, m)
+
+namespace segops {
+
+// Makes the tensor's device current for a scope and stands for the stream that PyTorch has current there.
+class CurrentStream {
+ public:
+  explicit CurrentStream(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  operator cudaStream_t() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+// Calls the kernel with `arguments`; `shared` is the bytes that dynamic_shared() points to.
+template <typename... Parameters, typename... Arguments>
+void launch(
+    void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared, cudaStream_t stream,
+    const Arguments&... arguments) {
+  if (shared > 48 << 10)  // what a kernel gets without asking
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+  cudaLaunchConfig_t configuration{};
+  configuration.gridDim = blocks;
+  configuration.blockDim = threads;
+  configuration.dynamicSmemBytes = shared;
+  configuration.stream = stream;
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&configuration, kernel, static_cast<Parameters>(arguments)...));
+}
+
+// The block's shared memory whose size the launch gave, from a multiple of 16 bytes on.
+template <typename T>
+__device__ inline T* dynamic_shared() {
+  extern __shared__ uint4 memory[];
+  return reinterpret_cast<T*>(memory);
+}
+
+// Begins to copy 4, 8 or 16 bytes, both ends aligned to as many, into shared memory past the registers.
+template <int bytes>
+__device__ inline void copy_async(void* shared, const void* global) {
+  static_assert(bytes == 4 || bytes == 8 || bytes == 16);
+  const unsigned to = unsigned(__cvta_generic_to_shared(shared));
+  if constexpr (bytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(bytes) : "memory");
+}
+// Makes a group of the copies that this thread has begun since the last one.
+__device__ inline void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits until at most the last `pending` groups of this thread are under way. Other threads see a copy after a barrier.
+template <int pending>
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+}  // namespace segops
+
+#endif
+
 namespace segops {
 
 constexpr int kThreads = 256;
+
+// Blocks of kThreads threads for so many threads of work.
+inline unsigned blocks_for(int64_t threads) {
+  const int64_t count = (threads + kThreads - 1) / kThreads;
+  STD_TORCH_CHECK(count <= 0x7fffffff, "segops: the map is too large for one CUDA launch");
+  return unsigned(count);
+}
 
 __device__ inline float widen(float x) {
   return x;
@@ -57,27 +138,19 @@ __device__ inline void store(T* p, const float (&acc)[V]) {
   *reinterpret_cast<Pack<T, V>*>(p) = pack;
 }
 
-// Makes the tensor's device current for a scope and holds the stream that PyTorch has current there.
-class Launch {
- public:
-  explicit Launch(const Tensor& tensor) : guard_(tensor.get_device_index()) {
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
+// The sum of the values of a block of kThreads threads, in a fixed order; every thread gets it.
+__device__ inline double block_sum(double value) {
+  __shared__ double values[kThreads];
+  values[threadIdx.x] = value;
+  __syncthreads();
+  for (unsigned half = kThreads / 2; half > 0; half /= 2) {
+    if (threadIdx.x < half) values[threadIdx.x] += values[threadIdx.x + half];
+    __syncthreads();
   }
-  cudaStream_t stream() const { return stream_; }
-
-  // Blocks of kThreads threads for so many threads of work.
-  static unsigned blocks(int64_t threads) {
-    const int64_t count = (threads + kThreads - 1) / kThreads;
-    STD_TORCH_CHECK(count <= 0x7fffffff, "segops: the map is too large for one CUDA launch");
-    return unsigned(count);
-  }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_;
-};
+  const double sum = values[0];
+  __syncthreads();  // the next sum takes the same memory
+  return sum;
+}
 
 // Calls fn with a value of the tensor's element type.
 template <typename F>

@@ -197,4 +197,9 @@ void pac_shift_scatter_cpu(
   });
 }
 
+STABLE_TORCH_LIBRARY_IMPL(segops, CPU, m) {
+  m.impl("pac_shift_gather", TORCH_BOX(&pac_shift_gather_cpu));
+  m.impl("pac_shift_scatter", TORCH_BOX(&pac_shift_scatter_cpu));
+}
+
 }  // namespace segops

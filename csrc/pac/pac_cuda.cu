@@ -109,21 +109,20 @@ bool fits(std::initializer_list<const void*> pointers, std::initializer_list<int
 
 template <typename T, int V>
 void launch_gather(
-    const Launch& launch, const T* planes, const T* bias, T* out, int64_t pixel_stride, int64_t group_stride,
+    const CurrentStream& stream, const T* planes, const T* bias, T* out, int64_t pixel_stride, int64_t group_stride,
     const ShiftShape& s, const Rates& rates) {
   const int64_t work = s.images * s.height * s.width * s.groups * (s.channels / V);
-  gather_kernel<T, V>
-      <<<Launch::blocks(work), kThreads, 0, launch.stream()>>>(planes, bias, out, pixel_stride, group_stride, s, rates, work);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(
+      gather_kernel<T, V>, blocks_for(work), kThreads, 0, stream, planes, bias, out, pixel_stride, group_stride, s, rates,
+      work);
 }
 
 template <typename T, int V>
 void launch_scatter(
-    const Launch& launch, const T* source, T* out, const ShiftShape& s, const Rates& rates, int64_t first_row, int64_t rows) {
+    const CurrentStream& stream, const T* source, T* out, const ShiftShape& s, const Rates& rates, int64_t first_row,
+    int64_t rows) {
   const int64_t work = rows * s.width * s.kernel_h * s.kernel_w * (s.channels / V);
-  scatter_kernel<T, V>
-      <<<Launch::blocks(work), kThreads, 0, launch.stream()>>>(source, out, s, rates, first_row * s.width, work);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(scatter_kernel<T, V>, blocks_for(work), kThreads, 0, stream, source, out, s, rates, first_row * s.width, work);
 }
 
 }  // namespace
@@ -134,7 +133,7 @@ void pac_shift_gather_cuda(
   const ShiftShape s = check_gather(planes, bias, out, kernel_size, rates, sign);
   const Rates packed = pack_rates(rates, s.groups, "pac_shift_gather");
   if (out.numel() == 0) return;
-  const Launch launch(out);
+  const CurrentStream stream(out);
   dispatch_cuda(out, "pac_shift_gather", [&](auto type) {
     using T = decltype(type);
     constexpr int V = 16 / sizeof(T);
@@ -143,9 +142,9 @@ void pac_shift_gather_cuda(
     T* to = static_cast<T*>(out.mutable_data_ptr());
     const int64_t pixel_stride = out.stride(2), group_stride = out.stride(3);
     if (fits<T, V>({from, shift, to}, {s.channels, pixel_stride, group_stride}))
-      launch_gather<T, V>(launch, from, shift, to, pixel_stride, group_stride, s, packed);
+      launch_gather<T, V>(stream, from, shift, to, pixel_stride, group_stride, s, packed);
     else
-      launch_gather<T, 1>(launch, from, shift, to, pixel_stride, group_stride, s, packed);
+      launch_gather<T, 1>(stream, from, shift, to, pixel_stride, group_stride, s, packed);
   });
 }
 
@@ -154,17 +153,22 @@ void pac_shift_scatter_cuda(
   const ShiftShape s = check_scatter(source, out, first_row, kernel_size, rates, sign);
   const Rates packed = pack_rates(rates, s.groups, "pac_shift_scatter");
   if (out.numel() == 0) return;
-  const Launch launch(out);
+  const CurrentStream stream(out);
   dispatch_cuda(out, "pac_shift_scatter", [&](auto type) {
     using T = decltype(type);
     constexpr int V = 16 / sizeof(T);
     const T* from = static_cast<const T*>(source.const_data_ptr());
     T* to = static_cast<T*>(out.mutable_data_ptr());
     if (fits<T, V>({from, to}, {s.channels}))
-      launch_scatter<T, V>(launch, from, to, s, packed, first_row, out.size(0));
+      launch_scatter<T, V>(stream, from, to, s, packed, first_row, out.size(0));
     else
-      launch_scatter<T, 1>(launch, from, to, s, packed, first_row, out.size(0));
+      launch_scatter<T, 1>(stream, from, to, s, packed, first_row, out.size(0));
   });
+}
+
+SEGOPS_CUDA_KERNELS(m) {
+  m.impl("pac_shift_gather", TORCH_BOX(&pac_shift_gather_cuda));
+  m.impl("pac_shift_scatter", TORCH_BOX(&pac_shift_scatter_cuda));
 }
 
 }  // namespace segops

@@ -807,4 +807,10 @@ void pag_gather_cpu(Tensor input, Tensor offsets, Tensor out, std::vector<int64_
   });
 }
 
+STABLE_TORCH_LIBRARY_IMPL(segops, CPU, m) {
+  m.impl("pag_pool", TORCH_BOX(&pag_pool_cpu));
+  m.impl("pag_scatter", TORCH_BOX(&pag_scatter_cpu));
+  m.impl("pag_gather", TORCH_BOX(&pag_gather_cpu));
+}
+
 }  // namespace segops

@@ -299,31 +299,6 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const Pooled s, int64_
   *s.pooled.at<T>(p.n, p.c, p.y, p.x) = value;
 }
 
-template <typename T, int V>
-void launch_pool(const Launch& launch, const Maps& maps, const Tensor& out, bool concat, bool channels_last, int64_t work) {
-  pool_kernel<T, V><<<Launch::blocks(work), kThreads, 0, launch.stream()>>>(
-      maps, view(out), int32_t(out.size(2)), int32_t(out.size(3)), concat, channels_last, work);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-template <typename T, int V, int W>
-void launch_windows(const Launch& launch, const Pooled& s, int64_t work) {
-  scatter_windows<T, V, W><<<Launch::blocks(work), kThreads, 0, launch.stream()>>>(s, work);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-template <typename T, int V>
-void launch_elements(const Launch& launch, const Pooled& s, int64_t work) {
-  scatter_elements<T, V><<<Launch::blocks(work), kThreads, 0, launch.stream()>>>(s, work);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-template <typename T>
-void launch_gather(const Launch& launch, const Pooled& s, int64_t work) {
-  gather_kernel<T><<<Launch::blocks(work), kThreads, 0, launch.stream()>>>(s, work);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
 }  // namespace
 
 void pag_pool_cuda(
@@ -331,7 +306,7 @@ void pag_pool_cuda(
   const std::vector<Part> parts = check_pool(maps, out, offsets, kernel_size, concat, channels_last);
   STD_TORCH_CHECK(maps.size() <= kMaxMaps, "pag_pool: at most ", kMaxMaps, " maps");
   if (out.numel() == 0) return;
-  const Launch launch(out);
+  const CurrentStream stream(out);
   char* held = static_cast<char*>(offsets.mutable_data_ptr());
   const int64_t pixels = out.size(0) * out.size(2) * out.size(3);
   dispatch_cuda(out, "pag_pool", [&](auto type) {
@@ -353,17 +328,16 @@ void pag_pool_cuda(
                        part.channels, part.first_channel, concat ? work : 0};
       work = (concat ? work : 0) + pixels * part.channels / (packs ? V : 1);
     }
-    if (packs)
-      launch_pool<T, V>(launch, packed, out, concat, channels_last, work);
-    else
-      launch_pool<T, 1>(launch, packed, out, concat, channels_last, work);
+    launch(
+        packs ? &pool_kernel<T, V> : &pool_kernel<T, 1>, blocks_for(work), kThreads, 0, stream, packed, view(out),
+        int32_t(out.size(2)), int32_t(out.size(3)), concat, channels_last, work);
   });
 }
 
 void pag_scatter_cuda(Tensor pooled, Tensor offsets, Tensor out, std::vector<int64_t> kernel_size, bool channels_last) {
   const Windows w = check_offsets(pooled, out, offsets, kernel_size, channels_last, "pag_scatter");
   if (out.numel() == 0) return;
-  const Launch launch(out);
+  const CurrentStream stream(out);
   void* held = const_cast<void*>(offsets.const_data_ptr());
   const Pooled s{view(pooled), view(out), w, held, out.size(1), channels_last};
   const int64_t windows = pooled.numel(), elements = out.numel();
@@ -373,21 +347,22 @@ void pag_scatter_cuda(Tensor pooled, Tensor offsets, Tensor out, std::vector<int
     const bool packs = packable<T, V>(pooled, channels_last) && packable<T, V>(out, channels_last) &&
                        reinterpret_cast<uintptr_t>(held) % 16 == 0;
     const int width = packs ? pack_width(w) : 0;
+    const auto run = [&](auto kernel, int64_t work) { launch(kernel, blocks_for(work), kThreads, 0, stream, s, work); };
     if (channels_last) {
       if (w.overlap())
-        packs ? launch_elements<T, V>(launch, s, elements / V) : launch_elements<T, 1>(launch, s, elements);
+        packs ? run(scatter_elements<T, V>, elements / V) : run(scatter_elements<T, 1>, elements);
       else
-        packs ? launch_windows<T, V, 0>(launch, s, windows / V) : launch_windows<T, 1, 0>(launch, s, windows);
+        packs ? run(scatter_windows<T, V, 0>, windows / V) : run(scatter_windows<T, 1, 0>, windows);
     } else if (w.overlap() || width == 0) {
-      launch_elements<T, 1>(launch, s, elements);
+      run(scatter_elements<T, 1>, elements);
     } else if (width == 1) {
-      launch_windows<T, V, 1>(launch, s, windows / V);
+      run(scatter_windows<T, V, 1>, windows / V);
     } else if (width == 2) {
-      launch_windows<T, V, 2>(launch, s, windows / V);
+      run(scatter_windows<T, V, 2>, windows / V);
     } else if (width == 4) {
-      launch_windows<T, V, 4>(launch, s, windows / V);
+      run(scatter_windows<T, V, 4>, windows / V);
     } else {
-      launch_windows<T, V, 8>(launch, s, windows / V);
+      run(scatter_windows<T, V, 8>, windows / V);
     }
   });
 }
@@ -395,9 +370,17 @@ void pag_scatter_cuda(Tensor pooled, Tensor offsets, Tensor out, std::vector<int
 void pag_gather_cuda(Tensor input, Tensor offsets, Tensor out, std::vector<int64_t> kernel_size, bool channels_last) {
   const Windows w = check_offsets(out, input, offsets, kernel_size, channels_last, "pag_gather");
   if (out.numel() == 0) return;
-  const Launch launch(out);
+  const CurrentStream stream(out);
   const Pooled s{view(out), view(input), w, const_cast<void*>(offsets.const_data_ptr()), out.size(1), channels_last};
-  dispatch_cuda(out, "pag_gather", [&](auto type) { launch_gather<decltype(type)>(launch, s, out.numel()); });
+  dispatch_cuda(out, "pag_gather", [&](auto type) {
+    launch(gather_kernel<decltype(type)>, blocks_for(out.numel()), kThreads, 0, stream, s, out.numel());
+  });
+}
+
+SEGOPS_CUDA_KERNELS(m) {
+  m.impl("pag_pool", TORCH_BOX(&pag_pool_cuda));
+  m.impl("pag_scatter", TORCH_BOX(&pag_scatter_cuda));
+  m.impl("pag_gather", TORCH_BOX(&pag_gather_cuda));
 }
 
 }  // namespace segops
