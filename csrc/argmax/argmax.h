@@ -1,12 +1,13 @@
 // The largest class of logits that are resized bilinearly as they are read (common/resize.h).
 //
-//   best[n, i, j] = argmax_c logits[n, c, i, j], the lowest class on ties; a NaN is larger than any number
+//   best[n, i, j] = argmax_c logits[n, c, i, j], the lowest class on ties; a NaN is larger than any number. Where the largest
+//   is infinite or NaN, ~argmax: a negative number.
 //   out[n, y, x]  = the same of the means of the four logits that pixel (y, x) lies between; one that weighs nothing is not
 //   looked at
 //
 // An interpolated logit is a mean of its four corners with weights that all classes share: where one class is the largest at
 // all four, it is the largest everywhere between them, and no other class is looked at. Only the cells that a boundary crosses
-// are computed.
+// are computed; and those with a negative best, where a class that is infinite with both signs is NaN in between.
 #pragma once
 
 #include "../common/resize.h"
@@ -32,6 +33,10 @@ inline ArgmaxShape check_argmax(const Tensor& logits, const Tensor& best, const 
           out.numel() > 0,
       "argmax_upsample: out must be contiguous int64 (N, H, W), not empty");
   return {logits.size(0), logits.size(1), logits.size(2), logits.size(3), out.size(1), out.size(2)};
+}
+
+SEGOPS_HOST_DEVICE inline int32_t class_of_best(int32_t best) {
+  return best < 0 ? ~best : best;
 }
 
 // The C++ CPU and CUDA kernels share this signature; `best` and `out` are written in full.

@@ -50,7 +50,7 @@ struct Axis {
   }
 };
 
-// best[x] = the largest class of column x of row (classes, padded w).
+// best[x] = the largest class of column x of row (classes, padded w), as argmax.h has it.
 template <typename T, int bytes>
 SEGOPS_INLINE void best_of_row(const T* row, int64_t classes, int64_t w, int64_t step, int32_t* best) {
   constexpr int lanes = kLanes<T, bytes>;
@@ -68,9 +68,10 @@ SEGOPS_INLINE void best_of_row(const T* row, int64_t classes, int64_t w, int64_t
     for (int64_t x = begin; x < end; ++x) {
       best[x] = int32_t(index[x - begin]);
       if (nothing[x - begin] == 0) continue;
-      best[x] = 0;
+      int64_t largest = 0;
       for (int64_t c = 1; c < classes; ++c)
-        if (larger(row[c * step + x], row[best[x] * step + x])) best[x] = int32_t(c);
+        if (larger(row[c * step + x], row[largest * step + x])) largest = c;
+      best[x] = int32_t(row[largest * step + x] <= std::numeric_limits<T>::max() ? largest : ~largest);
     }
   }
 }
@@ -207,7 +208,7 @@ SEGOPS_INLINE void fill_rows(const Rows<T>& r, Candidates<T>& candidates, T* top
   for (int64_t j = 0; j < r.w;) {
     const int64_t right = std::min(j + 1, r.w - 1);
     const int32_t same = r.best_above[j];
-    if (same == r.best_above[right] && same == r.best_below[j] && same == r.best_below[right]) {
+    if (same >= 0 && same == r.best_above[right] && same == r.best_below[j] && same == r.best_below[right]) {
       // A run of cells that agree is one fill.
       int64_t end = j + 1;
       while (end < r.w) {
@@ -289,7 +290,7 @@ void argmax_upsample_cpu(Tensor logits, Tensor best, Tensor out) {
       for (int64_t r = begin; r < end; ++r) {
         read_row(data + r / s.h * logits.stride(0), logits, r % s.h, step, row.data());
         best_of(row.data(), s.classes, s.w, step, bests + r * s.w);
-        if (!s.resized()) std::copy_n(bests + r * s.w, s.w, to + r * s.w);
+        if (!s.resized()) std::transform(bests + r * s.w, bests + (r + 1) * s.w, to + r * s.w, class_of_best);
       }
     });
     if (!s.resized()) return;

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads)
   const T* at = logits.at(index / w / h, index / w % h, index % w);
   Largest largest{widen(*at), 0};
   for (int c = 1; c < classes; ++c) largest.see(widen(at[c * logits.channel]), c);
-  best[index] = largest.index;
+  best[index] = largest.value < INFINITY ? largest.index : ~largest.index;
 }
 
 template <typename T>
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) upsample_kernel(
                x = bilinear_source(index % s.width, s.w, scale_x);
   const int *upper = best + (n * s.h + y.low) * s.w, *lower = best + (n * s.h + y.high) * s.w;
   const int same = upper[x.low];
-  if (same == upper[x.high] && same == lower[x.low] && same == lower[x.high]) {
+  if (same >= 0 && same == upper[x.high] && same == lower[x.low] && same == lower[x.high]) {
     out[index] = same;
     return;
   }
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads) upsample_kernel(
 __global__ void __launch_bounds__(kThreads)
     widen_kernel(const int* __restrict__ best, int64_t* __restrict__ out, int64_t work) {
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (index < work) out[index] = best[index];
+  if (index < work) out[index] = class_of_best(best[index]);
 }
 
 }  // namespace

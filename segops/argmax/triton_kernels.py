@@ -28,7 +28,7 @@ def _best(
     index = tl.zeros((PIXELS,), tl.int32)
     for c in range(1, CLASSES):
         most, index = _see(tl.load(from_ + c * step, mask=mask, other=0.0).to(tl.float32), most, index, c)
-    tl.store(best + at, index, mask=mask)
+    tl.store(best + at, tl.where(most < float("inf"), index, ~index), mask=mask)
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def _upsample(
         x_low, x_high, wx = _source(at % width, w, width)
         above, below = best + (n * h + y_low) * w, best + (n * h + y_high) * w
         index = tl.load(above + x_low, mask=mask, other=0)
-        differ = index != tl.load(above + x_high, mask=mask, other=0)
+        differ = (index < 0) | (index != tl.load(above + x_high, mask=mask, other=0))
         differ = differ | (index != tl.load(below + x_low, mask=mask, other=0))
         differ = differ | (index != tl.load(below + x_high, mask=mask, other=0))
         if tl.max(differ.to(tl.int32), 0) > 0:
@@ -80,6 +80,7 @@ def _upsample(
             index = tl.where(differ, own, index)
     else:
         index = tl.load(best + at, mask=mask, other=0)
+        index = tl.where(index < 0, ~index, index)
     tl.store(out + at, index.to(tl.int64), mask=mask)
 
 
