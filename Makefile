@@ -1,13 +1,14 @@
-# make setup   .venv with everything, segops built and installed editable; a matter of minutes the first time, nothing after
-# make demo    what segops is, in five minutes: MODEL=name trains another model than pacnet, DATA=folder trains on images/{train,val}/ID.jpg and labels/{train,val}/ID.png
-# make test    linters and the test suite
-# make bench   the benchmark suite, results under benchmarks/results
+# make setup     .venv with everything, segops built and installed editable; a matter of minutes the first time, nothing after
+# make demo      what segops is, in five minutes: MODEL=name trains another model than pacnet, DATA=folder trains on images/{train,val}/ID.jpg and labels/{train,val}/ID.png
+# make test      linters and the test suite
+# make sanitize  the CUDA kernels, run by the CPU, under AddressSanitizer and UndefinedBehaviorSanitizer
+# make bench     the benchmark suite, results under benchmarks/results
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml MANIFEST.in constraints.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test bench clean
+.PHONY: setup demo test sanitize bench clean
 
 setup: $(VENV)/installed
 
@@ -24,8 +25,11 @@ demo: setup
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -type f)
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 	$(BIN)/python -m pytest -q $(ARGS)
+
+sanitize: setup
+	$(BIN)/python -m tests.emulation $(ARGS)
 
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)

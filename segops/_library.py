@@ -1,11 +1,29 @@
 """The torch.library namespace `segops`, and what every op's file needs to put an op into it."""
 
 import contextlib
+import importlib
 
 import torch
 from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("segops", "FRAGMENT")
+
+# What has a backend's kernels, by the names of their schemas; those of Triton are modules of the ops.
+KERNELS = {"native": torch.ops.segops}
+# The type of device that a backend's kernels are written for, where it is not that of the tensors.
+DEVICE_TYPES = {}
+
+
+def kernels(op, backend):
+    """The kernels of an op, "pac" for one. Importing Triton takes a second: only those who use it pay."""
+    if backend in KERNELS:
+        return KERNELS[backend]
+    return importlib.import_module(f"segops.{op}.triton_kernels")
+
+
+def device_type(tensor, backend):
+    """The type of the device that computes: what is chosen by device is chosen by this."""
+    return DEVICE_TYPES.get(backend, tensor.device.type)
 
 
 def memory_format(tensor):

@@ -12,18 +12,13 @@ import os
 
 import torch
 
-NAMES = ("auto", "native", "triton", "reference")
 ORDER = ("native", "triton", "reference")
 
 
 def _check(name, source):
-    if name not in NAMES:
-        raise ValueError(f"{source} must be one of {', '.join(map(repr, NAMES))}; got {name!r}")
+    if name != "auto" and name not in REASONS:
+        raise ValueError(f"{source} must be one of {', '.join(map(repr, ('auto', *ORDER)))}; got {name!r}")
     return name
-
-
-# A plain global: torch.compile guards on it, whereas it cannot trace a ContextVar and would not see the environment change.
-_requested = _check(os.environ.get("SEGOPS_BACKEND") or "auto", "the environment variable SEGOPS_BACKEND")
 
 
 class backend:
@@ -104,23 +99,24 @@ def _runs_on(architectures, capability):
 @torch.compiler.assume_constant_result
 def why_not(name, device_type, device_index, dtype):
     """Why backend `name` cannot run on this device and dtype, or None if it can."""
-    if name == "reference":
-        return None
+    return REASONS[name](device_type, device_index, dtype)
+
+
+def _why_not_kernels(name, device_type, dtype):
+    """What speaks against C++, CUDA and Triton alike."""
     if dtype == torch.float64 and (device_type != "cpu" or name == "triton"):
         return f"float64 runs in C++ on the CPU and in the reference, not in {name} on {device_type}"
     if device_type not in ("cpu", "cuda") or (device_type == "cuda" and not torch.version.cuda):
         return f"segops has kernels for the CPU and NVIDIA GPUs, not for {device_type} here"
     if device_type == "cuda" and not torch.cuda.is_available():
         return "no CUDA device is visible"
-    if name == "triton":
-        if not _HAS_TRITON:
-            return "triton is not installed"
-        if TRITON_INTERPRET:
-            return None
-        if device_type == "cpu":
-            return "Triton does not run on cpu (set TRITON_INTERPRET=1 before the start to interpret its kernels)"
-        major, minor = torch.cuda.get_device_capability(device_index)
-        return None if major >= 8 else f"Triton needs a GPU of compute capability 8.0, and this one is {major}.{minor}"
+    return None
+
+
+def _why_not_native(device_type, device_index, dtype):
+    reason = _why_not_kernels("native", device_type, dtype)
+    if reason is not None:
+        return reason
     if device_type == "cpu":
         return _cpu_reason
     if _cuda is None:
@@ -130,6 +126,27 @@ def why_not(name, device_type, device_index, dtype):
     if not _runs_on(built, capability):
         return f"segops._C_cuda was built for {', '.join(built)}, and this GPU is {capability[0]}.{capability[1]}"
     return None
+
+
+def _why_not_triton(device_type, device_index, dtype):
+    reason = _why_not_kernels("triton", device_type, dtype)
+    if reason is not None:
+        return reason
+    if not _HAS_TRITON:
+        return "triton is not installed"
+    if TRITON_INTERPRET:
+        return None
+    if device_type == "cpu":
+        return "Triton does not run on cpu (set TRITON_INTERPRET=1 before the start to interpret its kernels)"
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return None if major >= 8 else f"Triton needs a GPU of compute capability 8.0, and this one is {major}.{minor}"
+
+
+# Every backend that can be asked for by name, and what tells why it cannot run.
+REASONS = {"native": _why_not_native, "triton": _why_not_triton, "reference": lambda *_: None}
+
+# A plain global: torch.compile guards on it, whereas it cannot trace a ContextVar and would not see the environment change.
+_requested = _check(os.environ.get("SEGOPS_BACKEND") or "auto", "the environment variable SEGOPS_BACKEND")
 
 
 def select(op, tensor):

@@ -10,7 +10,7 @@ import pytest
 
 import segops
 
-from .targets import TARGETS
+from .targets import REFERENCE, TARGETS
 
 # Bounds are those of float32, which TF32 products miss by far.
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -35,6 +35,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(params=TARGETS)
 def target(request):
     """(device, backend), with the backend forced for the test."""
+    device, backend = request.param
+    with segops.backend(backend):
+        yield device, backend
+
+
+@pytest.fixture(params=[*TARGETS, REFERENCE])
+def implementation(request):
+    """As `target`, and the reference: what the public functions promise holds there too."""
     device, backend = request.param
     with segops.backend(backend):
         yield device, backend

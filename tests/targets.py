@@ -5,15 +5,42 @@ import socket
 import pytest
 import torch
 
+from . import emulation
+
+emulation.register()
+
 CUDA = pytest.mark.cuda
-# (device, backend): every implementation that this machine can run. The Triton interpreter serves where there is no GPU.
-TARGETS = [
-    pytest.param(("cpu", "native"), id="cpu-native"),
+# Which compiles a kernel for each shape and setting: minutes.
+TRITON = pytest.mark.triton
+EMULATED = ("cpu", "emulated")  # the CUDA kernels, run by the CPU: tests/emulation
+INTERPRETED = ("cpu", "triton")
+
+# Implementations are (device, backend).
+GPU = [
     pytest.param(("cuda", "native"), id="cuda-native", marks=CUDA),
-    pytest.param(("cuda", "triton"), id="cuda-triton", marks=CUDA),
+    pytest.param(("cuda", "triton"), id="cuda-triton", marks=[CUDA, TRITON]),
 ]
-if not torch.cuda.is_available():
-    TARGETS.append(pytest.param(("cpu", "triton"), id="interpreted-triton"))
+COMPILED = [
+    pytest.param(("cpu", "native"), id="cpu-native"),
+    pytest.param(EMULATED, id="emulated-cuda"),
+    GPU[0],
+]
+# The interpreter takes seconds for a thousand pixels: it runs what is about kernels, on small maps.
+FAST = [*COMPILED, GPU[1]]
+# All of them but the reference. The interpreter serves where there is no GPU.
+TARGETS = FAST if torch.cuda.is_available() else [*FAST, pytest.param(INTERPRETED, id="interpreted-triton")]
+REFERENCE = pytest.param(("cpu", "reference"), id="reference")
+
+fast_targets = pytest.mark.parametrize("target", FAST, indirect=True)
+fast_implementations = pytest.mark.parametrize("implementation", [*FAST, REFERENCE], indirect=True)
+on_a_gpu = pytest.mark.parametrize("target", GPU, indirect=True)
+# For Hypothesis, which draws many shapes: Triton would compile for each.
+compiled_targets = pytest.mark.parametrize("target", COMPILED)
+
+
+def runs(target, dtype):
+    """Whether this implementation takes the dtype: float64 is for C++ on the CPU and for the reference."""
+    return dtype != torch.float64 or target in (("cpu", "native"), ("cpu", "reference"))
 
 
 def free_port():

@@ -316,7 +316,6 @@ void pag_pool_cuda(
     bool packs = packable<T, V>(out, channels_last);
     for (size_t m = 0; m < maps.size(); ++m) {
       packs = packs && packable<T, V>(maps[m], channels_last) && (channels_last || pack_width(parts[m].windows));
-      packs = packs && !(channels_last && parts[m].first_channel % V);
       if (parts[m].offsets >= 0) packs = packs && reinterpret_cast<uintptr_t>(held) % 16 == 0;
     }
     Maps packed{int(maps.size()), {}};

@@ -3,7 +3,7 @@
 import torch
 
 from .._checks import check_logits, positive_pair
-from .._library import LIBRARY, transformed
+from .._library import LIBRARY, device_type, kernels, transformed
 from ..backend import select
 from . import reference
 
@@ -49,14 +49,9 @@ def _upsample_argmax(logits, size, backend):
     if out.numel():
         n, _, h, w = logits.shape
         best = torch.empty((n, h, w), dtype=torch.int32, device=logits.device)
-        if backend == "native":
-            if logits.device.type == "cpu":  # whose kernel computes in the dtype of what it is given
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            torch.ops.segops.argmax_upsample(logits, best, out)
-        else:
-            from . import triton_kernels  # importing Triton takes a second: only those who use it pay
-
-            triton_kernels.argmax_upsample(logits, best, out)
+        if device_type(logits, backend) == "cpu":  # whose kernels compute in the dtype of what they are given
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        kernels("argmax", backend).argmax_upsample(logits, best, out)
     return out
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .._checks import check_floating, check_logits, is_int
-from .._library import LIBRARY, autocast_dtype, memory_format, transformed
+from .._library import LIBRARY, autocast_dtype, device_type, kernels, memory_format, transformed
 from ..backend import select
 from . import reference
 
@@ -316,14 +316,6 @@ LIBRARY.define(
 )
 
 
-def _kernels(backend):
-    if backend == "native":
-        return torch.ops.segops
-    from . import triton_kernels  # importing Triton takes a second: only those who use it pay
-
-    return triton_kernels
-
-
 def _wide(dtype):
     return torch.promote_types(dtype, torch.float32)
 
@@ -337,7 +329,7 @@ def _raise_on_bad_label(labels, num_classes, ignore_index):
 
 def _check_result(result, labels, num_classes, ignore_index, backend):
     """On the CPU a label out of range raises. The C++ kernels leave a NaN there, which costs nothing to look for."""
-    on_cpu = labels.device.type == "cpu" and (backend == "triton" or result.isnan().any())
+    on_cpu = device_type(labels, backend) == "cpu" and (backend == "triton" or result.isnan().any())
     if on_cpu or os.environ.get("SEGOPS_CHECK_LABELS") == "1":
         _raise_on_bad_label(labels, num_classes, ignore_index)
 
@@ -367,12 +359,12 @@ def _small_edge(labels, num_classes, kernel, kernel_size, sigma, beta, downsampl
     edge = torch.empty((n, -(-h // downsample), -(-w // downsample)), dtype=torch.float32, device=labels.device)
     if edge.numel() == 0:
         return edge
-    kernels = _kernels(backend)
-    kernels.bal_count_edges(labels.contiguous(), edge, num_classes, ignore_index)
+    run = kernels("bal", backend)
+    run.bal_count_edges(labels.contiguous(), edge, num_classes, ignore_index)
     _check_result(edge, labels, num_classes, ignore_index, backend)
     if kernel_size > 1:
         counts, edge, rows = edge, torch.empty_like(edge), edge.new_empty((2, *edge.shape))
-        kernels.bal_blur(counts, blur_factors(kernel, kernel_size, sigma, edge.device), rows, edge)
+        run.bal_blur(counts, blur_factors(kernel, kernel_size, sigma, edge.device), rows, edge)
     if normalize == "max":
         peak = edge.amax((1, 2), keepdim=True)
         edge /= peak.where(peak > 0, 1)
@@ -434,8 +426,8 @@ def _bal_cross_entropy(logits, labels, pixel_weight, class_weight, label_smoothi
     loss, _, coefficients = _empty_loss(logits, labels, label_smoothing, per_pixel)
     totals = torch.zeros(2, dtype=torch.float64, device=logits.device)  # of the losses, and of the pixels not ignored
     if labels.numel():
-        _kernels(backend).bal_softmax_loss(
-            _logits(logits), labels.contiguous(), _weights(pixel_weight, logits), _weights(class_weight, logits),
+        kernels("bal", backend).bal_softmax_loss(
+            _logits(logits, backend), labels.contiguous(), _weights(pixel_weight, logits), _weights(class_weight, logits),
             coefficients, loss if per_pixel else None, totals, label_smoothing, ignore_index,
         )  # fmt: skip
         _check_result(totals, labels, logits.shape[1], ignore_index, backend)
@@ -457,18 +449,18 @@ def _bal_cross_entropy_grad(grad, logits, labels, class_weight, coefficients, ig
     out = _empty_grad(grad, logits, labels, class_weight, coefficients, ignore_index, backend)
     if labels.numel() == 0:
         return out
-    wide = _logits(logits)
+    wide = _logits(logits, backend)
     written = out if out.dtype == wide.dtype else torch.empty_like(out, dtype=wide.dtype)
-    _kernels(backend).bal_softmax_grad(
+    kernels("bal", backend).bal_softmax_grad(
         grad.to(coefficients.dtype).contiguous(), wide, labels.contiguous(), _weights(class_weight, logits), coefficients,
         written, ignore_index,
     )  # fmt: skip
     return out if written is out else out.copy_(written)
 
 
-def _logits(logits):
+def _logits(logits, backend):
     """As kernels take them: on a CPU in the dtype that is computed in."""
-    return logits.to(_wide(logits.dtype)) if logits.device.type == "cpu" else logits
+    return logits.to(_wide(logits.dtype)) if device_type(logits, backend) == "cpu" else logits
 
 
 def _weights(weights, logits):

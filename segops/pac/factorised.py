@@ -13,63 +13,55 @@ The planes are made in blocks of about `WORKSPACE` bytes, which on a CPU stay in
 image. They have the products' dtype: float16 sums of shifted inputs overflow where len(rates) * |input| passes 65504.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
+
+from .._library import device_type, kernels
 
 WORKSPACE = {"cpu": 4 << 20, "cuda": 256 << 20}
 LARGEST_WORKSPACE = {"cpu": 32 << 20, "cuda": 1 << 30}
 
 
-class ShiftKernels(NamedTuple):
-    """One backend's pair of kernels; csrc/pac/pac.h gives their arguments and mathematics."""
-
-    gather: Callable
-    scatter: Callable
-
-
-def forward(input, weight, bias, rates, merge, out, kernels):
+def forward(input, weight, bias, rates, merge, out, backend):
     """Writes pyramid_atrous_conv2d(input, weight, bias) into `out`, of either memory format."""
-    dtype, rates = _compute_dtype(input), _clamp(rates, input)
+    dtype, rates = _compute_dtype(input, backend), _clamp(rates, input)
     w = _live_taps(weight, rates, input).to(dtype)
     b = None if bias is None else bias.to(dtype)
     x, y = _pixels(input, dtype), _buffer(out, dtype)
     groups = len(rates) if merge == "concat" else 1
-    _convolve(x.unsqueeze(3), w, b, rates, 1, y.unflatten(3, (groups, -1)), kernels)
+    _convolve(x.unsqueeze(3), w, b, rates, 1, y.unflatten(3, (groups, -1)), backend)
     _deliver(y, out)
 
 
-def input_gradient(grad, weight, rates, merge, out, kernels):
+def input_gradient(grad, weight, rates, merge, out, backend):
     """Writes the gradient for the input into `out`: the adjoint of `forward` in the input."""
-    dtype, rates = _compute_dtype(grad), _clamp(rates, grad)
+    dtype, rates = _compute_dtype(grad, backend), _clamp(rates, grad)
     w = _live_taps(weight, rates, grad).to(dtype)
     dy, dx = _pixels(grad, dtype), _buffer(out, dtype)
     groups = len(rates) if merge == "concat" else 1
-    _convolve(dy.unflatten(3, (groups, -1)), w.transpose(0, 1), None, rates, -1, dx.unsqueeze(3), kernels)
+    _convolve(dy.unflatten(3, (groups, -1)), w.transpose(0, 1), None, rates, -1, dx.unsqueeze(3), backend)
     _deliver(dx, out)
 
 
-def weight_gradient(grad, input, rates, merge, out, kernels):
+def weight_gradient(grad, input, rates, merge, out, backend):
     """Writes the gradient for the weight into `out` (Cout, Cin, k, k): the adjoint of `forward` in the weight."""
-    dtype, rates = _compute_dtype(input), _clamp(rates, input)
+    dtype, rates = _compute_dtype(input, backend), _clamp(rates, input)
     dw = _live_taps(out.zero_(), rates, input)
     c_out, c_in, kh, kw = dw.shape
     dy, x = _pixels(grad, dtype), _pixels(input, dtype)
     total = None
     if merge == "concat" or c_out <= c_in:
         groups = len(rates) if merge == "concat" else 1
-        for rows, planes in _scattered(dy.unflatten(3, (groups, -1)), (kh, kw), rates, -1, kernels):
+        for rows, planes in _scattered(dy.unflatten(3, (groups, -1)), (kh, kw), rates, -1, backend):
             total = _accumulate(total, planes, x.flatten(0, 2)[rows])
         dw.copy_(total.view(kh, kw, c_out, c_in).permute(2, 3, 0, 1))
     else:
-        for rows, planes in _scattered(x.unsqueeze(3), (kh, kw), rates, 1, kernels):
+        for rows, planes in _scattered(x.unsqueeze(3), (kh, kw), rates, 1, backend):
             total = _accumulate(total, dy.flatten(0, 2)[rows], planes)
         dw.copy_(total.view(c_out, kh, kw, c_in).permute(0, 3, 1, 2))
 
 
-def _convolve(source, weight, bias, rates, sign, out, kernels):
+def _convolve(source, weight, bias, rates, sign, out, backend):
     """out (N, H, W, G, C) = bias + the shifts, by sign, of source (N, H, W, G', K) under weight (C, K, kh, kw).
 
     At most one of G and G' is not 1: there is a group per rate on the side that is concatenated.
@@ -77,7 +69,7 @@ def _convolve(source, weight, bias, rates, sign, out, kernels):
     n, h, w, source_groups, source_channels = source.shape
     channels, _, kh, kw = weight.shape
     plane = h * w * kh * kw * source.element_size()  # bytes, per image and channel
-    device = source.device.type
+    device = device_type(source, backend)
     least = min(channels, 16)  # channels that make a product worth its call
 
     scatter = source_groups > 1 or (
@@ -87,7 +79,7 @@ def _convolve(source, weight, bias, rates, sign, out, kernels):
     if scatter:
         flat = weight.permute(0, 2, 3, 1).flatten(1)
         bias = None if bias is None else bias * len(rates)
-        for rows, planes in _scattered(source, (kh, kw), rates, sign, kernels):
+        for rows, planes in _scattered(source, (kh, kw), rates, sign, backend):
             out.view(-1, channels)[rows] = _linear(planes, flat, bias)
         return
 
@@ -100,20 +92,20 @@ def _convolve(source, weight, bias, rates, sign, out, kernels):
         for i in range(0, n, images):
             part = source[i : i + images]
             planes = _linear(part.flatten(0, 3), flat).view(*part.shape[:3], kh * kw, -1)
-            kernels.gather(planes, b, out[i : i + images, ..., c : c + block], (kh, kw), rates, sign)
+            kernels("pac", backend).pac_shift_gather(planes, b, out[i : i + images, ..., c : c + block], (kh, kw), rates, sign)
 
 
-def _scattered(source, kernel_size, rates, sign, kernels):
+def _scattered(source, kernel_size, rates, sign, backend):
     """Yields (slice of pixels, scatter of source (N, H, W, G, C) as (pixels, taps * C)), strip after strip."""
     n, h, w, _, channels = source.shape
     taps = kernel_size[0] * kernel_size[1]
-    pixels = max(2048, WORKSPACE[source.device.type] // (taps * channels * source.element_size()))
+    pixels = max(2048, WORKSPACE[device_type(source, backend)] // (taps * channels * source.element_size()))
     rows = min(n * h, -(-pixels // w))
     rows = -(-n * h // -(-n * h // rows))  # the same number of strips, of even size
     buffer = source.new_empty((rows, w, taps, channels))
     for first in range(0, n * h, rows):
         strip = buffer[: n * h - first]
-        kernels.scatter(source, strip, first, kernel_size, rates, sign)
+        kernels("pac", backend).pac_shift_scatter(source, strip, first, kernel_size, rates, sign)
         yield slice(first * w, (first + len(strip)) * w), strip.view(-1, taps * channels)
 
 
@@ -140,9 +132,9 @@ def _accumulate(total, a, b):
     return product if total is None else total.add_(product)
 
 
-def _compute_dtype(tensor):
+def _compute_dtype(tensor, backend):
     """What to compute in: a CPU without the instructions for half precision is faster, and more accurate, in float32."""
-    if tensor.device.type == "cpu" and tensor.dtype in (torch.float16, torch.bfloat16):
+    if device_type(tensor, backend) == "cpu" and tensor.dtype in (torch.float16, torch.bfloat16):
         native = tensor.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         return torch.bfloat16 if native else torch.float32
     return tensor.dtype

@@ -133,14 +133,6 @@ LIBRARY.define(
 )
 
 
-def _kernels(backend):
-    if backend == "native":
-        return factorised.ShiftKernels(torch.ops.segops.pac_shift_gather, torch.ops.segops.pac_shift_scatter)
-    from . import triton_kernels  # importing Triton takes a second: only those who use it pay
-
-    return factorised.ShiftKernels(triton_kernels.shift_gather, triton_kernels.shift_scatter)
-
-
 def _groups(rates, merge):
     return len(rates) if merge == "concat" else 1
 
@@ -164,17 +156,17 @@ def _empty_weight_grad(grad, input, kernel_size, channels_last, rates, merge, ba
 
 def _pac(input, weight, bias, rates, merge, backend):
     out = _empty_output(input, weight, bias, rates, merge, backend)
-    return _fill(out, (input, weight), lambda: factorised.forward(input, weight, bias, rates, merge, out, _kernels(backend)))
+    return _fill(out, (input, weight), lambda: factorised.forward(input, weight, bias, rates, merge, out, backend))
 
 
 def _pac_input_grad(grad, weight, channels_last, rates, merge, backend):
     out = _empty_input_grad(grad, weight, channels_last, rates, merge, backend)
-    return _fill(out, (grad, weight), lambda: factorised.input_gradient(grad, weight, rates, merge, out, _kernels(backend)))
+    return _fill(out, (grad, weight), lambda: factorised.input_gradient(grad, weight, rates, merge, out, backend))
 
 
 def _pac_weight_grad(grad, input, kernel_size, channels_last, rates, merge, backend):
     out = _empty_weight_grad(grad, input, kernel_size, channels_last, rates, merge, backend)
-    return _fill(out, (grad, input), lambda: factorised.weight_gradient(grad, input, rates, merge, out, _kernels(backend)))
+    return _fill(out, (grad, input), lambda: factorised.weight_gradient(grad, input, rates, merge, out, backend))
 
 
 def _fill(out, factors, compute):

@@ -76,7 +76,7 @@ def _tile(channels):
     return {"PIXELS": PIXELS_PER_PROGRAM, "CHANNELS": min(MAX_CHANNELS_PER_PROGRAM, triton.next_power_of_2(channels))}
 
 
-def shift_gather(planes, bias, out, kernel_size, rates, sign):
+def pac_shift_gather(planes, bias, out, kernel_size, rates, sign):
     n, h, w, groups, channels = out.shape
     tile = _tile(channels)
     grid = (triton.cdiv(n * h * w, tile["PIXELS"]), triton.cdiv(channels, tile["CHANNELS"]), groups)
@@ -87,7 +87,7 @@ def shift_gather(planes, bias, out, kernel_size, rates, sign):
         )  # fmt: skip
 
 
-def shift_scatter(source, out, first_row, kernel_size, rates, sign):
+def pac_shift_scatter(source, out, first_row, kernel_size, rates, sign):
     _, h, w, groups, channels = source.shape
     rows = out.shape[0]
     tile = _tile(channels)

@@ -9,7 +9,7 @@ import functools
 import torch
 
 from .._checks import check_floating, check_merge, is_int, positive_pair
-from .._library import LIBRARY, autocast_dtype, format_of, is_channels_last, memory_format, transformed
+from .._library import LIBRARY, autocast_dtype, format_of, is_channels_last, kernels, memory_format, transformed
 from ..backend import select
 from . import reference
 
@@ -232,14 +232,6 @@ LIBRARY.define("pag_scatter(Tensor pooled, Tensor offsets, Tensor(a!) out, int[]
 LIBRARY.define("pag_gather(Tensor input, Tensor offsets, Tensor(a!) out, int[] kernel_size, bool channels_last) -> ()")
 
 
-def _kernels(backend):
-    if backend == "native":
-        return torch.ops.segops
-    from . import triton_kernels  # importing Triton takes a second: only those who use it pay
-
-    return triton_kernels
-
-
 def _empty(shape, like, channels_last, dtype=None):
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=format_of(channels_last))
 
@@ -293,7 +285,7 @@ def _pag(decoder, encoders, merge, channels_last, backend):
     out, offsets = _empty_pag(decoder, encoders, merge, channels_last, backend)
     if out.numel():
         maps = [_readable(each, channels_last) for each in (decoder, *encoders)]
-        _kernels(backend).pag_pool(maps, out, offsets, [], merge == "concat", channels_last)
+        kernels("pag", backend).pag_pool(maps, out, offsets, [], merge == "concat", channels_last)
         begin = 0
         for each in encoders:
             if is_pooled(each.shape, decoder.shape):
@@ -311,7 +303,7 @@ def _empty_pag_grad(grad, offsets, size, channels_last, backend):
 def _pag_grad(grad, offsets, size, channels_last, backend):
     out = _empty_pag_grad(grad, offsets, size, channels_last, backend)
     if out.numel():
-        _kernels(backend).pag_scatter(_readable(grad, channels_last), offsets, out, [], channels_last)
+        kernels("pag", backend).pag_scatter(_readable(grad, channels_last), offsets, out, [], channels_last)
     return out
 
 
@@ -324,7 +316,7 @@ def _empty_max_pool(input, kernel_size, channels_last, backend):
 def _max_pool(input, kernel_size, channels_last, backend):
     pooled, offsets = _empty_max_pool(input, kernel_size, channels_last, backend)
     if pooled.numel():
-        _kernels(backend).pag_pool([_readable(input, channels_last)], pooled, offsets, kernel_size, True, channels_last)
+        kernels("pag", backend).pag_pool([_readable(input, channels_last)], pooled, offsets, kernel_size, True, channels_last)
     return pooled, offsets
 
 
@@ -336,7 +328,7 @@ def _max_unpool(pooled, offsets, kernel_size, size, channels_last, backend):
     out = _empty_max_unpool(pooled, offsets, kernel_size, size, channels_last, backend)
     if out.numel():
         offsets = _dense(offsets, channels_last)
-        _kernels(backend).pag_scatter(_readable(pooled, channels_last), offsets, out, kernel_size, channels_last)
+        kernels("pag", backend).pag_scatter(_readable(pooled, channels_last), offsets, out, kernel_size, channels_last)
     return out
 
 
@@ -348,7 +340,7 @@ def _max_gather(input, offsets, kernel_size, channels_last, backend):
     out = _empty_max_gather(input, offsets, kernel_size, channels_last, backend)
     if out.numel():
         offsets = _dense(offsets, channels_last)
-        _kernels(backend).pag_gather(_readable(input, channels_last), offsets, out, kernel_size, channels_last)
+        kernels("pag", backend).pag_gather(_readable(input, channels_last), offsets, out, kernel_size, channels_last)
     return out
 
 

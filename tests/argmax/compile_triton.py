@@ -1,4 +1,4 @@
-"""Compiles the kernels of upsampling with argmax; run by test_argmax_triton.py."""
+"""Compiles the kernels of upsampling with argmax; run by tests/test_triton.py."""
 
 from segops.argmax import triton_kernels
 from tests.compile_triton import compile_for

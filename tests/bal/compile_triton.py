@@ -1,4 +1,4 @@
-"""Compiles the kernels of the boundary-aware loss; run by test_bal_triton.py."""
+"""Compiles the kernels of the boundary-aware loss; run by tests/test_triton.py."""
 
 from segops.bal import triton_kernels
 from tests.compile_triton import compile_for

@@ -2,30 +2,11 @@
 
 from dataclasses import dataclass, fields
 
-import pytest
 import torch
 import torch.nn.functional as F
 
 import segops
 from segops.bal import op, reference
-
-from ..targets import CUDA as CUDA
-from ..targets import TARGETS
-
-INTERPRETED = ("cpu", "triton")
-REFERENCE = pytest.param(("cpu", "reference"), id="reference")
-FAST = [each for each in TARGETS if each.values[0] != INTERPRETED]
-# The interpreter takes seconds for a thousand pixels: it runs what is about kernels, on small maps.
-fast_targets = pytest.mark.parametrize("target", FAST, indirect=True)
-fast_implementations = pytest.mark.parametrize("implementation", [*FAST, REFERENCE], indirect=True)
-
-
-@pytest.fixture(params=[*TARGETS, REFERENCE])
-def implementation(request):
-    """As `target`, and the reference: what the public functions promise holds there too."""
-    device, backend = request.param
-    with segops.backend(backend):
-        yield device, backend
 
 
 def draw_labels(n, classes, height, width, dtype=torch.int64, ignore_index=255, seed=0):

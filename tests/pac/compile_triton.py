@@ -1,4 +1,4 @@
-"""Compiles the shift kernels; run by test_pac_triton.py."""
+"""Compiles the shift kernels; run by tests/test_triton.py."""
 
 from segops.pac import triton_kernels
 from tests.compile_triton import compile_for

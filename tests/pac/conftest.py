@@ -8,10 +8,6 @@ import torch
 import segops
 from segops.pac import reference
 
-from ..targets import CUDA as CUDA
-
-INTERPRETED = ("cpu", "triton")  # by Triton's interpreter, which takes seconds for a hundred pixels
-
 
 @dataclass(frozen=True)
 class Case:

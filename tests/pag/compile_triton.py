@@ -1,4 +1,4 @@
-"""Compiles the kernels of the gate and of pooling; run by test_pag_triton.py."""
+"""Compiles the kernels of the gate and of pooling; run by tests/test_triton.py."""
 
 from segops.pag import triton_kernels
 from tests.compile_triton import compile_for

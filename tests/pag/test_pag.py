@@ -6,25 +6,30 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import segops
+from segops._library import kernels
 from segops.pag import op, reference
 
-from .conftest import (
-    CUDA,
-    DTYPES,
+from ..targets import (
     INTERPRETED,
     REFERENCE,
     TARGETS,
+    compiled_targets,
+    fast_implementations,
+    fast_targets,
+    on_a_gpu,
+    runs,
+)
+from .conftest import (
+    DTYPES,
     Case,
     Pooling,
     assert_close,
     draw,
     draw_integers,
-    fast_implementations,
-    fast_targets,
     fresh_strides,
     gradients,
     names_of,
@@ -854,7 +859,7 @@ def assert_pool_writes_all(pool, out_shape, offsets_shape, channels_last, device
 def test_kernels_write_all_and_nothing_beyond(target, channels_last):
     """Each on its own, between memory that is not its own."""
     device, backend = target
-    kernels, layout = op._kernels(backend), torch.channels_last if channels_last else torch.contiguous_format
+    run, layout = kernels("pag", backend), torch.channels_last if channels_last else torch.contiguous_format
     sizes = [(4, 5, 8, 10), (3, 5, 8, 7), (2, 2, 40, 40), (1, 1, 16, 16), (3, 33, 5, 70), (2, 65, 2, 130), (1, 17, 3, 18)]
     for (h, w, height, width), channels in itertools.product(sizes, (1, 3, 33)) if target != INTERPRETED else [(sizes[1], 3)]:
         decoder = draw_integers((2, channels, h, w), torch.float32, device, 0, channels_last)
@@ -863,23 +868,23 @@ def test_kernels_write_all_and_nothing_beyond(target, channels_last):
         for concat in (True, False):
             maps = [decoder, encoder, encoder]
             out, offsets = assert_pool_writes_all(
-                lambda out, offsets: kernels.pag_pool(maps, out, offsets.flatten(), [], concat, channels_last),  # noqa: B023
+                lambda out, offsets: run.pag_pool(maps, out, offsets.flatten(), [], concat, channels_last),  # noqa: B023
                 (2, channels * (3 if concat else 1), h, w), (2 * held, 1, 1, 1), channels_last, device,
             )  # fmt: skip
             grad, grad_is_fine = guarded(encoder.shape, channels_last, device)
-            kernels.pag_scatter(decoder, offsets.flatten()[held:], grad, [], channels_last)
+            run.pag_scatter(decoder, offsets.flatten()[held:], grad, [], channels_last)
             assert grad_is_fine() and torch.equal(grad.sum((2, 3)), decoder.sum((2, 3)))
     sizes = [((7, 9), (2, 2)), ((2, 3), (5, 4)), ((7, 130), (3, 2)), ((17, 33), (16, 16))]
     for (size, kernel), channels in itertools.product(sizes, (1, 3, 33)) if target != INTERPRETED else [(sizes[0], 3)]:
         map = torch.randn(2, channels, *size, device=device).contiguous(memory_format=layout)
         shape = 2, channels, *(-(-side // by) for side, by in zip(size, kernel, strict=True))
         pooled, offsets = assert_pool_writes_all(
-            lambda out, offsets: kernels.pag_pool([map], out, offsets, kernel, True, channels_last),  # noqa: B023
+            lambda out, offsets: run.pag_pool([map], out, offsets, kernel, True, channels_last),  # noqa: B023
             shape, shape, channels_last, device,
         )  # fmt: skip
         (out, out_is_fine), (again, again_is_fine) = (guarded(each, channels_last, device) for each in (map.shape, shape))
-        kernels.pag_scatter(pooled, offsets, out, kernel, channels_last)
-        kernels.pag_gather(out, offsets, again, kernel, channels_last)
+        run.pag_scatter(pooled, offsets, out, kernel, channels_last)
+        run.pag_gather(out, offsets, again, kernel, channels_last)
         assert out_is_fine() and again_is_fine() and torch.equal(again, pooled)
 
 
@@ -889,43 +894,47 @@ SIDE = st.integers(1, 12)
 ENCODER = st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(1, 5), st.integers(0, 3), st.integers(0, 3))
 
 
+@compiled_targets
 @settings(max_examples=100, deadline=None)
 @given(
     n=st.integers(0, 2), c=st.integers(1, 20), h=SIDE, w=SIDE, encoders=st.lists(ENCODER, max_size=4),
     merge=st.sampled_from(["concat", "sum"]), channels_last=st.lists(st.booleans(), min_size=1, max_size=3),
     dtype=st.sampled_from(DTYPES),
 )  # fmt: skip
-def test_gate_of_any_shape(n, c, h, w, encoders, merge, channels_last, dtype):
+def test_gate_of_any_shape(target, n, c, h, w, encoders, merge, channels_last, dtype):
     """As the reference has it: windows that divide, that do not, maps that are too small."""
     encoders = tuple((channels, max(h * a - less, 1), max(w * b - fewer, 1)) for channels, a, b, less, fewer in encoders)
     case = Case((n, c, h, w), encoders, merge, tuple(channels_last))
+    assume(runs(target, dtype))
     results = []
-    for backend in ("native", "reference"):
+    for device, backend in (target, ("cpu", "reference")):
         with segops.backend(backend):
-            maps = case.maps(dtype, draw=draw_integers)
+            maps = case.maps(dtype, device, draw_integers)
             out = case.op(*maps)
             results.append([out.detach(), *gradients(out, maps, draw=draw_integers, allow_unused=True)])
     for value, exact in zip(*results, strict=True):
-        assert (value is None) == (exact is None) and (value is None or torch.equal(value, exact))
+        assert (value is None) == (exact is None) and (value is None or torch.equal(value.cpu(), exact))
 
 
+@compiled_targets
 @settings(max_examples=100, deadline=None)
 @given(
     n=st.integers(0, 2), c=st.integers(1, 20), h=st.integers(1, 40), w=st.integers(1, 40), kernel_h=st.integers(1, 16),
     kernel_w=st.integers(1, 16), channels_last=st.booleans(), dtype=st.sampled_from(DTYPES),
 )  # fmt: skip
-def test_pooling_of_any_shape(n, c, h, w, kernel_h, kernel_w, channels_last, dtype):
+def test_pooling_of_any_shape(target, n, c, h, w, kernel_h, kernel_w, channels_last, dtype):
     case = Pooling((n, c, h, w), (kernel_h, kernel_w), channels_last)
+    assume(runs(target, dtype))
     results = []
-    for backend in ("native", "reference"):
+    for device, backend in (target, ("cpu", "reference")):
         with segops.backend(backend):
-            map = case.map(dtype, draw=draw_integers)
+            map = case.map(dtype, device, draw_integers)
             pooled, offsets = case.pool(map)
             out = case.unpool(pooled, offsets)
             results.append(
                 [pooled.detach(), offsets, out.detach(), *gradients(out, map, retain_graph=True), *gradients(pooled, map)]
             )
-    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert all(torch.equal(value.cpu(), exact) for value, exact in zip(*results, strict=True))
 
 
 # GPUs.
@@ -939,45 +948,41 @@ def gate_and_pooling(maps, grad):
     return [out.detach(), *torch.autograd.grad(out, maps, grad)]
 
 
-@CUDA
-def test_current_stream_and_cuda_graph():
+@on_a_gpu
+def test_current_stream_and_cuda_graph(target):
     case = Case((2, 8, 17, 19), ((8, 34, 38), (8, 40, 50), (8, 17, 19)))
     maps = case.maps(torch.float32, "cuda")
     grad = torch.randn(2, 32, 17, 19, device="cuda")
-    for backend in ("native", "triton"):
-        with segops.backend(backend):
-            expected = gate_and_pooling(maps, grad)
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                on_side = gate_and_pooling(maps, grad)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                captured = gate_and_pooling(maps, grad)
-            graph.replay()
-            torch.cuda.synchronize()
-        for value, again, replayed in zip(expected, on_side, captured, strict=True):
-            assert torch.equal(value, again) and torch.equal(value, replayed)
+    expected = gate_and_pooling(maps, grad)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        on_side = gate_and_pooling(maps, grad)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gate_and_pooling(maps, grad)
+    graph.replay()
+    torch.cuda.synchronize()
+    for value, again, replayed in zip(expected, on_side, captured, strict=True):
+        assert torch.equal(value, again) and torch.equal(value, replayed)
 
 
-@CUDA
-def test_no_synchronisation():
+@on_a_gpu
+def test_no_synchronisation(target):
     maps = Case((2, 8, 17, 19), ((8, 34, 38), (8, 40, 50), (8, 17, 19))).maps(torch.float32, "cuda")
     grad = torch.randn(2, 32, 17, 19, device="cuda")
-    for backend in ("native", "triton"):
-        with segops.backend(backend):
-            gate_and_pooling(maps, grad)
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                gate_and_pooling(maps, grad)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
+    gate_and_pooling(maps, grad)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gate_and_pooling(maps, grad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
-@CUDA
+@on_a_gpu
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_indices_beyond_32_bits(channels_last):
+def test_indices_beyond_32_bits(target, channels_last):
     """Maps of more than 2^31 elements: the last rows and channels are right, forward and backward."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     c, side = 136, 4000
@@ -988,15 +993,12 @@ def test_indices_beyond_32_bits(channels_last):
     decoder = torch.zeros(1, c, side // 2, side // 2, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=layout)
     tail = encoder[:, -3:, -8:].detach().cpu().requires_grad_()
     plain, _ = F.max_pool2d(tail, 2, return_indices=True)
-    for backend in ("native", "triton"):
-        with segops.backend(backend):
-            out = segops.partial_attention_gate(decoder, [encoder], merge="sum")
-            assert torch.equal(out[:, -3:, -4:].cpu(), plain)
-            (grad,) = torch.autograd.grad(out, encoder, out)
-            assert torch.equal(grad[:, -3:, -8:].cpu(), torch.autograd.grad(plain, tail, plain, retain_graph=True)[0])
-            del out, grad
-            pooled, offsets = segops.max_pool2d_with_offsets(encoder, 2)
-            assert torch.equal(pooled[:, -3:, -4:].cpu(), plain)
-            out = segops.max_unpool2d_with_offsets(pooled, offsets, 2, encoder.shape)
-            assert torch.equal(out[:, -3:, -8:].cpu(), torch.autograd.grad(plain, tail, plain, retain_graph=True)[0])
-            del pooled, offsets, out
+    out = segops.partial_attention_gate(decoder, [encoder], merge="sum")
+    assert torch.equal(out[:, -3:, -4:].cpu(), plain)
+    (grad,) = torch.autograd.grad(out, encoder, out)
+    assert torch.equal(grad[:, -3:, -8:].cpu(), torch.autograd.grad(plain, tail, plain, retain_graph=True)[0])
+    del out, grad
+    pooled, offsets = segops.max_pool2d_with_offsets(encoder, 2)
+    assert torch.equal(pooled[:, -3:, -4:].cpu(), plain)
+    out = segops.max_unpool2d_with_offsets(pooled, offsets, 2, encoder.shape)
+    assert torch.equal(out[:, -3:, -8:].cpu(), torch.autograd.grad(plain, tail, plain)[0])

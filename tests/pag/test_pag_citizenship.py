@@ -11,18 +11,8 @@ import torch.nn.functional as F
 import segops
 from segops.pag import op
 
-from ..targets import free_port
-from .conftest import (
-    CUDA,
-    INTERPRETED,
-    Case,
-    Pooling,
-    draw,
-    fast_implementations,
-    fast_targets,
-    gradients,
-    names_of,
-)
+from ..targets import CUDA, INTERPRETED, fast_implementations, fast_targets, free_port
+from .conftest import Case, Pooling, draw, gradients, names_of
 
 
 class PoolAndUnpool(torch.nn.Module):

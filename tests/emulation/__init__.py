@@ -1,0 +1,131 @@
+"""The CUDA kernels on a CPU, as the backend "emulated": the .cu files, compiled as they are by the host's compiler.
+
+`cuda_on_cpu.h` says what stands for CUDA, `scheduler.cpp` how a launch runs. The environment's SEGOPS_SANITIZE=1 builds for
+AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded before Python: see `make sanitize`.
+"""
+
+import ctypes
+import functools
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+from segops import _library
+from segops.backend import REASONS
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parent.parent
+SANITIZE = os.environ.get("SEGOPS_SANITIZE") == "1"
+# Without the sanitizers' library, wrong addresses and indices call functions of scheduler.cpp.
+CHECKS = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"] if SANITIZE else ["-fsanitize=alignment,bounds"]
+FLAGS = ["-O1", "-std=c++17", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-DSEGOPS_EMULATION", *CHECKS]
+FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+NAMESPACE = "segops_emulated"
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def sanitizer_environment():
+    """What a process needs for SEGOPS_SANITIZE=1: the sanitizers' libraries loaded first. PyTorch leaks by design."""
+    compiler = os.environ.get("CXX", "c++")
+    libraries = [
+        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so")  # the last, or the first would not find what it wraps
+    ]
+    return os.environ | {
+        "SEGOPS_SANITIZE": "1",
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+    }
+
+
+def implemented(*sources):
+    """The names of the ops that .cu files implement."""
+    return [name for source in sources for name in re.findall(r'm\.impl\("(\w+)"', source.read_text(encoding="utf-8"))]
+
+
+class Library:
+    """The ops of a library, by name, each run twice: from the first thread to the last, and back. Both must write the same bits.
+
+    What they write is poisoned before, with something else each time, so that an element that is left out differs.
+    """
+
+    def __init__(self, name, sources, schema):
+        self.name, self.sources, self.schema = name, sources, schema
+        self.ops = implemented(*sources)
+
+    def build(self):
+        from torch.utils.cpp_extension import load
+
+        folder = ROOT / "build" / ("sanitized" if SANITIZE else "emulation") / self.name
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [FOLDER / "scheduler.cpp"]
+        for source in self.sources:
+            files.append(folder / f"{source.stem}.cpp")  # a .cu would go to nvcc
+            text = f'#include "{source}"\n'
+            if not files[-1].exists() or files[-1].read_text(encoding="utf-8") != text:
+                files[-1].write_text(text, encoding="utf-8")
+        load(
+            f"segops_{self.name}",
+            [str(file) for file in files],
+            extra_cflags=FLAGS,
+            extra_include_paths=[str(FOLDER)],
+            extra_ldflags=CHECKS if SANITIZE else None,
+            build_directory=str(folder),
+            is_python_module=False,
+        )
+        reverse = ctypes.CDLL(str(folder / f"segops_{self.name}.so")).segops_emulation_reverse
+        for op in self.ops:
+            LIBRARY.define(f"{op}{self.schema(op)}")
+            setattr(self, op, functools.partial(run_twice, getattr(getattr(torch.ops, NAMESPACE), op), reverse))
+
+    def __getattr__(self, name):
+        if name not in self.ops:
+            raise AttributeError(name)
+        self.build()
+        return getattr(self, name)
+
+
+def run_twice(op, reverse, *arguments):
+    schema = op.default._schema.arguments
+    written = [
+        value
+        for value, declared in zip(arguments, schema, strict=True)
+        if declared.alias_info is not None and declared.alias_info.is_write and value is not None
+    ]
+    results, before = [], [each.clone() for each in written]
+    for reversed, poison in ((False, torch.nan), (True, -77.0)):
+        for each, value in zip(written, before, strict=True):
+            if each.is_floating_point():
+                each.fill_(poison)
+            else:  # the bytes between the offsets of two maps belong to no kernel
+                each.copy_(value)
+        reverse(ctypes.c_bool(reversed))
+        op(*arguments)
+        results.append([each.view(INTEGERS[each.element_size()]).clone() for each in written])
+    for number, (value, again) in enumerate(zip(*results, strict=True)):
+        if not torch.equal(value, again):
+            raise AssertionError(f"{op}: output {number} has elements that are not written, or hang on the order of threads")
+
+
+def schema_of(op):
+    """As the schema of the op that the file implements for CUDA, after its name."""
+    return re.sub(r"^\w+::\w+", "", str(getattr(torch.ops.segops, op).default._schema))
+
+
+def why_not(device_type, device_index, dtype):
+    if device_type != "cpu" or dtype == torch.float64:
+        return f"CUDA kernels are emulated on the CPU, in float32, bfloat16 and float16, not on {device_type} in {dtype}"
+    return None
+
+
+def register():
+    """Makes segops know the backend. It is built when it is first used."""
+    sources = sorted((ROOT / "csrc").glob("*/*_cuda.cu"))
+    _library.KERNELS["emulated"] = Library("emulated", sources, schema_of)
+    _library.DEVICE_TYPES["emulated"] = "cuda"
+    REASONS["emulated"] = why_not

@@ -1,0 +1,11 @@
+"""Runs the tests of the emulated CUDA kernels under AddressSanitizer and UndefinedBehaviorSanitizer; arguments go to pytest."""
+
+import os
+import sys
+
+from . import ROOT, sanitizer_environment
+
+os.chdir(ROOT)
+# -s: what a sanitizer writes before it ends the process is for the reader, not for pytest.
+command = [sys.executable, "-m", "pytest", "-q", "-s", "-k", "emulated-cuda or planted", "tests/argmax", "tests/bal"]
+os.execve(sys.executable, [*command, "tests/pac", "tests/pag", "tests/emulation", *sys.argv[1:]], sanitizer_environment())

@@ -1,0 +1,21 @@
+"""What the emulation rests on: the kernels' files need nothing of CUDA that csrc/common does not have another form of."""
+
+import re
+
+import pytest
+
+from . import ROOT, implemented
+
+SOURCES = sorted((ROOT / "csrc").glob("*/*_cuda.cu"))
+ONLY_IN_COMMON = r"<<<|\basm\b|cuda(Launch|Func|Occupancy|Memcpy|Stream|Device)\w+\(|\bcub::|extern __shared__|SEGOPS_EMULATION"
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_what_is_more_than_cpp_goes_through_common(source):
+    code = re.sub(r"//.*", "", source.read_text(encoding="utf-8"))
+    assert not re.findall(ONLY_IN_COMMON, code)
+
+
+def test_every_kernel_has_a_form_for_the_cpu():
+    on_cpu = sorted((ROOT / "csrc").glob("*/*_cpu.cpp"))
+    assert sorted(implemented(*SOURCES)) == sorted(implemented(*on_cpu)) and len(SOURCES) == len(on_cpu)
