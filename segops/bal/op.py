@@ -381,18 +381,27 @@ def _upsample(edge, labels):
 
 def blur_factors(kernel, kernel_size, sigma, device):
     """(u1, v1, u2, v2), each of kernel_size, with blur_kernel = u1 v1^T + u2 v2^T: both kernels have rank two."""
-    factors = _blur_factors(kernel, kernel_size, sigma, device.type == "cuda")
-    return factors.to(device, non_blocking=True)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # Until the graph runs this is memory of its pool that nobody has written: not for later calls.
+        return _make_blur_factors(kernel, kernel_size, sigma, device)
+    return _blur_factors(kernel, kernel_size, sigma, device)
 
 
 @functools.cache
-def _blur_factors(kernel, kernel_size, sigma, pinned):
-    """On the CPU, from where each call copies: memory of a device that outlives calls has no place in a CUDA graph's pool.
+def _blur_factors(kernel, kernel_size, sigma, device):
+    factors = _make_blur_factors(kernel, kernel_size, sigma, device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # once: later calls may be on other streams
+    return factors
+
+
+def _make_blur_factors(kernel, kernel_size, sigma, device):
+    """Computed where they are used: nothing is copied, which a capture would not allow.
 
     None is negative, so that the two separable passes lose nothing to cancellation. With g the gaussian on an axis, q its
     least value and p = g - q, the product g g' less its own least value q^2 is p g' + q p'.
     """
-    distance = torch.arange(kernel_size, dtype=torch.float64, device="cpu") - kernel_size // 2
+    distance = torch.arange(kernel_size, dtype=torch.float64, device=device) - kernel_size // 2
     ones = torch.ones_like(distance)
     if kernel == "gaussian":
         exponent = -(distance**2) / (kernel_size * sigma)
@@ -402,8 +411,7 @@ def _blur_factors(kernel, kernel_size, sigma, pinned):
     else:
         slope = 0.5 - distance.abs() / (kernel_size - 1)
         factors = slope, ones, ones, slope
-    factors = torch.stack(factors).float()
-    return factors.pin_memory() if pinned else factors
+    return torch.stack(factors).float()
 
 
 def _empty_loss(logits, labels, label_smoothing, per_pixel):

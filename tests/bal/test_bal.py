@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import segops
 from benchmarks import measure
 from segops._library import kernels
 from segops.bal import op, reference
 
-from ..targets import EMULATED, FAST, INTERPRETED, compiled_targets, fast_implementations, fast_targets, on_a_gpu, runs
+from ..targets import CUDA, EMULATED, FAST, INTERPRETED, compiled_targets, fast_implementations, fast_targets, on_a_gpu, runs
 from .conftest import (
     Case,
     assert_accurate,
@@ -263,6 +265,22 @@ def test_blur_kernels_have_rank_two(kernel, kernel_size, sigma):
     assert relative_error(torch.outer(u1, v1) + torch.outer(u2, v2), f) <= 1e-6
     if kernel == "gaussian":
         assert (factors >= 0).all()  # nothing cancels
+
+
+def test_blur_factors_are_made_once_and_where_they_are_used():
+    """A CUDA graph's capture allows no copy from the host."""
+
+    class Devices(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            seen.update(each.device.type for each in tree_leaves((args, result)) if isinstance(each, torch.Tensor))
+            return result
+
+    seen, cpu = set(), torch.device("cpu")
+    with Devices():
+        assert op.blur_factors("gaussian", 7, 2.5, torch.device("meta")).shape == (4, 7)
+    assert seen == {"meta"}
+    assert op.blur_factors("gaussian", 7, 2.5, cpu) is op.blur_factors("gaussian", 7, 2.5, cpu)
 
 
 # The losses.
@@ -692,6 +710,22 @@ def test_current_stream_and_cuda_graph(target):
     torch.cuda.synchronize()
     for value, again, replayed in zip(expected, on_side, captured, strict=True):
         assert torch.equal(value, again) and torch.equal(value, replayed)
+
+
+@CUDA
+def test_cuda_graph_without_a_warm_up():
+    """Nothing has to be made beforehand, and what a capture makes is not taken for made afterwards."""
+    labels = draw_labels(2, 5, 33, 41).cuda()
+    settings = dict(kernel_size=11, sigma=7.25)  # of no other test
+    graph = torch.cuda.CUDAGraph()
+    with segops.backend("native"):
+        with torch.cuda.graph(graph):
+            captured = segops.gaussian_edge(labels, 5, **settings)
+        eager = segops.gaussian_edge(labels, 5, **settings)
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, eager)
+    assert relative_error(eager, edge_map(labels.cpu(), 5, **settings)) <= 1e-6
 
 
 @on_a_gpu
