@@ -1,5 +1,5 @@
-// segops._C_cuda: the CUDA kernels. Schemas live in Python (segops/*/op.py), implementations at the foot of each kernel's file; this
-// one makes a Python module of them.
+// segops._C_cuda: the CUDA kernels. Schemas live in Python (segops/*/op.py), implementations at the foot of each kernel's file;
+// this one makes a Python module of them.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
