@@ -1,7 +1,5 @@
 import pytest
 
-from segops.train import cli
-
 
 class Parsed(Exception):
     pass
@@ -10,6 +8,8 @@ class Parsed(Exception):
 @pytest.fixture(scope="module")
 def parser():
     """`segops fit`'s."""
+    from segops.train import cli  # needs jsonargparse, which no other test does
+
     found = []
 
     class Dry(cli.CLI):
