@@ -1,46 +1,194 @@
 #!/usr/bin/env bash
-# Everything that a machine with a GPU can tell, in one go and one folder, within ten minutes: build, CUDA tests, timings of
-# every op, memory checker.
+# Builds, tests, checks and times segops on a machine with a GPU, in stages of a few minutes. Each
+# stage leaves one file of evidence, FOLDER/STAGE.tar.gz, and prints a table of its results last.
 #
-#   bash benchmarks/gpu.sh [FOLDER]      FOLDER defaults to benchmarks/results/gpu
+#   bash benchmarks/gpu.sh STAGE [--commit HASH] [--out FOLDER] [--device cuda|cpu] [--only OP] [--no-build]
 #
-# Uses the python3 that is active and installs segops into it without dependencies. It must have a CUDA build of torch, and
-# setuptools, pybind11, ninja, pytest, pytest-benchmark, hypothesis, timm, pillow (pip install ".[dev]" elsewhere has them all).
-# Goes on after a step that fails, so that one run says as much as it can; the last lines name what failed. Timings that run out
-# of time are interrupted: what was timed by then is written.
+#   smoke   at most 190 s   every op against float64, also under memcheck; timings beside eager
+#                           PyTorch, and of every kernel; the Triton kernels against float64
+#   check   at most 240 s   the GPU tests but Triton's; racecheck, synccheck; ncu; timings beside
+#                           torch.compile
+#   retime  at most 120 s   every op against float64; timings beside eager PyTorch
+#   train   at most 180 s   PAC-net in training, eager, compiled and as a CUDA graph, beside
+#                           torchvision's DeepLab v3
+#
+#   --commit HASH      the commit that is measured; by default what git says
+#   --out FOLDER       default benchmarks/results/gpu
+#   --device cpu       rehearse without a GPU: small shapes, five times the seconds; default cuda
+#   --only OP          argmax, bal, pac or pag alone
+#   --no-build         do not build first: segops is installed already
+#
+# Runs the python3 on PATH, which needs a CUDA build of torch, setuptools >= 77, pybind11, ninja and
+# pytest; timm, torchvision, lightning, hypothesis and xdist for all of the tests and for training.
+# A step that fails or runs out of time is named in the table, and the other steps still run; the exit
+# status is then 1. It is 2 if the command line is wrong.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-out=$(mkdir -p "${1:-benchmarks/results/gpu}" && cd "${1:-benchmarks/results/gpu}" && pwd)
-failed=()
 
-step() { # step NAME SECONDS COMMAND...: runs it for that long at most, and for what is left of ten minutes; keeps its log
-  local name=$1 limit=$(($2 < 600 - SECONDS ? $2 : 600 - SECONDS))
-  shift 2
-  printf '\n== %s\n' "$name"
-  timeout --signal=INT --kill-after=15 "$((limit > 0 ? limit : 1))" "$@" 2>&1 | tee "$out/$name.log" || failed+=("$name")
+usage() {
+  echo "gpu.sh: $1; usage: bash benchmarks/gpu.sh smoke|check|retime|train [--commit HASH] [--out FOLDER] [--device cuda|cpu] [--only OP] [--no-build]" >&2
+  exit 2
 }
 
-export SEGOPS_BUILD_CUDA=1 PYTHONUNBUFFERED=1
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/gpu.csv"
-step build 120 python3 -m pip install --no-build-isolation --no-deps -e .
-step info 30 python3 -m segops info
-step tests 120 python3 -m pytest -q -m cuda -p no:cacheprovider tests/argmax tests/pac tests/bal tests/pag -k "not triton"
-step benchmarks-argmax 60 python3 -m benchmarks argmax --out "$out"
-step benchmarks-pag 100 python3 -m benchmarks pag --out "$out"
-step benchmarks-pac 200 python3 -m benchmarks pac --out "$out"
-step benchmarks-bal 160 python3 -m benchmarks bal --out "$out"
-step tests-triton 150 python3 -m pytest -q -m cuda -p no:cacheprovider tests/argmax tests/pac tests/bal tests/pag -k triton # compiles for minutes
-if command -v compute-sanitizer > /dev/null; then
-  # Small shapes: the checker slows everything down a hundredfold.
-  small='(test_every_element_is_written or test_memory_format_follows or test_bias_is_part_of_the_shared_filter or test_edges_count or test_kernels_write_all or test_strided_logits) and not triton'
-  for tool in memcheck racecheck; do
-    step "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      python3 -m pytest -q -m cuda -p no:cacheprovider tests/argmax/test_argmax.py tests/pac/test_pac.py tests/bal/test_bal.py tests/pag/test_pag.py -k "$small"
-  done
+stage=${1-} commit='' out='' device=cuda only='' build=1
+case $stage in
+  smoke) budget=190 ;;
+  check) budget=240 ;;
+  retime) budget=120 ;;
+  train) budget=180 ;;
+  *) usage "STAGE must be smoke, check, retime or train; got '$stage'" ;;
+esac
+shift
+while (($#)); do
+  case $1 in
+    --no-build) build=0 && shift && continue ;;
+    --commit | --out | --device | --only) [[ -n ${2-} ]] || usage "$1 needs a value" ;;
+    *) usage "unknown option '$1'" ;;
+  esac
+  case $1 in
+    --commit) commit=$2 ;;
+    --out) out=$(realpath -m -- "$2") ;;
+    --device) device=$2 ;;
+    --only) only=$2 ;;
+  esac
+  shift 2
+done
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+[[ $device == cuda || $device == cpu ]] || usage "--device must be cuda or cpu; got '$device'"
+[[ -z $only || -f benchmarks/bench_$only.py ]] || usage "--only must be an op that has a benchmark, as pac; got '$only'"
+[[ $stage != train || -z $only ]] || usage "train has no --only"
+[[ -n $commit ]] || git rev-parse --verify -q HEAD > /dev/null 2>&1 || usage "git does not know the commit: --commit HASH says it"
+[[ -z $commit || $commit =~ ^[0-9a-f]{7,40}(\+changes)?$ ]] || usage "--commit must be a hash; got '$commit'"
+[[ $device == cpu ]] || nvidia-smi -L > /dev/null 2>&1 || usage "nvidia-smi finds no GPU: --device cpu rehearses without one"
+out=${out:-$PWD/benchmarks/results/gpu}
+mkdir -p "$out" || usage "--out cannot be made: '$out'"
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+work=$scratch/$stage
+mkdir "$work"
+names=() failed=() stopped=0
+: > "$work/steps.txt"
+trap stopped=1 INT TERM # ends the current step; the table and the tar are still written
+
+export PYTHONUNBUFFERED=1 MAX_JOBS="${MAX_JOBS:-$(nproc)}"
+[[ -z $commit ]] || export SEGOPS_COMMIT=$commit
+unset SEGOPS_BACKEND TORCH_CUDA_ARCH_LIST TRITON_INTERPRET # the visible GPU is what is built for
+scale=1 few=4 many=12 workers=8
+if [[ $device == cuda ]]; then
+  export SEGOPS_BUILD_CUDA=1
+else
+  scale=5 few=1 many=2 workers=2
+  export CUDA_VISIBLE_DEVICES='' TRITON_INTERPRET=1 OMP_NUM_THREADS=1
 fi
 
-if ((${#failed[@]})); then
-  printf '\nFAILED: %s (logs in %s)\n' "${failed[*]}" "$out"
-  exit 1
-fi
-printf '\nall steps passed, evidence in %s\n' "$out"
+step() { # step NAME SECONDS COMMAND...: runs it for at most that long, or as long as is left; keeps its log
+  local name=$1 limit=$(($2 * scale)) left=$((budget * scale - SECONDS - 10)) began=$SECONDS status=0 running verdict
+  shift 2
+  names+=("$name")
+  ((limit <= left)) || limit=$left
+  if ((stopped)); then
+    verdict='FAILED: stopped before'
+  elif ((limit < 5)); then
+    verdict='FAILED: no time was left'
+  else
+    printf '== %s, at most %d s\n' "$name" "$limit"
+    set -m # or what runs in the background ignores interrupts
+    timeout --signal=INT --kill-after=5 "$limit" "$@" < /dev/null > "$work/$name.log" 2>&1 &
+    running=$!
+    set +m
+    ((!stopped)) && wait "$running" || status=$?
+    if ((stopped)); then
+      kill -INT "$running" 2> /dev/null
+      wait "$running"
+      verdict='FAILED: stopped'
+    elif ((status == 0)); then
+      verdict=passed
+    elif ((SECONDS - began >= limit)); then
+      verdict="FAILED: time ran out after $limit s"
+    else
+      verdict="FAILED: status $status"
+    fi
+  fi
+  if [[ $verdict != passed ]]; then
+    failed+=("$name")
+    [[ ! -e $work/$name.log ]] || tail -n 10 "$work/$name.log" | cut -c 1-200
+  fi
+  printf '%-14s %4d s  %s\n' "$name" "$((SECONDS - began))" "$verdict" | tee -a "$work/steps.txt"
+}
+
+suite() { # suite NAME SECONDS ARGUMENTS...: cases of `python3 -m benchmarks.gpu`
+  local name=$1 seconds=$2
+  shift 2
+  step "$name" "$seconds" python3 -m benchmarks.gpu "$@" --name "$name" --out "$work" --device "$device" ${only:+--only "$only"}
+}
+
+tests() { # tests NAME SECONDS PATHS...: the GPU tests but Triton's; in a rehearsal a few of the others
+  local name=$1 seconds=$2 parallel=()
+  shift 2
+  if [[ $device == cuda ]]; then
+    set -- -m 'cuda and not triton' "$@"
+  else
+    set -- -m 'not cuda and not triton' -k 'test_errors and not emulated' "$@"
+  fi
+  if python3 -c 'import xdist' 2> /dev/null; then parallel=(-n "$workers"); fi
+  step "$name" "$seconds" python3 -m pytest -v "${parallel[@]}" -p benchmarks.gpu_faults -p no:cacheprovider -o faulthandler_timeout=40 \
+    --continue-on-collection-errors --junitxml "$work/$name.xml" "$@"
+  { # its part of the table
+    grep -E '^(FAILED|ERROR) ' "$work/$name.log" | head -n 12
+    tail -n 1 "$work/$name.log"
+  } 2> /dev/null | cut -c 1-200 > "$work/$name.txt"
+}
+
+fields=name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.mem
+nvidia-smi --query-gpu=$fields --format=csv > "$work/machine.csv" 2>&1
+((!build)) || step build 110 python3 -m pip install -v --disable-pip-version-check --no-build-isolation --no-deps -e .
+
+# A step's seconds are a limit. The last step gets what the others leave.
+case $stage in
+  smoke)
+    step info 30 python3 -m segops info
+    suite native 40 smoke --backend native --jobs "$few"
+    suite memcheck 35 smoke --backend native --tool memcheck --tiny
+    suite headline 50 headline --backend native
+    suite triton 90 smoke --backend triton --jobs "$many"
+    ;;
+  check)
+    if [[ -n $only ]]; then
+      tests tests 75 "tests/$only"
+    else
+      tests tests 75 tests/argmax tests/bal tests/pac tests/pag
+      tests tests-models 40 tests/models
+    fi
+    suite racecheck 25 smoke --backend native --tool racecheck --tiny
+    suite synccheck 25 smoke --backend native --tool synccheck --tiny
+    suite ncu 30 kernels --backend native --tool ncu
+    suite compiled 70 compiled --backend native
+    [[ -n $only ]] || tests tests-train 60 tests/train
+    ;;
+  retime)
+    suite native 25 smoke --backend native --tiny --jobs "$few"
+    suite headline 60 headline --backend native
+    ;;
+  train)
+    suite train 170 train --backend native
+    ;;
+esac
+
+machine='a CPU, in rehearsal'
+[[ $device == cpu ]] || machine=$(tail -n 1 "$work/machine.csv")
+{
+  printf '\n== %s of %s on %s, %d s\n' "$stage" "${commit:-$(git rev-parse --short HEAD)}" "$machine" "$SECONDS"
+  for name in "${names[@]}"; do
+    if [[ -s $work/$name.txt ]]; then
+      printf -- '-- %s\n' "$name" && cat "$work/$name.txt"
+    elif [[ " ${failed[*]-} " == *" $name "* && -e $work/$name.log ]]; then
+      printf -- '-- %s, from its log\n' "$name"
+      { grep -im 5 error "$work/$name.log"; tail -n 5 "$work/$name.log"; } | cut -c 1-200
+    fi
+  done
+  printf -- '-- steps\n' && cat "$work/steps.txt"
+  if ((${#failed[@]})); then echo "FAILED: ${failed[*]}"; else echo 'all steps passed'; fi
+} > "$work/summary.txt"
+if tar -czf "$out/$stage.tar.gz" -C "$scratch" "$stage"; then echo "evidence: $out/$stage.tar.gz"; else failed+=(tar); fi
+cat "$work/summary.txt"
+((!${#failed[@]}))

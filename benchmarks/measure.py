@@ -1,30 +1,58 @@
 """How everything here is measured: interleaved in one process, medians, on inputs whose results were checked first."""
 
+import contextlib
 import functools
+import os
 import platform
 import random
 import statistics
 import subprocess
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 import segops
+from segops.backend import requested
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+SECONDS = {"cpu": 1.0, "cuda": 0.3}  # that a function is timed for; a GPU varies less
+PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices of `product_rate`
+COPY_SIZE = {"cpu": 2**26, "cuda": 2**28}  # elements that `copy_rate` copies
+
+
+def synchronise():
+    """Waits for the GPU, if there is one."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def precision(tf32=False):
+    """cudnn.benchmark on; TF32 off but for the rows that are about it."""
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 def on_backends(function):
-    """{name: function} of the segops backends to time: what "auto" picks (or SEGOPS_BACKEND asks for) and, on a GPU, Triton."""
+    """{name: function} of the segops backends to time: the requested one (SEGOPS_BACKEND), else what
+    "auto" picks and, on a GPU, Triton."""
 
     def on_triton(*tensors):
         with segops.backend("triton"):
             return function(*tensors)
 
-    return {"segops": function, "segops triton": on_triton} if DEVICE == "cuda" else {"segops": function}
+    if DEVICE == "cuda" and requested() == "auto":
+        return {"segops": function, "segops triton": on_triton}
+    return {"segops": function}
 
 
 def timed_call(function, tensors, kind):
@@ -49,8 +77,11 @@ def outputs_and_gradients(function, tensors, grad_dtype=torch.float32):
     It is rounded to `grad_dtype` first: the truth for half precision, in float64, starts from what half precision can hold.
     """
     result = function(*tensors)
+    inputs = [t for t in tensors if t.requires_grad]
+    if not inputs:
+        return [result]
     grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(1)).to(grad_dtype).to(result)
-    return [result.detach(), *torch.autograd.grad(result, [t for t in tensors if t.requires_grad], grad)]
+    return [result.detach(), *torch.autograd.grad(result, inputs, grad)]
 
 
 def error_over_bound(values, plain, truth, tf32=False):
@@ -72,20 +103,20 @@ def error_over_bound(values, plain, truth, tf32=False):
 
 def compare(functions, device, seconds=None, least_rounds=5):
     """Times the functions round after round, in an order drawn anew for each: all see the same machine, in every state that
-    the others leave caches and allocator in. For `seconds` per function: by default 1, on a GPU, which varies less, 0.3.
+    the others leave caches and allocator in. For `seconds` per function, by default SECONDS[device].
 
     Returns {name: {"median": ms, "p20": ms, "p80": ms}}. On a GPU times are those of device events.
     """
-    seconds = seconds or (0.3 if device == "cuda" else 1.0)
-    time_once = _time_cuda if device == "cuda" else _time_cpu
-    for function in functions.values():
+    seconds = seconds or SECONDS[device]
+    timers = {name: CudaTimer(function) if device == "cuda" else _cpu_timer(function) for name, function in functions.items()}
+    for timer in timers.values():
         for _ in range(3 if device == "cuda" else 1):
-            time_once(function)
+            timer()
     times, order = {name: [] for name in functions}, random.Random(0)
     end = time.perf_counter() + seconds * len(functions)
     while len(next(iter(times.values()))) < least_rounds or time.perf_counter() < end:
         for name in order.sample(list(functions), len(functions)):
-            times[name].append(time_once(functions[name]))
+            times[name].append(timers[name]())
     return {name: summary(values) for name, values in times.items()}
 
 
@@ -94,20 +125,71 @@ def summary(values):
     return {"median": statistics.median(values), "p20": twenty[0], "p80": twenty[-1]}
 
 
-def _time_cpu(function):
-    start = time.perf_counter()
-    function()
-    return (time.perf_counter() - start) * 1e3
+def _cpu_timer(function):
+    def time_once():
+        start = time.perf_counter()
+        function()
+        return (time.perf_counter() - start) * 1e3
+
+    return time_once
 
 
-def _time_cuda(function):
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(20_000_000)  # the kernels queue up behind it, so that launching them does not count
-    start.record()
+class CudaTimer:
+    """Times one call by device events, in milliseconds, without the cost of launching its kernels.
+
+    The GPU sleeps while the kernels are queued behind the first event. How long that has to be is
+    found out by doubling, and kept for the calls that follow.
+    """
+
+    LONGEST = 20_000_000  # clock cycles, 10 ms: no sleep suffices for a call that synchronises
+
+    def __init__(self, function):
+        self.function, self.cycles = function, 100_000
+
+    def __call__(self):
+        while True:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(self.cycles)
+            start.record()
+            self.function()
+            end.record()
+            queued = not start.query()  # the GPU was still asleep when the last kernel was queued
+            end.synchronize()
+            if queued or self.cycles >= self.LONGEST:
+                return start.elapsed_time(end)
+            self.cycles *= 2
+
+
+def launch_time(function, device, calls=20):
+    """Median milliseconds until a call returns: on a GPU the cost of Python and of the launches."""
+    time_once = _cpu_timer(function)
+
+    times = []
+    for _ in range(calls):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time_once())
+    return statistics.median(times)
+
+
+def kernel_times(function, device, calls=5):
+    """[{"name", "calls" (per call of the function), "us" (mean)}] of the kernels on a GPU, of PyTorch's
+    ops on a CPU; the largest totals first."""
     function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+    synchronise()
+    activity = torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity], acc_events=True) as profile:
+        for _ in range(calls):
+            function()
+        synchronise()
+    kind = torch.autograd.DeviceType.CUDA if device == "cuda" else torch.autograd.DeviceType.CPU
+    times = [
+        (event.self_device_time_total if device == "cuda" else event.self_cpu_time_total, event)
+        for event in profile.key_averages()
+        if event.device_type == kind
+    ]
+    times.sort(key=lambda pair: -pair[0])
+    return [{"name": event.key, "calls": event.count / calls, "us": total / event.count} for total, event in times]
 
 
 def peak_memory(function, device):
@@ -188,7 +270,7 @@ def rows(kind, calls, times, baselines, floor, bars, device, kept=None):
 @functools.cache
 def product_rate(device, dtype, tf32=False):
     """Operations per second in a large matrix product, at the precision that is set; `tf32` keeps the two apart."""
-    side = 8192 if device == "cuda" else 2048
+    side = PRODUCT_SIDE[device]
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     pixels = a.t().reshape(1, side, side, 1).contiguous(memory_format=torch.channels_last)
     products = {"mm": lambda: a @ b, "conv2d 1x1": lambda: torch.nn.functional.conv2d(pixels, b[:, :, None, None])}
@@ -198,7 +280,7 @@ def product_rate(device, dtype, tf32=False):
 @functools.cache
 def copy_rate(device):
     """Bytes per second, read and written, in a large copy."""
-    source = torch.randn(2**28 if device == "cuda" else 2**26, device=device)
+    source = torch.randn(COPY_SIZE[device], device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / compare({"copy": lambda: target.copy_(source)}, device)["copy"]["p20"] * 1e3
 
@@ -220,13 +302,31 @@ def environment(device):
     """What a figure is worth nothing without: device, versions, commit."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "driver": _driver() if device == "cuda" else None,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "segops": segops.__version__,
         "python": platform.python_version(),
         "cuda": torch.version.cuda if device == "cuda" else None,
-        "commit": _commit(),
+        "triton": _version("triton"),
+        "commit": os.environ.get("SEGOPS_COMMIT") or _commit(),
     }
+
+
+def _version(package):
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _driver():
+    """The version of NVIDIA's driver."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
 
 
 def _cpu_name():

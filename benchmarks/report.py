@@ -23,12 +23,7 @@ def write(results, folder, name):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    lines = [{**row, **beside} for row in results["rows"] for beside in row["against"]]
-    with open(folder / f"{name}.csv", "w", newline="") as file:
-        keys = dict.fromkeys(key for line in lines for key in line if key != "against")  # not every pass has all of them
-        writer = csv.DictWriter(file, keys, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+    write_csv([{**row, **beside} for row in results["rows"] for beside in row["against"]], folder / f"{name}.csv")
     table = render(results)
     (folder / f"{name}.md").write_text(table + "\n")
     try:
@@ -36,6 +31,15 @@ def write(results, folder, name):
     except ImportError:
         print("no plot: matplotlib is not installed")
     return table
+
+
+def write_csv(lines, path):
+    """Writes dictionaries, not all of which have all keys."""
+    with open(path, "w", newline="") as file:
+        keys = dict.fromkeys(key for line in lines for key in line if key != "against")
+        writer = csv.DictWriter(file, keys, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
 
 
 def render(results):
