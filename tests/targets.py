@@ -1,6 +1,7 @@
 """Every implementation of an op, for tests to run on, and a port for two processes to meet at."""
 
 import socket
+import sys
 
 import pytest
 import torch
@@ -16,13 +17,15 @@ EMULATED = ("cpu", "emulated")  # the CUDA kernels, run by the CPU: tests/emulat
 INTERPRETED = ("cpu", "triton")
 
 # Implementations are (device, backend).
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the emulation of CUDA runs on Linux")
+EMULATED_CUDA = pytest.param(EMULATED, id="emulated-cuda", marks=ON_LINUX)
 GPU = [
     pytest.param(("cuda", "native"), id="cuda-native", marks=CUDA),
     pytest.param(("cuda", "triton"), id="cuda-triton", marks=[CUDA, TRITON]),
 ]
 COMPILED = [
     pytest.param(("cpu", "native"), id="cpu-native"),
-    pytest.param(EMULATED, id="emulated-cuda"),
+    EMULATED_CUDA,
     GPU[0],
 ]
 # The interpreter takes seconds for a thousand pixels: it runs what is about kernels, on small maps.

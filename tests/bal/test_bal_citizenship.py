@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import segops
 from segops.bal import op
 
-from ..targets import CUDA, EMULATED, GPU, INTERPRETED, fast_implementations, fast_targets, free_port
+from ..targets import CUDA, EMULATED, EMULATED_CUDA, GPU, INTERPRETED, fast_implementations, fast_targets, free_port
 from .conftest import draw_labels, output_and_gradient, relative_error
 
 
@@ -305,7 +305,7 @@ def test_any_int_may_be_ignored(implementation):
     [
         *GPU,
         pytest.param(("cuda", "reference"), id="cuda-reference", marks=CUDA),
-        pytest.param(EMULATED, id="emulated-cuda"),
+        EMULATED_CUDA,
     ],
     indirect=True,
 )

@@ -9,7 +9,9 @@ import functools
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -59,6 +61,8 @@ class Library:
         self.ops = implemented(*sources)
 
     def build(self):
+        import fcntl  # which only Unix has
+
         from torch.utils.cpp_extension import load
 
         folder = ROOT / "build" / ("sanitized" if SANITIZE else "emulation") / self.name
@@ -69,15 +73,19 @@ class Library:
             text = f'#include "{source}"\n'
             if not files[-1].exists() or files[-1].read_text(encoding="utf-8") != text:
                 files[-1].write_text(text, encoding="utf-8")
-        load(
-            f"segops_{self.name}",
-            [str(file) for file in files],
-            extra_cflags=FLAGS,
-            extra_include_paths=[str(FOLDER)],
-            extra_ldflags=CHECKS if SANITIZE else None,
-            build_directory=str(folder),
-            is_python_module=False,
-        )
+        here = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where pip puts ninja
+        with mock.patch.dict(os.environ, PATH=here), open(folder / "guard", "w") as guard:
+            fcntl.flock(guard, fcntl.LOCK_EX)
+            (folder / "lock").unlink(missing_ok=True)  # of a build that was killed: PyTorch would wait for it
+            load(
+                f"segops_{self.name}",
+                [str(file) for file in files],
+                extra_cflags=FLAGS,
+                extra_include_paths=[str(FOLDER)],
+                extra_ldflags=CHECKS if SANITIZE else None,
+                build_directory=str(folder),
+                is_python_module=False,
+            )
         reverse = ctypes.CDLL(str(folder / f"segops_{self.name}.so")).segops_emulation_reverse
         for op in self.ops:
             LIBRARY.define(f"{op}{self.schema(op)}")

@@ -8,8 +8,10 @@ import sys
 import pytest
 import torch
 
+from ..targets import ON_LINUX
 from . import FLAGS, FOLDER, ROOT, SANITIZE, Library, implemented, sanitizer_environment
 
+pytestmark = ON_LINUX
 SIZE = 256
 FAULTS = [name for name in implemented(FOLDER / "planted.cu") if name != "sort"]
 # Memory that belongs to nobody, which only a sanitizer sees.
