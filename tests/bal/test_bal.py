@@ -341,6 +341,12 @@ def test_accuracy_at_the_size_of_training(dtype, target):
         assert_accurate(case, dtype, target[0])
 
 
+@fast_targets
+def test_accuracy_of_sums_over_many_blocks(target):
+    """More than a block of a GPU has threads: their sums are added in rounds."""
+    assert_accurate(Case((1, 2, 4, 5), (512, 520)), torch.float32, target[0])
+
+
 SMALL = st.integers(1, 9)
 
 

@@ -10,6 +10,7 @@ import segops
 from segops._library import kernels
 from segops.pac import factorised, op, reference
 
+from ..layouts import shifted, spread
 from ..targets import INTERPRETED, compiled_targets, on_a_gpu, runs
 from .conftest import CASES, Case, assert_accurate, outputs_and_gradients, relative_error
 
@@ -128,6 +129,38 @@ def test_shift_kernels_are_adjoint(target, merge):
         run.pac_shift_gather(planes, None, gathered, (3, 3), rates, sign)
         run.pac_shift_scatter(grad, scattered, 0, (3, 3), rates, -sign)
         assert (gathered * grad).sum() == (planes.view_as(scattered) * scattered).sum() != 0
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_kernels_take_any_address_and_stride(target, groups):
+    """Eight channels, which 16 bytes divide; tensors that begin or go on where they do not, strips, and slices of channels."""
+    device, backend = target
+    run, rates = kernels("pac", backend), (1, 2, 3, 4)
+    planes, bias = torch.randn(2, 5, 6, 9, 8, device=device), torch.randn(8, device=device)
+    out, source = torch.empty(2, 5, 6, groups, 8, device=device), torch.randn(2, 5, 6, groups, 8, device=device)
+    run.pac_shift_gather(planes, bias, out, (3, 3), rates, 1)
+    expected = out.clone()
+    for planes_, bias_, out_ in (
+        (shifted(planes), bias, out),
+        (planes, shifted(bias), out),
+        (planes, bias, shifted(out)),
+        (planes, bias, spread(out)),
+        (planes, bias, spread(out, 4)),
+        (planes, bias, spread(out.flatten(3)).unflatten(3, (groups, 8))),
+    ):
+        run.pac_shift_gather(planes_, bias_, out_, (3, 3), rates, 1)
+        assert torch.equal(out_, expected)
+    scattered = torch.empty(10, 6, 9, 8, device=device)
+    run.pac_shift_scatter(source, scattered, 0, (3, 3), rates, 1)
+    expected = scattered.clone()
+    for source_, out_, first in (
+        (shifted(source), scattered, 0),
+        (source, shifted(scattered), 0),
+        (source, torch.empty(4, 6, 9, 8, device=device), 3),
+        (source, shifted(torch.empty(2, 6, 9, 8, device=device)), 8),
+    ):
+        run.pac_shift_scatter(source_, out_, first, (3, 3), rates, 1)
+        assert torch.equal(out_, expected[first : first + len(out_)])
 
 
 def test_every_element_is_written(target):

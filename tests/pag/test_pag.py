@@ -13,6 +13,7 @@ import segops
 from segops._library import kernels
 from segops.pag import op, reference
 
+from ..layouts import shifted, spread
 from ..targets import (
     INTERPRETED,
     REFERENCE,
@@ -107,6 +108,7 @@ CASES = [
     Case((1, 3, 1, 1), ((2, 16, 16), (2, 257, 1), (1, 1, 256), (2, 70, 90))),
     Case((2, 3, 1, 1), ((4, 1, 1), (2, 5, 3))),
     Case((2, 3, 4, 5), ((3, 4, 5),)),
+    Case((1, 2, 4, 8), ((2, 9, 16), (3, 8, 17))),
     Case((2, 3, 4, 4), ((2, 8, 8), (5, 4, 4), (1, 16, 16), (4, 4, 4), (3, 12, 9)), small=True),
     Case((2, 3, 4, 6), ((2, 3, 12), (3, 8, 12), (4, 8, 5), (1, 3, 5), (2, 4, 6))),
     Case((2, 3, 4, 6), ((2, 3, 12), (4, 8, 5)), small=True),
@@ -371,6 +373,8 @@ POOLINGS = [
     Pooling((2, 3, 1, 1), 2),
     Pooling((2, 3, 1, 9), (3, 2)),
     Pooling((2, 1, 6, 50), 2),
+    Pooling((1, 2, 16, 32), 8),
+    Pooling((1, 2, 9, 28), 8),
     *(Pooling((1, c, 4, 5), 2) for c in (1, 5, 17, 33, 64)),
 ]
 
@@ -853,6 +857,44 @@ def assert_pool_writes_all(pool, out_shape, offsets_shape, channels_last, device
     pool(out, offsets)
     assert out_is_fine() and offsets_are_fine()
     return out, offsets
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_kernels_take_any_address_and_stride(target, channels_last):
+    """Maps that 16 bytes divide, each of which begins or goes on where they do not."""
+    device, backend = target
+    run, inner = kernels("pag", backend), 1 if channels_last else 3
+    small, large = (draw_integers((1, 4, *size), torch.float32, device, 0, channels_last) for size in ((2, 8), (4, 16)))
+
+    def elsewhere(map):
+        return map, shifted(map), spread(map, dim=inner), spread(map, 4, inner)
+
+    for concat in (True, False):
+        maps, held = [small, large], small.numel()
+        out = draw((1, 8 if concat else 4, 2, 8), torch.float32, device, 1, channels_last)
+        offsets = torch.empty(held, dtype=torch.uint8, device=device)
+        run.pag_pool(maps, out, offsets, [], concat, channels_last)
+        expected = out.clone(), offsets.clone()
+        variants = [([map, large], out, offsets) for map in elsewhere(small)]
+        variants += [([small, map], out, offsets) for map in elsewhere(large)]
+        variants += [(maps, each, offsets) for each in elsewhere(out)] + [(maps, out, shifted(offsets))]
+        for maps_, out_, offsets_ in variants if target != INTERPRETED else variants[1::4]:
+            run.pag_pool(maps_, out_, offsets_, [], concat, channels_last)
+            assert torch.equal(out_, expected[0]) and torch.equal(offsets_, expected[1])
+    scattered, gathered = torch.empty_like(large), torch.empty_like(small)
+    run.pag_scatter(small, offsets, scattered, [2, 2], channels_last)
+    run.pag_gather(large, offsets, gathered, [2, 2], channels_last)
+    expected = scattered.clone(), gathered.clone()
+    variants = [(each, offsets, scattered) for each in elsewhere(small)]
+    variants += [(small, offsets, each) for each in elsewhere(scattered)] + [(small, shifted(offsets), scattered)]
+    for pooled, offsets_, out in variants if target != INTERPRETED else variants[1::4]:
+        run.pag_scatter(pooled, offsets_, out, [2, 2], channels_last)
+        assert torch.equal(out, expected[0])
+    variants = [(each, offsets, gathered) for each in elsewhere(large)]
+    variants += [(large, offsets, each) for each in elsewhere(gathered)] + [(large, shifted(offsets), gathered)]
+    for map, offsets_, out in variants if target != INTERPRETED else variants[1::4]:
+        run.pag_gather(map, offsets_, out, [2, 2], channels_last)
+        assert torch.equal(out, expected[1])
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
