@@ -16,7 +16,7 @@ ORDER = ("native", "triton", "reference")
 
 
 def _check(name, source):
-    if name != "auto" and name not in REASONS:
+    if name not in ("auto", *REASONS):
         raise ValueError(f"{source} must be one of {', '.join(map(repr, ('auto', *ORDER)))}; got {name!r}")
     return name
 
@@ -103,7 +103,7 @@ def why_not(name, device_type, device_index, dtype):
 
 
 def _why_not_kernels(name, device_type, dtype):
-    """What speaks against C++, CUDA and Triton alike."""
+    """A reason that C++, CUDA and Triton have in common, or None."""
     if dtype == torch.float64 and (device_type != "cpu" or name == "triton"):
         return f"float64 runs in C++ on the CPU and in the reference, not in {name} on {device_type}"
     if device_type not in ("cpu", "cuda") or (device_type == "cuda" and not torch.version.cuda):

@@ -1,7 +1,7 @@
 // The largest class of logits that are resized bilinearly as they are read (common/resize.h).
 //
 //   best[n, i, j] = argmax_c logits[n, c, i, j], the lowest class on ties; a NaN is larger than any number. Where the largest
-//   is infinite or NaN, ~argmax: a negative number.
+//   is +infinity or NaN, ~argmax: a negative number.
 //   out[n, y, x]  = the same of the means of the four logits that pixel (y, x) lies between; one that weighs nothing is not
 //   looked at
 //

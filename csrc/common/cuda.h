@@ -44,14 +44,14 @@ template <typename... Parameters, typename... Arguments>
 void launch(
     void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared, cudaStream_t stream,
     const Arguments&... arguments) {
-  if (shared > 48 << 10)  // what a kernel gets without asking
+  if (shared > 16 << 10)  // beyond 48 KB, static memory included, a kernel has to ask; it may have 32 KB of that
     STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
   cudaLaunchConfig_t configuration{};
   configuration.gridDim = blocks;
   configuration.blockDim = threads;
   configuration.dynamicSmemBytes = shared;
   configuration.stream = stream;
-  STD_CUDA_CHECK(cudaLaunchKernelEx(&configuration, kernel, static_cast<Parameters>(arguments)...));
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&configuration, kernel, arguments...));
 }
 
 // The block's shared memory whose size the launch gave, from a multiple of 16 bytes on.
@@ -65,20 +65,28 @@ __device__ inline T* dynamic_shared() {
 template <int bytes>
 __device__ inline void copy_async(void* shared, const void* global) {
   static_assert(bytes == 4 || bytes == 8 || bytes == 16);
+#if __CUDA_ARCH__ >= 800
   const unsigned to = unsigned(__cvta_generic_to_shared(shared));
   if constexpr (bytes == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(bytes) : "memory");
+#else  // which has no such instruction
+  for (int i = 0; i < bytes / 4; ++i) static_cast<float*>(shared)[i] = static_cast<const float*>(global)[i];
+#endif
 }
 // Makes a group of the copies that this thread has begun since the last one.
 __device__ inline void commit_copies() {
+#if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
 }
 // Waits until at most the last `pending` groups of this thread are under way. Other threads see a copy after a barrier.
 template <int pending>
 __device__ inline void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#endif
 }
 
 }  // namespace segops

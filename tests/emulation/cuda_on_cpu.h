@@ -2,8 +2,9 @@
 //
 // Blocks run one after the other. The threads of a block are fibers: each runs until it meets a barrier or waits for its warp,
 // then the next has its turn. Whatever a GPU would answer with wrong numbers, a hang or nothing at all ends the launch with an
-// exception that names it: see `fail` in scheduler.cpp. Shared memory holds NaN when a block begins, and what is copied
-// asynchronously lands when it is waited for, no earlier.
+// exception that names it: see `fail` in scheduler.cpp. What CUDA leaves open is done in two ways, forwards and in reverse: see
+// scheduler.cpp. Masks and barriers count threads that have ended as missing, which is stricter than CUDA. Barriers and votes
+// are told apart by their line in the source.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -158,7 +159,7 @@ struct CurrentStream {
 template <typename... Parameters, typename... Arguments>
 void launch(
     void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared, cudaStream_t, const Arguments&... arguments) {
-  emulation::run(blocks, threads, shared, [&] { kernel(static_cast<Parameters>(arguments)...); });
+  emulation::run(blocks, threads, shared, [&] { kernel(arguments...); });
 }
 
 template <typename T>

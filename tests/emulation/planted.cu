@@ -121,6 +121,17 @@ __global__ void unwritten_shared_kernel(Floats in, float* out) {
   out[threadIdx.x] = 2 * values[threadIdx.x];
 }
 
+// The same, where NaN would not be seen. out = the largest of input
+template <bool faulty>
+__global__ void unwritten_shared_maximum_kernel(Floats in, float* out) {
+  __shared__ float values[kThreads];
+  if (!faulty || threadIdx.x != 9) values[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  float largest = -INFINITY;
+  for (int i = 0; i < kThreads; ++i) largest = fmaxf(largest, values[i]);
+  out[threadIdx.x] = largest;
+}
+
 // The fault: the last element is left as it was. out = 2 * input
 template <bool faulty>
 __global__ void unwritten_output_kernel(Floats in, float* out) {
@@ -190,6 +201,39 @@ __global__ void too_short_a_wait_kernel(Floats in, float* out) {
   __syncthreads();
   out[threadIdx.x] = values[kThreads - 1 - threadIdx.x] + values[kThreads + threadIdx.x];
   wait_for_copies<0>();
+}
+
+// Tiles of 32, copied ahead into one of two buffers. out = 2 * sum(input). The fault: into the one that others still read.
+template <bool faulty>
+__global__ void copy_into_what_is_read_kernel(Floats in, float* out) {
+  float* values = dynamic_shared<float>();
+  const int lane = int(threadIdx.x), size = int(blockDim.x);
+  const auto copy = [&](int tile) {
+    copy_async<4>(values + (faulty ? 0 : tile % 2) * size + lane, in + tile * size + lane);
+    commit_copies();
+  };
+  float sum = 0;
+  copy(0);
+  for (int tile = 0; tile < kThreads / size; ++tile) {
+    wait_for_copies<0>();
+    __syncthreads();
+    if (tile + 1 < kThreads / size) copy(tile + 1);
+    for (int i = 0; i < size; ++i) sum += values[(faulty ? 0 : tile % 2) * size + i];
+    if (faulty) __syncthreads();
+  }
+  for (int i = lane; i < kThreads; i += size) out[i] = 2 * sum;
+}
+
+// The fault: memory is written while a copy to it is under way. out = 2 * input
+template <bool faulty>
+__global__ void write_under_a_copy_kernel(Floats in, float* out) {
+  float* values = dynamic_shared<float>();
+  if (faulty) copy_async<4>(values + threadIdx.x, in + threadIdx.x);
+  values[threadIdx.x] = 7;
+  if (!faulty) copy_async<4>(values + threadIdx.x, in + threadIdx.x);
+  commit_copies();
+  wait_for_copies<0>();
+  out[threadIdx.x] = 2 * values[threadIdx.x];
 }
 
 // The fault: a thread ends while it copies. out = 2 * input
@@ -262,6 +306,7 @@ SEGOPS_PLANTED(missing_barrier_before_reuse, kThreads, 0)
 SEGOPS_PLANTED(different_barriers, kThreads, 0)
 SEGOPS_PLANTED(barrier_after_return, kThreads, 0)
 SEGOPS_PLANTED(unwritten_shared, kThreads, 0)
+SEGOPS_PLANTED(unwritten_shared_maximum, kThreads, 0)
 SEGOPS_PLANTED(unwritten_output, kThreads, 0)
 SEGOPS_PLANTED(mask_of_absent_lanes, kThreads, 0)
 SEGOPS_PLANTED(mask_of_others, kThreads, 0)
@@ -269,6 +314,8 @@ SEGOPS_PLANTED(shuffle_from_absent_lane, kThreads, 0)
 SEGOPS_PLANTED(votes_in_different_places, kThreads, 0)
 SEGOPS_PLANTED(missing_wait, kThreads, kThreads)
 SEGOPS_PLANTED(too_short_a_wait, kThreads, 2 * kThreads)
+SEGOPS_PLANTED(copy_into_what_is_read, 32, 2 * 32)
+SEGOPS_PLANTED(write_under_a_copy, kThreads, kThreads)
 SEGOPS_PLANTED(copies_at_the_end, kThreads, kThreads)
 SEGOPS_PLANTED(misaligned_copy, kThreads, kThreads)
 SEGOPS_PLANTED(sum_of_block, kThreads, 0)
@@ -320,6 +367,7 @@ SEGOPS_CUDA_KERNELS(m) {
   m.impl("different_barriers", TORCH_BOX(&different_barriers));
   m.impl("barrier_after_return", TORCH_BOX(&barrier_after_return));
   m.impl("unwritten_shared", TORCH_BOX(&unwritten_shared));
+  m.impl("unwritten_shared_maximum", TORCH_BOX(&unwritten_shared_maximum));
   m.impl("unwritten_output", TORCH_BOX(&unwritten_output));
   m.impl("mask_of_absent_lanes", TORCH_BOX(&mask_of_absent_lanes));
   m.impl("mask_of_others", TORCH_BOX(&mask_of_others));
@@ -327,6 +375,8 @@ SEGOPS_CUDA_KERNELS(m) {
   m.impl("votes_in_different_places", TORCH_BOX(&votes_in_different_places));
   m.impl("missing_wait", TORCH_BOX(&missing_wait));
   m.impl("too_short_a_wait", TORCH_BOX(&too_short_a_wait));
+  m.impl("copy_into_what_is_read", TORCH_BOX(&copy_into_what_is_read));
+  m.impl("write_under_a_copy", TORCH_BOX(&write_under_a_copy));
   m.impl("copies_at_the_end", TORCH_BOX(&copies_at_the_end));
   m.impl("misaligned_copy", TORCH_BOX(&misaligned_copy));
   m.impl("sum_of_block", TORCH_BOX(&sum_of_block));

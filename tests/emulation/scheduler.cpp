@@ -1,5 +1,8 @@
 // Runs the blocks and threads of an emulated launch (cuda_on_cpu.h).
 //
+// In reverse everything that may be one way or the other is the other way: blocks and threads run from the last to the first,
+// asynchronous copies land when they begin, and shared memory holds something else at first.
+//
 // A fiber runs thread after thread until one has to wait: that thread keeps the fiber, and another one takes the threads that
 // have not begun. A kernel without barriers thus needs a single fiber, and no switches.
 
@@ -25,7 +28,6 @@ namespace {
 
 constexpr size_t kStack = 256 << 10;
 constexpr size_t kLargestShared = 99 << 10;  // of dynamic shared memory, on the GPUs that have least: sm_86, 89 and 120
-constexpr unsigned char kNothing = 0xff;     // bytes of NaN
 
 // A stack, and where its execution stands.
 struct Context {
@@ -115,23 +117,25 @@ class Scheduler {
 
 Scheduler scheduler;
 
-// Fills what is declared `__shared__` with NaN: the variables of the thread in this library, which has no others.
-void empty_static_shared() {
+// Fills what is declared `__shared__`: the variables of the thread in this library, which has no others.
+void fill_static_shared(int byte) {
 #ifndef __SANITIZE_ADDRESS__
   static thread_local volatile char here;
   here = 0;  // allocates them
+  std::pair<const volatile char*, int> sought{&here, byte};
   dl_iterate_phdr(
-      [](dl_phdr_info* library, size_t, void* address) {
-        const auto *begin = static_cast<char*>(library->dlpi_tls_data), *sought = static_cast<char*>(address);
+      [](dl_phdr_info* library, size_t, void* data) {
+        const auto [sought, byte] = *static_cast<std::pair<const volatile char*, int>*>(data);
+        auto* begin = static_cast<char*>(library->dlpi_tls_data);
         for (int i = 0; begin && i < library->dlpi_phnum; ++i) {
           const auto& segment = library->dlpi_phdr[i];
           if (segment.p_type != PT_TLS || sought < begin || sought >= begin + segment.p_memsz) continue;
-          std::memset(library->dlpi_tls_data, kNothing, segment.p_memsz);
+          std::memset(begin, byte, segment.p_memsz);
           return 1;
         }
         return 0;
       },
-      const_cast<char*>(&here));
+      &sought);
 #endif
 }
 
@@ -167,7 +171,7 @@ Context& Scheduler::fiber() {
   if (idle_.empty()) {
     fibers_.push_back(std::make_unique<Context>());
     Context& made = *fibers_.back();
-    made.stack = std::make_unique<char[]>(kStack);
+    made.stack.reset(new char[kStack]);  // which touches no memory
     made.bottom = made.stack.get();
     made.size = kStack;
     getcontext(&made.registers);
@@ -257,8 +261,9 @@ void Scheduler::explain_deadlock() {
 }
 
 void Scheduler::run_block() {
-  std::memset(shared_.get(), kNothing, shared_bytes_);
-  empty_static_shared();
+  const int nothing = reversed ? 0x7b : 0xff;  // NaN, and something else for what takes no notice of NaN
+  std::memset(shared_.get(), nothing, shared_bytes_);
+  fill_static_shared(nothing);
   for (Thread& thread : threads_) thread = Thread{};
   begun_ = 0;
   while (begun_ < threads_.size()) resume(fiber());
@@ -286,7 +291,6 @@ void Scheduler::run(dim3 blocks, dim3 size, size_t shared, const std::function<v
       "emulated CUDA: the grid is too large: ", text(blocks));
   STD_TORCH_CHECK(count > 0 && count <= 1024 && size.z <= 64, "emulated CUDA: a block cannot be ", text(size));
   STD_TORCH_CHECK(shared <= kLargestShared, "emulated CUDA: too much shared memory: ", shared, " bytes, of ", kLargestShared);
-  STD_TORCH_CHECK(!in_kernel(), "emulated CUDA: a kernel launches another");
   threads_.resize(count);
   shared_ = std::make_unique<char[]>(shared);
   shared_bytes_ = shared;
@@ -340,6 +344,7 @@ void begin_copy(void* shared, const void* global, int bytes) {
   if (reinterpret_cast<uintptr_t>(shared) % bytes || reinterpret_cast<uintptr_t>(global) % bytes)
     fail("an asynchronous copy of " + std::to_string(bytes) + " bytes is misaligned");
   scheduler.current().begun.push_back({shared, global, bytes});
+  if (scheduler.reversed) std::memcpy(shared, global, bytes);
 }
 
 void commit_copies() {
@@ -350,7 +355,8 @@ void commit_copies() {
 void wait_for_copies(int pending) {
   auto& groups = scheduler.current().groups;
   for (; int(groups.size()) > pending; groups.erase(groups.begin()))
-    for (const auto& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    for (const auto& copy : groups.front())
+      if (!scheduler.reversed) std::memcpy(copy.to, copy.from, copy.bytes);
 }
 
 void run(dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& kernel) {
@@ -360,12 +366,12 @@ void run(dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& 
 
 }  // namespace segops::emulation
 
-// Whether the threads of a block, and the blocks, run from the last to the first.
+// For the launches that follow.
 extern "C" __attribute__((visibility("default"))) void segops_emulation_reverse(bool reversed) {
   segops::emulation::scheduler.reversed = reversed;
 }
 
-#ifndef __SANITIZE_UNDEFINED__  // GCC calls these where an address or an index is wrong; a sanitizer has its own
+#ifndef SEGOPS_SANITIZE  // GCC calls these where an address or an index is wrong; the sanitizers' library has its own
 
 namespace {
 struct Location {

@@ -11,7 +11,7 @@ from segops._library import kernels
 from segops.pac import factorised, op, reference
 
 from ..layouts import shifted, spread
-from ..targets import INTERPRETED, compiled_targets, on_a_gpu, runs
+from ..targets import INTERPRETED, compiled_targets, fast_targets, on_a_gpu, runs
 from .conftest import CASES, Case, assert_accurate, outputs_and_gradients, relative_error
 
 
@@ -55,6 +55,17 @@ def test_accuracy_of_large_maps(shape, channels):
         assert_accurate(Case(shape, channels), dtype, "cpu")
 
 
+@fast_targets
+@pytest.mark.parametrize("merge", ["sum", "concat"])
+@pytest.mark.parametrize("c_in, c_out", [(8, 40), (40, 8)])
+def test_accuracy_in_strips_and_blocks(target, c_in, c_out, merge, monkeypatch):
+    """As maps have it that do not fit the workspace at once."""
+    for workspace in (factorised.WORKSPACE, factorised.LARGEST_WORKSPACE):
+        monkeypatch.setitem(workspace, "cpu", 1)
+        monkeypatch.setitem(workspace, "cuda", 1)
+    assert_accurate(Case((2, c_in, 45, 50), c_out, (1, 2, 5, 7), merge), torch.float32, target[0])
+
+
 def test_interpreted_bfloat16():
     """The Triton kernels under the interpreter, in bfloat16: within one unit in the last place of the native ones."""
     if torch.cuda.is_available():
@@ -87,7 +98,7 @@ def test_any_shape(target, n, c_in, c_out, h, w, rates, merge, kernel_size, chan
     values, truth = outputs_and_gradients(op, case.tensors(dtype, device)), outputs_and_gradients(case.plain, case.tensors())
     for value, exact in zip(values, truth, strict=True):
         assert value.shape == exact.shape
-        assert (value.double().cpu() - exact).norm() <= bound * (1 + exact.norm())  # sums may cancel
+        assert (value.double().cpu() - exact).norm() <= bound * (exact.norm() + 1)  # of values near 1, whose sums may cancel
 
 
 @pytest.mark.parametrize("merge", ["sum", "concat"])
@@ -301,6 +312,7 @@ def test_current_stream_and_cuda_graph(target):
     case = Case((2, 64, 17, 19), 32)
     x, weight, _ = (t.detach() for t in case.tensors(torch.bfloat16, "cuda"))
     expected = case.op(x, weight)
+    torch.testing.assert_close(expected, case.plain(x, weight), rtol=2e-2, atol=2e-2)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
