@@ -4,10 +4,10 @@ The weight map is made at its downsampled size and stays there: the cross entrop
 pixel. Nothing is made of (N, C, H, W).
 """
 
-import functools
 import math
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -379,19 +379,29 @@ def _upsample(edge, labels):
     return F.interpolate(edge[:, None], labels.shape[1:], mode="bilinear", align_corners=False)[:, 0]
 
 
+_BLUR_FACTORS = {}
+
+
 def blur_factors(kernel, kernel_size, sigma, device):
-    """(u1, v1, u2, v2), each of kernel_size, with blur_kernel = u1 v1^T + u2 v2^T: both kernels have rank two."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # Until the graph runs this is memory of its pool that nobody has written: not for later calls.
-        return _make_blur_factors(kernel, kernel_size, sigma, device)
-    return _blur_factors(kernel, kernel_size, sigma, device)
+    """(u1, v1, u2, v2), each of kernel_size, with blur_kernel = u1 v1^T + u2 v2^T: both kernels have rank two.
+
+    Made once for each device: also in a CUDA graph's capture, where they are kept from later calls.
+    """
+    settings = kernel, kernel_size, sigma, device
+    if settings in _BLUR_FACTORS:
+        return _BLUR_FACTORS[settings]
+    if device.type != "cuda":
+        return _BLUR_FACTORS.setdefault(settings, _make_blur_factors(*settings))
+    if torch.cuda.is_current_stream_capturing():
+        return _make_blur_factors(*settings)  # memory of the graph's, which nobody writes before it runs
+    # Warming up for a graph, torch.compile has this thread's allocations come from the graph's memory: another thread's do not.
+    with ThreadPoolExecutor(1) as thread:
+        return _BLUR_FACTORS.setdefault(settings, thread.submit(_make_blur_factors_now, *settings).result())
 
 
-@functools.cache
-def _blur_factors(kernel, kernel_size, sigma, device):
-    factors = _make_blur_factors(kernel, kernel_size, sigma, device)
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # once: later calls may be on other streams
+def _make_blur_factors_now(*settings):
+    factors = _make_blur_factors(*settings)
+    torch.cuda.current_stream(factors.device).synchronize()  # once: calls may come on any stream
     return factors
 
 
