@@ -33,12 +33,19 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def sanitizer_environment():
-    """What a process needs for SEGOPS_SANITIZE=1: the sanitizers' libraries loaded first. PyTorch leaks by design."""
+    """What a process needs for SEGOPS_SANITIZE=1: the sanitizers' libraries loaded first. PyTorch leaks by design.
+
+    Raises:
+        FileNotFoundError: the compiler comes without them.
+    """
     compiler = os.environ.get("CXX", "c++")
     libraries = [
         subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so", "libstdc++.so")  # the last, or the first would not find what it wraps
     ]
+    missing = [name for name in libraries if not Path(name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{compiler} must come with the sanitizers of GCC; it has no {', '.join(missing)}")
     return os.environ | {
         "SEGOPS_SANITIZE": "1",
         "LD_PRELOAD": " ".join(libraries),

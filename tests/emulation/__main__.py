@@ -8,4 +8,8 @@ from . import ROOT, sanitizer_environment
 os.chdir(ROOT)
 # -s: what a sanitizer writes before it ends the process is for the reader, not for pytest.
 command = [sys.executable, "-m", "pytest", "-q", "-s", "-k", "emulated-cuda or planted", "tests/argmax", "tests/bal"]
-os.execve(sys.executable, [*command, "tests/pac", "tests/pag", "tests/emulation", *sys.argv[1:]], sanitizer_environment())
+try:
+    environment = sanitizer_environment()
+except FileNotFoundError as error:
+    sys.exit(str(error))
+os.execve(sys.executable, [*command, "tests/pac", "tests/pag", "tests/emulation", *sys.argv[1:]], environment)

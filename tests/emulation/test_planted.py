@@ -113,11 +113,15 @@ def test_sort_is_stable():
 @pytest.mark.skipif(SANITIZE, reason="is the process that this test starts")
 @pytest.mark.parametrize("name", SEEN_BY_ASAN)
 def test_sanitizers(name):
+    try:
+        environment = sanitizer_environment()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
     program = f"from tests.emulation.test_planted import run; run({name!r}, faulty={{}})"
     healthy, faulty = (
         subprocess.run(
             [sys.executable, "-c", program.format(fault)],
-            cwd=ROOT, env=sanitizer_environment(), capture_output=True, text=True,
+            cwd=ROOT, env=environment, capture_output=True, text=True,
         )
         for fault in (False, True)
     )  # fmt: skip
