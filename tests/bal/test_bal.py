@@ -382,7 +382,8 @@ def test_any_shape(target, n, c, h, w, size, shrunk, weighted, class_weight, lab
         truth = output_and_gradient(case.op, case.logits())
     for value, exact in zip(values, truth, strict=True):
         assert value.shape == exact.shape
-        assert (value.double().cpu() - exact).norm() <= bound * exact.norm() + 1e-7  # gradients may cancel
+        # Gradients may cancel; those of a mean are small themselves.
+        assert (value.double().cpu() - exact).norm() <= bound * (exact.norm() + (0.1 if reduction == "mean" else 1))
 
 
 @compiled_targets
