@@ -1,8 +1,8 @@
 // What every .cu file needs: the launch, conversions, 16-byte loads and stores, sums of a block.
 //
-// Whatever is more than C++ goes by names of this file: launches, shared memory of a size known at the launch, instructions
-// that CUDA has no function for. tests/emulation/cuda_on_cpu.h has the same names, and those of CUDA that kernels use, for a
-// compiler of C++: there the files with kernels are compiled as they are, and run in every test.
+// Kernels use the functions of this file for what C++ does not have: launches, shared memory whose size the launch gives,
+// asynchronous copies. tests/emulation/cuda_on_cpu.h defines the same functions, and what kernels use of CUDA itself, for a
+// C++ compiler, so that the tests can run the kernels on a CPU.
 #pragma once
 
 #include "tensor.h"
@@ -44,7 +44,7 @@ template <typename... Parameters, typename... Arguments>
 void launch(
     void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared, cudaStream_t stream,
     const Arguments&... arguments) {
-  if (shared > 16 << 10)  // beyond 48 KB, static memory included, a kernel has to ask; it may have 32 KB of that
+  if (shared > 16 << 10)  // more than 48 KB needs asking for; up to 32 KB of a kernel's memory may be static
     STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
   cudaLaunchConfig_t configuration{};
   configuration.gridDim = blocks;
