@@ -19,8 +19,8 @@ def _resize(logits, size):
 
 
 def _known_to_be_finite(logits):
-    """What is traced or transformed cannot tell, and a GPU would have to be waited for."""
-    if torch.compiler.is_compiling() or transformed() or logits.device.type == "cuda":
+    """What is traced, transformed or has no numbers cannot tell, and a GPU would have to be waited for."""
+    if torch.compiler.is_compiling() or transformed() or logits.device.type != "cpu":
         return False
     return bool(logits.isfinite().all())
 

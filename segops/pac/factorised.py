@@ -26,7 +26,7 @@ def forward(input, weight, bias, rates, merge, out, backend):
     """Writes pyramid_atrous_conv2d(input, weight, bias) into `out`, of either memory format."""
     dtype, rates = _compute_dtype(input, backend), _clamp(rates, input)
     w = _live_taps(weight, rates, input).to(dtype)
-    b = None if bias is None else bias.to(dtype)
+    b = None if bias is None else bias.to(dtype).contiguous()
     x, y = _pixels(input, dtype), _buffer(out, dtype)
     groups = len(rates) if merge == "concat" else 1
     _convolve(x.unsqueeze(3), w, b, rates, 1, y.unflatten(3, (groups, -1)), backend)
