@@ -1,5 +1,8 @@
 import os
 
+# Small tensors gain nothing from a second thread, and beside another busy process wait for it most of the time. What needs more asks for it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 # Without a GPU the Triton kernels run under Triton's interpreter. It is chosen when kernels are defined: before any import.
@@ -21,6 +24,8 @@ def fresh_start():
     """Every test starts on "auto" and with the same random numbers, whatever the environment or the tests before asked for."""
     torch.manual_seed(0)
     torch.compiler.reset()  # or compilations of one function in many tests add up to the recompilation limit
+    # What torch.empty hands out is NaN, or the greatest int: an element that a kernel leaves out is a wrong one.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     with segops.backend("auto"):
         yield
 

@@ -1,4 +1,10 @@
-"""The same values elsewhere: what decides whether a kernel may read and write 16 bytes at once."""
+"""The same values elsewhere in memory, and memory that tells who touches it."""
+
+import contextlib
+from unittest import mock
+
+import torch
+from torch._prims_common import suggest_memory_format
 
 
 def shifted(tensor, by=1):
@@ -13,3 +19,82 @@ def spread(tensor, by=1, dim=-1):
     rows = tensor.permute(order)
     copy = rows.new_empty((*rows.shape[:-1], rows.shape[-1] + by))[..., : rows.shape[-1]].copy_(rows)
     return copy.permute([order.index(each) for each in range(tensor.dim())])
+
+
+def in_format(tensor, memory_format):
+    """A leaf of that format where the tensor has four dimensions."""
+    if tensor.dim() != 4:
+        return tensor
+    return tensor.detach().contiguous(memory_format=memory_format).requires_grad_(tensor.requires_grad)
+
+
+def fresh_strides(shape, like):
+    """Of a new tensor in the memory format that the other one suggests."""
+    return torch.empty(shape, device="meta", memory_format=suggest_memory_format(like)).stride()
+
+
+def _around(tensor):
+    """What lies around a view, for nobody to read."""
+    return torch.full_like(tensor, torch.nan if tensor.is_floating_point() else 255)
+
+
+def _views(tensor):
+    around, dims = _around(tensor), range(tensor.dim())
+    for dim in dims:
+        size = tensor.shape[dim]
+        yield f"part of more along {dim}", torch.cat([around, tensor, around], dim).narrow(dim, size, size)
+        every = torch.stack([tensor, around], dim + 1).flatten(dim, dim + 1)
+        yield f"every other along {dim}", every[(slice(None),) * dim + (slice(None, None, 2),)]
+        yield f"one expanded along {dim}", tensor.narrow(dim, 0, 1).expand_as(tensor)
+    yield "off by one", shifted(tensor)
+    yield "one number expanded", tensor[(slice(1),) * tensor.dim()].expand_as(tensor)
+    for one, other in ((-1, -2), (0, 1)) if tensor.dim() > 1 else ():
+        yield f"{one} and {other} swapped", tensor.transpose(one, other).contiguous().transpose(one, other)
+
+
+def views(tensor, few=False):
+    """(name, view): parts of larger buffers, transposed and expanded, of contiguous memory and of channels_last. A number has no others."""
+    if not tensor.dim():
+        yield "number", tensor
+        return
+    for name, view in _views(tensor.contiguous()):
+        if not few or name == f"every other along {tensor.dim() - 1}":
+            yield name, view
+    if tensor.dim() == 4:
+        for name, view in _views(tensor.permute(0, 2, 3, 1).contiguous()):
+            if not few or name == "part of more along 3":
+                yield f"{name} of channels_last", view.permute(0, 3, 1, 2)
+
+
+@contextlib.contextmanager
+def guarded(number=torch.nan, integer=255, margin=64):
+    """What torch.empty and its like hand out is full of these, and lies between `margin` elements that nobody may change."""
+    buffers, empty, empty_like = [], torch.empty, torch.empty_like
+
+    def between(meta, device):
+        poison = number if meta.dtype.is_floating_point else integer % 2 ** (7 if meta.element_size() > 1 else 8)
+        buffer = torch.full((meta.numel() + 2 * margin,), poison, dtype=meta.dtype, device=device)
+        buffers.append((buffer, buffer[:margin].clone()))
+        return buffer.as_strided(meta.shape, meta.stride(), margin)
+
+    def guarded_empty(*size, device=None, **options):
+        return between(empty(*size, device="meta", **options), device)
+
+    def guarded_empty_like(tensor, device=None, **options):
+        return between(empty_like(tensor, device="meta", **options), device or tensor.device)
+
+    def guarded_new_empty(tensor, *size, device=None, dtype=None):
+        return between(empty(*size, device="meta", dtype=dtype or tensor.dtype), device or tensor.device)
+
+    with (
+        mock.patch.object(torch, "empty", guarded_empty),
+        mock.patch.object(torch, "empty_like", guarded_empty_like),
+        mock.patch.object(torch.Tensor, "new_empty", guarded_new_empty),
+    ):
+        yield
+    for buffer, poison in buffers:
+        for part in (buffer[:margin], buffer[-margin:]):
+            torch.testing.assert_close(
+                part, poison, rtol=0, atol=0, equal_nan=True, msg="something was written beyond a tensor"
+            )
+    assert buffers, "nothing was allocated"

@@ -1,5 +1,6 @@
 """Every implementation of an op, for tests to run on, and a port for two processes to meet at."""
 
+import itertools
 import socket
 import sys
 
@@ -36,14 +37,31 @@ REFERENCE = pytest.param(("cpu", "reference"), id="reference")
 
 fast_targets = pytest.mark.parametrize("target", FAST, indirect=True)
 fast_implementations = pytest.mark.parametrize("implementation", [*FAST, REFERENCE], indirect=True)
+# What a graph is made of does not depend on whose kernels run: those of one backend are enough, and none.
+NATIVE = [COMPILED[0], *GPU]
+on_native = pytest.mark.parametrize("target", NATIVE, indirect=True)
+native_and_reference = pytest.mark.parametrize("implementation", [*NATIVE, REFERENCE], indirect=True)
 on_a_gpu = pytest.mark.parametrize("target", GPU, indirect=True)
 # For Hypothesis, which draws many shapes: Triton would compile for each.
 compiled_targets = pytest.mark.parametrize("target", COMPILED)
 
 
+DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
 def runs(target, dtype):
     """Whether this implementation takes the dtype: float64 is for C++ on the CPU and for the reference."""
     return dtype != torch.float64 or target in (("cpu", "native"), ("cpu", "reference"))
+
+
+def matrix(targets, *axes, when):
+    """(target, a value of each axis) for parametrize, where `when` has it so."""
+    return [
+        pytest.param(each.values[0], *values, id="-".join([each.id, *map(str, values)]).replace("torch.", ""), marks=each.marks)
+        for each in targets
+        for values in itertools.product(*axes)
+        if when(each.values[0], *values)
+    ]
 
 
 def free_port():

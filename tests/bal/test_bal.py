@@ -1,5 +1,6 @@
 """The boundary-aware loss: mathematics and accuracy, on every backend that runs here."""
 
+import inspect
 import itertools
 import math
 
@@ -13,24 +14,35 @@ from torch.utils._pytree import tree_leaves
 
 import segops
 from benchmarks import measure
-from segops._library import kernels
 from segops.bal import op, reference
 
-from ..targets import CUDA, EMULATED, FAST, INTERPRETED, compiled_targets, fast_implementations, fast_targets, on_a_gpu, runs
+from ..accuracy import relative_error
+from ..targets import (
+    CUDA,
+    DTYPES,
+    EMULATED,
+    FAST,
+    INTERPRETED,
+    REFERENCE,
+    TARGETS,
+    compiled_targets,
+    fast_implementations,
+    fast_targets,
+    matrix,
+    on_a_gpu,
+    runs,
+)  # fmt: skip
 from .conftest import (
     Case,
     assert_accurate,
-    assert_close,
+    assert_all_close,
     draw_labels,
     edge_map,
     output_and_gradient,
     reference_classes,
-    relative_error,
 )
+from .test_contract import L, Z
 
-FLOATING = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=lambda d: str(d)[6:]
-)
 # The paper's Table 1: kernel, down, size, sigma, beta.
 TABLE_1 = [("linear", down, size, 1.0, beta) for down, size, beta in ((1, 15, 0.3), (2, 15, 0.3), (2, 15, 0.5))]
 TABLE_1 += [("linear", 4, size, 1.0, 0.5) for size in (15, 25, 35)]
@@ -285,33 +297,34 @@ def test_blur_factors_are_made_once_and_where_they_are_used():
 
 # The losses.
 
-# Upsampling by 8 as in 65 -> 513, by fractions, on one axis, from one pixel; downsampling; no resizing.
 CASES = [
+    # By a whole number, as 65 -> 513.
     Case((2, 21, 5, 9), (33, 65)),
+    # By fractions; weights of another size again, which are resized too; channels that lie side by side.
     Case((2, 19, 7, 9), (30, 41), pixel_weight=(8, 11), channels_last=True, label_dtype=torch.uint8),
+    # Not resized: the softmax reads logits where they lie.
+    Case((2, 21, 13, 16), (13, 16), pixel_weight=(4, 4), reduction="none", label_dtype=torch.uint8),
+    Case((2, 19, 13, 17), (13, 17), class_weight=True, label_smoothing=0.1, channels_last=True, ignore_index=0),
+    # One axis alone; weights of the labels' size.
     Case((1, 5, 6, 8), (6, 23), pixel_weight=(6, 23), reduction="sum", label_dtype=torch.int32),
+    # From one logit: both of its neighbours are itself.
     Case((2, 3, 1, 1), (5, 7), pixel_weight=(1, 1), class_weight=True, reduction="none"),
-    Case((2, 4, 12, 13), (5, 6), label_smoothing=0.1, reduction="none", ignore_index=-100),
+    # To fewer pixels, along one axis and both: logits that no pixel lies next to get no gradient.
     Case((1, 4, 4, 13), (11, 6), channels_last=True, class_weight=True),
+    Case((2, 4, 12, 13), (5, 6), label_smoothing=0.1, reduction="none", ignore_index=-100),
+    # One class: the loss is 0. More classes than a block of the gradient takes, and nothing but smoothing.
     Case((1, 1, 3, 4), (9, 10), pixel_weight=(9, 10), reduction="sum"),
     Case((1, 70, 5, 4), (15, 16), class_weight=True, label_smoothing=0.1, channels_last=True, reduction="none"),
     Case((1, 150, 4, 5), (9, 17), label_smoothing=1.0, class_weight=True, reduction="sum"),
-    Case((2, 21, 13, 16), (13, 16), pixel_weight=(4, 4), reduction="none", label_dtype=torch.uint8),
-    Case((2, 19, 13, 17), (13, 17), class_weight=True, label_smoothing=0.1, channels_last=True, ignore_index=0),
+    # Columns of labels, of one and of more than a block of a GPU has threads, that a logit is summed over.
     Case((2, 2, 9, 3), (40, 1), label_smoothing=1.0, reduction="sum", label_dtype=torch.int32, ignore_index=-1),
+    Case((1, 9, 2, 2), (3, 700), reduction="sum"),
 ]
-# A logit that more label columns come from than a block of a GPU has threads.
-CASES += [Case((1, 9, 2, 2), (3, 700), reduction="sum")]
-# Tails of vectors, along rows and along channels.
-CASES += [
-    Case((1, 3, 2, -(-width // 4)), (5, width), (2, 1 + width // 3), reduction="none")
-    for width in (1, 3, 15, 16, 17, 63, 64, 65, 130)
-]
-CASES += [Case((1, 3, 2, width), (2, width), reduction="sum") for width in (1, 15, 17, 63, 65)]
-CASES += [
-    Case((1, c, 2, 3), (5, 7), channels_last=c % 2 == 0, class_weight=c > 8, reduction="none")
-    for c in (2, 7, 8, 9, 16, 17, 33, 64)
-]
+# One pixel less than a vector, one more than a vector, than a block of vectors, than two.
+TAILS = [Case((1, 3, 2, -(-width // 4)), (5, width), (2, 1 + width // 3), reduction="none") for width in (1, 15, 17, 65, 130)]
+TAILS += [Case((1, 3, 2, width), (2, width), reduction="sum") for width in (15, 65)]
+# The same of classes, which are 8 in a block of a GPU.
+TAILS += [Case((1, c, 2, 3), (5, 7), channels_last=c % 2 == 0, class_weight=c > 8, reduction="none") for c in (2, 7, 8, 9, 33)]
 BOUNDARY_CASES = [
     Case((2, 21, 5, 7), (33, 53), edge={}),
     Case((2, 19, 9, 9), (30, 41), edge={"normalize": "mean"}, channels_last=True, label_dtype=torch.uint8),
@@ -320,17 +333,20 @@ BOUNDARY_CASES = [
     Case((2, 5, 4, 4), (15, 14), edge={"downsample": 1, "kernel_size": 5}, label_smoothing=0.1, ignore_index=0),
     Case((1, 3, 9, 7), (5, 6), edge={"downsample": 9, "kernel_size": 1}, label_dtype=torch.int32, ignore_index=-1),
 ]
+HALVES = (*CASES[:4], *BOUNDARY_CASES[:2])  # which differ from float32 in how logits are read and gradients written
 
 
-@FLOATING
-@pytest.mark.parametrize("case", CASES + BOUNDARY_CASES, ids=str)
-def test_accuracy(case, dtype, target):
-    device, _ = target
-    if not runs(target, dtype):
-        pytest.skip("float64 is for the CPU kernels and the reference")
-    if target == INTERPRETED and (dtype != torch.float32 or case.taps() > 150):
-        pytest.skip("too slow for the interpreter, which on the CPU gets float32 whatever the dtype")
-    assert_accurate(case, dtype, device)
+def matters(target, dtype, case):
+    if target == INTERPRETED:  # which computes in float32 whatever the dtype, and takes seconds
+        return dtype == torch.float32 and case.taps() <= 150
+    return runs(target, dtype) and (dtype in (torch.float32, torch.float64) or case in HALVES)
+
+
+@pytest.mark.parametrize(
+    "target, dtype, case", matrix(TARGETS, DTYPES, CASES + TAILS + BOUNDARY_CASES, when=matters), indirect=["target"]
+)
+def test_accuracy(target, dtype, case):
+    assert_accurate(case, dtype, target[0])
 
 
 @fast_targets
@@ -343,14 +359,14 @@ def test_accuracy_at_the_size_of_training(dtype, target):
 
 def test_nan_reaches_only_its_logits(target):
     """A gradient that is NaN at one pixel: only the four logits that it lies between are NaN."""
-    logits = torch.randn(1, 9, 4, 6, device=target[0], requires_grad=True)
-    labels = torch.randint(0, 9, (1, 30, 45)).to(target[0])
+    logits = torch.randn(1, 9, 3, 4, device=target[0], requires_grad=True)
+    labels = torch.randint(0, 9, (1, 10, 15)).to(target[0])
     loss = segops.upsample_cross_entropy(logits, labels, reduction="none")
     grad = torch.ones_like(loss)
-    grad[0, 10, 20] = torch.nan
+    grad[0, 3, 6] = torch.nan
     (found,) = torch.autograd.grad(loss, logits, grad)
     touched = logits.detach().double().requires_grad_()
-    resized = F.interpolate(touched, (30, 45), mode="bilinear")
+    resized = F.interpolate(touched, (10, 15), mode="bilinear")
     (expected,) = torch.autograd.grad(resized, touched, grad.isnan().double()[:, None].expand_as(resized))
     assert torch.equal(found.isnan(), expected != 0) and found.isnan().sum() == 9 * 4
 
@@ -416,19 +432,6 @@ def test_gradcheck(reduction):
                 assert torch.autograd.gradcheck(loss, logits)
 
 
-@fast_implementations
-def test_no_double_backward_but_in_the_reference(implementation):
-    device, backend = implementation
-    logits = torch.randn(1, 3, 4, 5, device=device, requires_grad=True)
-    labels = draw_labels(1, 3, 8, 9).to(device)
-    (grad,) = torch.autograd.grad(segops.boundary_aware_loss(logits, labels), logits, create_graph=True)
-    if backend == "reference":
-        assert torch.autograd.grad(grad.square().sum(), logits)[0].any()
-    else:
-        with pytest.raises(RuntimeError, match="double backward not supported"):
-            torch.autograd.grad(grad.square().sum(), logits)
-
-
 def test_mean_is_over_valid_pixels_whatever_the_weights(implementation):
     """The paper's n; F.cross_entropy divides by the sum of the class weights."""
     device, _ = implementation
@@ -459,8 +462,11 @@ EXTREMES = {
 }
 
 
-@pytest.mark.parametrize("name", EXTREMES)
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "implementation, name, label_smoothing",
+    matrix([*TARGETS, REFERENCE], EXTREMES, [0.0, 0.1], when=lambda target, _, smoothing: smoothing or target != INTERPRETED),
+    indirect=["implementation"],
+)
 def test_extreme_logits(implementation, name, label_smoothing):
     """Finite, and as accurate as PyTorch, which subtracts the greatest logit before it rounds a logarithm."""
     device, _ = implementation
@@ -475,7 +481,7 @@ def test_extreme_logits(implementation, name, label_smoothing):
         labels = draw_labels(2, 5, *size).to(device)
         return segops.upsample_cross_entropy(z, labels, label_smoothing=label_smoothing, reduction="none")
 
-    assert_close(output_and_gradient(ours, logits), output_and_gradient(plain, logits), output_and_gradient(plain, exactly))
+    assert_all_close(output_and_gradient(ours, logits), output_and_gradient(plain, logits), output_and_gradient(plain, exactly))
     # Resizing rounds numbers of 1e4, in PyTorch as here.
     resized = (output_and_gradient(lambda z, f=f: f(z, (5, 11)), z) for f, z in ((ours, logits), (plain, exactly)))
     for value, truth in zip(*resized, strict=True):
@@ -542,54 +548,12 @@ def test_next_to_no_smoothing_is_none(implementation, label_smoothing):
     """Also where it is 0 in float32: what backward reads, forward has written."""
     device, _ = implementation
     labels, logits = draw_labels(2, 5, 5, 7).to(device), torch.randn(2, 5, 2, 3, device=device, requires_grad=True)
-    for _ in range(3):
-        del [torch.full((4, 2, 5, 7), torch.nan, device=device) for _ in range(8)][:]  # for the allocator to hand out
-        smooth, plain = (
-            output_and_gradient(lambda z, s=s: segops.upsample_cross_entropy(z, labels, label_smoothing=s), logits)
-            for s in (label_smoothing, 0.0)
-        )
-        for value, expected in zip(smooth, plain, strict=True):
-            torch.testing.assert_close(value, expected)
-
-
-def test_strided_arguments_and_gradients(target):
-    """Slices of larger buffers, transposed and expanded tensors, gradients that are one number expanded."""
-    device, _ = target
-    buffer = torch.randn(3, 10, 11, 13, device=device)
-    views = {
-        "slice": buffer[1:, 2:8, 2:9, 3:12],
-        "every other": buffer[:2, ::2, ::2, ::2],
-        "channels_last slice": buffer.contiguous(memory_format=torch.channels_last)[1:, 2:8, 2:9, 3:12],
-        "transposed": buffer[:2, :6].transpose(2, 3),
-        "batch and channels swapped": buffer[:, :2, :6, :7].transpose(0, 1),
-        "expanded": buffer[:1, :6].expand(2, -1, -1, -1),
-        "one class for all": buffer[:2, :1].expand(-1, 4, -1, -1),
-    }
-    maps = torch.rand(9, 2, 14, device=device)
-    labels = torch.zeros(2, 24, 9, dtype=torch.int64, device=device)[:, ::2].transpose(1, 2)
-    for name, logits in views.items() if target != INTERPRETED else [("every other", views["every other"])]:
-        classes = logits.shape[1]
-        labels.copy_(draw_labels(2, classes, 9, 12))
-        arguments = {"labels": labels, "pixel_weight": maps.transpose(0, 1)[:, :, ::2]}
-        arguments["class_weight"] = torch.rand(2 * classes, device=device)[::2]
-        logits = logits.detach().requires_grad_()
-        results = []
-        for backend in (None, "reference"):
-            with segops.backend(backend or target[1]):
-                loss = segops.upsample_cross_entropy(logits, **arguments, reduction="none")
-                results.append((loss.detach(), *torch.autograd.grad(loss.sum(), logits)))
-        for value, exact in zip(*results, strict=True):
-            assert relative_error(value, exact) < 2e-6, name
-
-
-@fast_targets
-def test_memory_format_follows_the_logits(target):
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        for dtype, size in ((torch.float32, (5, 7)), (torch.bfloat16, (5, 7)), (torch.bfloat16, (2, 3))):
-            logits = torch.randn(2, 6, 2, 3).to(target[0], dtype).contiguous(memory_format=memory_format).requires_grad_()
-            loss = segops.boundary_aware_loss(logits, draw_labels(2, 6, *size).to(target[0]), reduction="none")
-            assert loss.is_contiguous()
-            assert torch.autograd.grad(loss.sum(), logits)[0].stride() == logits.stride()
+    smooth, plain = (
+        output_and_gradient(lambda z, s=s: segops.upsample_cross_entropy(z, labels, label_smoothing=s), logits)
+        for s in (label_smoothing, 0.0)
+    )
+    for value, expected in zip(smooth, plain, strict=True):
+        torch.testing.assert_close(value, expected)
 
 
 @fast_implementations
@@ -623,116 +587,6 @@ def test_nothing_of_the_upsampled_size_is_allocated(target, memory_format):
             assert peak(function, reduction=reduction) < quarter, (function.__name__, reduction)
 
 
-@FLOATING
-@fast_targets
-def test_deterministic(dtype, target):
-    device, _ = target
-    if not runs(target, dtype):
-        pytest.skip("float64 is for the CPU kernels and the reference")
-    for case in (Case((2, 19, 9, 11), (30, 41), edge={}), Case((2, 7, 9, 11), (9, 11), channels_last=True, reduction="none")):
-        logits = case.logits(dtype, device)
-        first = output_and_gradient(case.op, logits)
-        for _ in range(3):
-            for value, again in zip(first, output_and_gradient(case.op, logits), strict=True):
-                assert torch.equal(value, again)
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_the_same_bits_on_any_number_of_threads(channels_last):
-    """Sums over pixels are cut where the image says, not where the threads do."""
-    threads, results = torch.get_num_threads(), []
-    cases = (
-        Case((1, 19, 33, 37), (129, 145), edge={"normalize": "mean"}, channels_last=channels_last),
-        Case((3, 5, 40, 50), (40, 50), channels_last=channels_last),
-    )
-    try:
-        with segops.backend("native"):
-            for count in (1, 2, 3):
-                torch.set_num_threads(count)
-                results.append([each for case in cases for each in output_and_gradient(case.op, case.logits(torch.float32))])
-                results[-1].append(segops.gaussian_edge(cases[0].labels(), 19))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-def guarded(shape, device):
-    """A tensor full of NaN with more NaN before and behind it, and a function that tells whether that and only that is left."""
-    buffer = torch.full((math.prod(shape) + 128,), torch.nan, device=device)
-    tensor = buffer[64:-64].view(shape)
-    return tensor, lambda: tensor.isfinite().all() and buffer[:64].isnan().all() and buffer[-64:].isnan().all()
-
-
-@pytest.mark.parametrize("height, width, small", [(1, 1, (1, 1)), (5, 9, (5, 9)), (7, 10, (4, 5)), (2, 130, (1, 44))])
-def test_every_element_is_written_and_nothing_beyond(target, height, width, small):
-    """Kernels over memory full of NaN."""
-    device, backend = target
-    if target == INTERPRETED and width > 10:
-        pytest.skip("too slow")
-    run, labels = kernels("bal", backend), draw_labels(2, 5, height, width).to(device)
-    (edges, edges_are_fine), (out, out_is_fine), (rows, _) = (guarded((*n, *small), device) for n in ((2,), (2,), (2, 2)))
-    run.bal_count_edges(labels, edges, 5, 255)
-    run.bal_blur(edges, op.blur_factors("gaussian", 5, 1.0, labels.device), rows, out)
-    assert edges_are_fine() and out_is_fine()
-    for size in ((height, width), (height // 2 + 1, width // 2 + 1)):
-        for memory_format in (torch.contiguous_format, torch.channels_last):
-            logits = torch.randn(2, 5, *size, device=device).contiguous(memory_format=memory_format)
-            (coefficients, coefficients_are_fine), (loss, loss_is_fine) = (
-                guarded(each, device) for each in ((4, *labels.shape), labels.shape)
-            )
-            grad, totals = torch.full_like(logits, torch.nan), torch.zeros(2, dtype=torch.float64, device=device)
-            run.bal_softmax_loss(logits, labels, out, None, coefficients, loss, totals, 0.1, 255)
-            run.bal_softmax_grad(loss, logits, labels, None, coefficients, grad, 255)
-            assert coefficients_are_fine() and loss_is_fine() and grad.isfinite().all()
-            coefficients_again = torch.full_like(coefficients, torch.nan)
-            run.bal_softmax_loss(logits, labels, out, None, coefficients_again, None, totals.zero_(), 0.1, 255)
-            assert torch.equal(coefficients, coefficients_again)
-            expected = torch.stack([loss.double().sum(), (labels != 255).sum()])
-            torch.testing.assert_close(totals, expected, rtol=1e-6, atol=0)  # Triton's sums of a program are float32
-
-
-@pytest.mark.parametrize("shape", [(0, 9, 11), (0, 4, 5)], ids=str)
-def test_empty_batches(implementation, shape):
-    """No pixels, so no loss and no gradients."""
-    labels = torch.zeros(shape, dtype=torch.int64, device=implementation[0])
-    logits = torch.randn(labels.shape[0], 3, 4, 5, device=labels.device, requires_grad=True)
-    for function in (segops.upsample_cross_entropy, segops.boundary_aware_loss):
-        for reduction in ("none", "sum", "mean"):
-            loss = function(logits, labels, reduction=reduction)
-            assert loss.shape == (labels.shape if reduction == "none" else ()) and loss.sum() == 0
-            (grad,) = torch.autograd.grad(loss.sum(), logits)
-            assert grad.shape == logits.shape and grad.eq(0).all()
-    for normalize in (None, "max", "mean"):
-        edge = segops.gaussian_edge(labels, 3, normalize=normalize)
-        assert edge.shape == labels.shape and edge.dtype == torch.float32
-
-
-@on_a_gpu
-def test_current_stream_and_cuda_graph(target):
-    case = Case((2, 19, 17, 19), (65, 73), edge={"normalize": "mean"})
-    logits = case.logits(torch.float32, "cuda")
-    labels = case.labels("cuda")
-
-    def step():
-        loss = segops.boundary_aware_loss(logits, labels, normalize="mean")
-        return loss.detach(), *torch.autograd.grad(loss, logits)
-
-    expected = step()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        on_side = step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    torch.cuda.synchronize()
-    for value, again, replayed in zip(expected, on_side, captured, strict=True):
-        assert torch.equal(value, again) and torch.equal(value, replayed)
-
-
 @CUDA
 def test_cuda_graph_without_a_warm_up():
     """Nothing has to be made beforehand, and what a capture makes is not taken for made afterwards."""
@@ -760,25 +614,6 @@ def test_torch_compile_with_cuda_graphs():
         expected = segops.boundary_aware_loss(logits, labels, **settings)
     for loss in losses:
         torch.testing.assert_close(loss, expected)
-
-
-@on_a_gpu
-def test_no_synchronisation(target):
-    logits = torch.randn(2, 19, 17, 19, device="cuda", requires_grad=True)
-    labels, class_weight = draw_labels(2, 19, 65, 73).cuda(), torch.rand(19, device="cuda")
-    grad = torch.ones((), device="cuda")
-
-    def step():
-        loss = segops.boundary_aware_loss(logits, labels, normalize="mean", class_weight=class_weight)
-        loss = loss + segops.upsample_cross_entropy(logits, labels, segops.gaussian_edge(labels, 19), reduction="none").mean()
-        torch.autograd.grad(loss, logits, grad)
-
-    step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @on_a_gpu
@@ -810,3 +645,47 @@ def test_indices_beyond_32_bits(target, scale, channels_last):
     assert relative_error(value, expected.detach()) < 1e-5
     assert relative_error(grad[:, :, -8:], expected_grad[:, :, -8:]) < 5e-3
     assert not grad[:, :, : side // 2].any()
+
+
+# Modules.
+
+
+@pytest.mark.parametrize(
+    "module, function",
+    [
+        (segops.nn.BoundaryAwareLoss, segops.boundary_aware_loss),
+        (segops.nn.UpsampleCrossEntropy, segops.upsample_cross_entropy),
+    ],
+    ids=["BoundaryAwareLoss", "UpsampleCrossEntropy"],
+)
+def test_modules_have_the_functions_settings(module, function):
+    def settings(of):
+        parameters = inspect.signature(of).parameters.values()
+        return {each.name: each.default for each in parameters if each.kind == each.KEYWORD_ONLY}
+
+    assert settings(module) == settings(function)
+    class_weight = torch.tensor([1.0, 2, 3, 4, 5])
+    chosen = {"class_weight": class_weight, "label_smoothing": 0.2, "ignore_index": 3, "reduction": "sum"}
+    if module is segops.nn.BoundaryAwareLoss:
+        chosen |= {"kernel": "linear", "kernel_size": 5, "sigma": 1.0, "beta": 0.1, "downsample": 2, "normalize": "max"}
+    assert chosen.keys() == settings(function).keys()
+    ours, labels = module(**chosen), draw_labels(2, 5, 11, 13, ignore_index=3)
+    torch.testing.assert_close(ours(Z, labels), function(Z, labels, **chosen), rtol=0, atol=0)
+    for name, value in chosen.items():
+        alone = {name: value}
+        if name != "sigma":  # which the linear kernel does not have
+            pixels = draw_labels(2, 5, 11, 13, ignore_index=chosen["ignore_index"] if name == "ignore_index" else 255)
+            assert not torch.equal(module(**alone)(Z, pixels), function(Z, pixels)), f"{name} is not passed on"
+            assert torch.equal(module(**alone)(Z, pixels), function(Z, pixels, **alone)), name
+    assert list(ours.state_dict()) == ["class_weight"] and not list(ours.parameters())
+    assert not module().state_dict()
+    assert ours.double().class_weight.dtype == torch.float64
+    assert "label_smoothing=0.2, ignore_index=3, reduction='sum'" in repr(ours)
+
+
+def test_upsample_cross_entropy_module_takes_pixel_weights():
+    weight = torch.rand(2, 3, 4)
+    assert torch.equal(segops.nn.UpsampleCrossEntropy()(Z, L, weight), segops.upsample_cross_entropy(Z, L, weight))
+    resized = F.interpolate(Z, L.shape[1:], mode="bilinear")
+    loss = segops.nn.UpsampleCrossEntropy()(Z, L)
+    assert relative_error(loss, F.cross_entropy(resized.double(), L, ignore_index=255)) < 1e-6

@@ -3,29 +3,23 @@
 import itertools
 from dataclasses import dataclass, replace
 
-import pytest
 import torch
 import torch.nn.functional as F
-from torch._prims_common import suggest_memory_format
 
 import segops
 
-from ..targets import INTERPRETED, TARGETS, runs
+from ..targets import DTYPES, INTERPRETED, TARGETS, matrix, runs
 
-DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 FORMATS = {"contiguous": (False,), "channels_last": (True,), "mixed": (False, True, True, False), "mixed too": (True, False)}
 
 
 def pairs(cases, targets=TARGETS, dtypes=DTYPES):
     """(target, case, dtype) for parametrize: all that run, and on the interpreter the cases that are `small`, in float32."""
-    return [
-        pytest.param(each.values[0], case, dtype, id=f"{each.id}-{str(dtype)[6:]}-{case}", marks=each.marks)
-        for each in targets
-        for dtype in dtypes
-        for case in cases
-        if runs(each.values[0], dtype)
-        if each.values[0] != INTERPRETED or (dtype == torch.float32 and case.small)
-    ]
+    return matrix(
+        targets, cases, dtypes,
+        when=lambda target, case, dtype: runs(target, dtype)
+        and (target != INTERPRETED or (dtype == torch.float32 and case.small)),
+    )  # fmt: skip
 
 
 def draw(shape, dtype=torch.float64, device="cpu", seed=0, channels_last=False):
@@ -165,34 +159,3 @@ def same_bits(a, b):
     integers = INTEGERS[a.element_size()]
     bits = (each.masked_fill(each.isnan(), 0).contiguous().view(integers) for each in (a, b))
     return a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(*bits)
-
-
-def fresh_strides(shape, like):
-    """Of a new tensor in the memory format that the other one suggests."""
-    return torch.empty(shape, device="meta", memory_format=suggest_memory_format(like)).stride()
-
-
-def relative_error(value, truth):
-    """In relative norm; of what is zero, as an absolute size."""
-    value, truth = value.double().cpu(), truth.double().cpu()
-    return ((value - truth).norm() / (truth.norm() if truth.any() else 1)).item()
-
-
-def assert_close(name, value, plain, truth):
-    """In relative norm against float64, bounded by PyTorch's own error in the same dtype."""
-    assert value.shape == truth.shape and value.dtype == plain.dtype, name
-    error, plain_error = relative_error(value, truth), relative_error(plain, truth)
-    if value.dtype == torch.float64:
-        bound = 1e-12
-    elif value.dtype == torch.float32:
-        bound = min(1e-5, max(1e-6, 2 * plain_error))
-    else:
-        bound = 1.5 * plain_error
-    assert error <= bound, f"{name}: {error:.2e}, plain PyTorch {plain_error:.2e}, bound {bound:.2e}"
-
-
-def names_of(function):
-    """Of everything that the profiler sees, as often as it does."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        function()
-    return [event.name for event in profile.events()]
