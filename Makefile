@@ -1,6 +1,8 @@
 # make setup     .venv with everything, segops built and installed editable; a matter of minutes the first time, nothing after
 # make demo      what segops is, in five minutes: MODEL=name trains another model than pacnet, DATA=folder trains on images/{train,val}/ID.jpg and labels/{train,val}/ID.png
-# make test      linters and the test suite
+# make test      linters and the test suite, a process for each core: ARGS="tests/pac -k concat" runs a part of it
+# make test-all  also what takes long: Triton's compilations for GPUs, every variant of the models, instruction sets that this CPU
+#                is too new for (needs qemu-x86_64), `make sanitize`, and the suite on the newest PyTorch, which it installs
 # make sanitize  the CUDA kernels, run by the CPU, under AddressSanitizer and UndefinedBehaviorSanitizer
 # make bench     the benchmark suite, results under benchmarks/results
 PYTHON ?= python3
@@ -8,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml MANIFEST.in constraints.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test sanitize bench clean
+.PHONY: setup demo lint test test-all newest sanitize bench clean
 
 setup: $(VENV)/installed
 
@@ -22,11 +24,26 @@ $(VENV)/installed: $(SOURCES)
 demo: setup
 	$(BIN)/python -m benchmarks.demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(ARGS)
 
-test: setup
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu')
-	$(BIN)/python -m pytest -q $(ARGS)
+
+test: lint
+	$(BIN)/python -m tests $(ARGS)
+
+test-all: lint
+	$(BIN)/python -m tests --all
+	$(BIN)/python -m tests.emulation -n auto --maxprocesses 8
+	$(MAKE) newest
+
+# The suite on the newest PyTorch, in a copy with an environment of its own.
+newest:
+	mkdir -p build/newest
+	git ls-files -z | tar --create --null --files-from=- | tar --extract --directory=build/newest
+	grep -v '^torch' constraints.txt > build/newest/constraints.txt
+	touch --reference=constraints.txt build/newest/constraints.txt
+	cd build/newest && $(MAKE) setup && $(BIN)/python -m tests
 
 sanitize: setup
 	$(BIN)/python -m tests.emulation $(ARGS)

@@ -1,6 +1,7 @@
 """benchmarks/gpu.sh, rehearsed without a GPU: NVIDIA's tools are stand-ins on PATH."""
 
 import csv
+import functools
 import io
 import json
 import os
@@ -8,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,30 +65,35 @@ def run(*arguments, env=None):
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
 
 
-@pytest.fixture(scope="module")
-def rehearsals(tmp_path_factory):
-    """{name: (finished process, {member of its tar: text})}: every stage, and one that fails."""
-    folder = tmp_path_factory.mktemp("gpu")
-    env = environment(folder / "bin")
-    failing = environment(folder / "failing-bin", compute_sanitizer="#!/usr/bin/env bash\necho 'no device'\nexit 1\n")
-    runs = {
-        "smoke": (env, ["smoke"]),
-        "check": (env, ["check"]),
-        "retime": (env, ["retime", "--only", "pag"]),
-        "train": (env, ["train"]),
-        "failing": (failing, ["smoke", "--only", "argmax"]),
-    }
+RUNS = {
+    "smoke": ["smoke"],
+    "check": ["check"],
+    "retime": ["retime", "--only", "pag"],
+    "train": ["train"],
+    "failing": ["smoke", "--only", "argmax"],
+}
 
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """A function of a run's name that gives the finished process and {member of its tar: text}."""
+    folder = tmp_path_factory.mktemp("gpu")
+
+    @functools.cache
     def rehearse(name):
-        env, arguments = runs[name]
-        done = run(*arguments, "--commit", COMMIT, "--device", "cpu", "--no-build", "--out", folder / name, env=env)
+        broken = {"compute_sanitizer": "#!/usr/bin/env bash\necho 'no device'\nexit 1\n"} if name == "failing" else {}
+        env = environment(folder / f"{name}-bin", **broken)
+        done = run(*RUNS[name], "--commit", COMMIT, "--device", "cpu", "--no-build", "--out", folder / name, env=env)
         (path,) = (folder / name).iterdir()
         with tarfile.open(path) as tar:
-            texts = {member.name: tar.extractfile(member).read().decode() for member in tar if member.isfile()}
-        return done, texts
+            return done, {member.name: tar.extractfile(member).read().decode() for member in tar if member.isfile()}
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(runs, pool.map(rehearse, runs), strict=True))
+    return rehearse
+
+
+# What retime of one op, and smoke of another with a step that fails, do not rehearse takes a minute.
+def stages(*names):
+    return [pytest.param(*name, marks=() if name[0] == "retime" else pytest.mark.thorough) for name in names]
 
 
 STEPS = {
@@ -100,9 +105,9 @@ STEPS = {
 PLAIN = {"info", "tests", "tests-models", "tests-train"}  # steps that are no suite of benchmarks.gpu
 
 
-@pytest.mark.parametrize("stage", STEPS)
-def test_stage(rehearsals, stage):
-    done, texts = rehearsals[stage]
+@pytest.mark.parametrize("stage", stages(*([stage] for stage in STEPS)))
+def test_stage(rehearsal, stage):
+    done, texts = rehearsal(stage)
     assert done.returncode == 0, done.stdout + done.stderr
     members = {f"{stage}/{name}" for name in ("machine.csv", "steps.txt", "summary.txt")}
     for step in STEPS[stage]:
@@ -117,18 +122,20 @@ def test_stage(rehearsals, stage):
 
 
 @pytest.mark.parametrize(
-    "stage, name", [("smoke", "native"), ("smoke", "triton"), ("smoke", "headline"), ("check", "compiled"), ("train", "train")]
+    "stage, name",
+    stages(("retime", "native"), ("retime", "headline"), ("smoke", "triton"), ("check", "compiled"), ("train", "train")),
 )
-def test_results_say_where_they_come_from(rehearsals, stage, name):
-    results = json.loads(rehearsals[stage][1][f"{stage}/{name}.json"])
+def test_results_say_where_they_come_from(rehearsal, stage, name):
+    results = json.loads(rehearsal(stage)[1][f"{stage}/{name}.json"])
     found = results["environment"]
     assert found["commit"] == COMMIT and found["torch"] == torch.__version__ and found["segops"] == segops.__version__
     assert found["device"] and found["python"] and found["triton"]
     assert results["results"] and not results["failures"]
 
 
-def test_smoke_tries_every_op_in_every_way(rehearsals):
-    results = json.loads(rehearsals["smoke"][1]["smoke/native.json"])["results"]
+@pytest.mark.thorough
+def test_smoke_tries_every_op_in_every_way(rehearsal):
+    results = json.loads(rehearsal("smoke")[1]["smoke/native.json"])["results"]
     names = [result["case"] for result in results]
     for dtype in ("float32", "bfloat16", "float16"):
         for memory_format in ("contiguous", "channels_last"):
@@ -138,8 +145,9 @@ def test_smoke_tries_every_op_in_every_way(rehearsals):
     assert all(result["error"] <= 1 for result in results)
 
 
-def test_headline(rehearsals):
-    _, texts = rehearsals["smoke"]
+@pytest.mark.thorough
+def test_headline(rehearsal):
+    _, texts = rehearsal("smoke")
     rates, *results = json.loads(texts["smoke/headline.json"])["results"]
     assert all(rate > 0 for rate in rates["rates"].values())
     assert {result["case"].split()[0] for result in results} == {"argmax", "bal", "pac", "pag"}
@@ -152,26 +160,28 @@ def test_headline(rehearsals):
     assert "upsample_argmax" in texts["smoke/headline.txt"]
 
 
-def test_retime_is_of_one_op(rehearsals):
-    results = json.loads(rehearsals["retime"][1]["retime/headline.json"])["results"]
+def test_retime_is_of_one_op(rehearsal):
+    results = json.loads(rehearsal("retime")[1]["retime/headline.json"])["results"]
     assert {result["case"].split()[0] for result in results} == {"rates", "pag"}
 
 
-def test_ncu(rehearsals):
-    lines = rehearsals["check"][1]["check/ncu.txt"].splitlines()
+@pytest.mark.thorough
+def test_ncu(rehearsal):
+    lines = rehearsal("check")[1]["check/ncu.txt"].splitlines()
     assert lines[0] == "5 of 5 cases on native under ncu"
     assert lines[2].split() == ["12.34us", "56.7%", "40", "gather_kernel<__nv_bfloat16,", "8>"] and len(lines) == 3
 
 
-def test_every_network_trains(rehearsals):
-    results = json.loads(rehearsals["train"][1]["train/train.json"])["results"]
+@pytest.mark.thorough
+def test_every_network_trains(rehearsal):
+    results = json.loads(rehearsal("train")[1]["train/train.json"])["results"]
     assert len(results) == 6 and all(result["images"] > 0 for result in results)
     first = {result["case"]: result["first_loss"] for result in results if result["case"].startswith("pacnet")}
     assert max(first.values()) - min(first.values()) < 0.01  # it is one network, however it is run
 
 
-def test_a_step_that_fails_is_named_and_the_others_run(rehearsals):
-    done, texts = rehearsals["failing"]
+def test_a_step_that_fails_is_named_and_the_others_run(rehearsal):
+    done, texts = rehearsal("failing")
     assert done.returncode == 1
     assert [line.split(maxsplit=3)[0::3] for line in texts["smoke/steps.txt"].splitlines()] == [
         ["info", "passed"],

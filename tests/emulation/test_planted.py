@@ -110,6 +110,7 @@ def test_sort_is_stable():
     assert torch.equal(sorted_keys, exact) and torch.equal(sorted_values, order.int())
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(SANITIZE, reason="is the process that this test starts")
 @pytest.mark.parametrize("name", SEEN_BY_ASAN)
 def test_sanitizers(name):
@@ -129,6 +130,7 @@ def test_sanitizers(name):
     assert faulty.returncode and "AddressSanitizer: heap-buffer-overflow" in faulty.stderr and "planted.cu" in faulty.stderr
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(SANITIZE, reason="nvcc does not run under AddressSanitizer")
 def test_nvcc_compiles_what_only_planted_kernels_use(tmp_path):
     """Asynchronous copies, dynamic shared memory, the sort: no kernel of an op has them yet."""

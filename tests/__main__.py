@@ -1,0 +1,26 @@
+"""Runs the tests: a process for each core, each of one thread; when these are done, one by one what needs the machine for itself.
+
+Arguments go to pytest, but --all, with which the tests run that `make test` leaves out.
+"""
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+
+SIDE_BY_SIDE = ["-n", "auto", "--maxprocesses", "8", "--dist", "worksteal"]
+
+parser = argparse.ArgumentParser(prog="python -m tests", description=__doc__, allow_abbrev=False)
+parser.add_argument("--all", action="store_true", help="also Triton's compilations for GPUs, and every variant")
+parser.add_argument("-m", default="", help="as pytest's")
+options, arguments = parser.parse_known_args()
+wanted = [f"({options.m})"] if options.m else []
+if not options.all:
+    wanted += ["not thorough", "not triton"]
+found = [
+    subprocess.run([sys.executable, "-m", "pytest", "-q", *how, *arguments, "-m", " and ".join([*wanted, alone])]).returncode
+    for how, alone in ((SIDE_BY_SIDE, "not alone"), ([], "alone"))
+]
+nothing = pytest.ExitCode.NO_TESTS_COLLECTED
+sys.exit(max((code for code in found if code != nothing), default=nothing))
