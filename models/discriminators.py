@@ -117,5 +117,6 @@ class PatchGAN(Discriminator):
         self.layers = nn.Sequential(*layers, normal_(nn.Conv2d(before, 1, 4, 1, 1), 0.02))
 
     def judge(self, images, class_map):
-        missing = [max(self.least - side, 0) for side in images.shape[2:]]
+        # Not max(): torch.export keeps one as an expression, in which it no longer sees that large images stay as they are.
+        missing = [self.least - side if side < self.least else 0 for side in images.shape[2:]]
         return Output(self.layers(F.pad(torch.cat([images, class_map], dim=1), (0, missing[1], 0, missing[0]))))
