@@ -19,7 +19,7 @@ class TinyVGG(timm.models.vgg.VGG):
     """With 64 channels in fc6 and fc7."""
 
     def __init__(self, *args, **options):
-        super().__init__(*args, **options)
+        super().__init__(*args, mlp_ratio=1 / 64, **options)  # timm's own are wide, and take long to make
         self.pre_logits = timm.models.vgg.ConvMlp(self.num_features, 64)
 
 
@@ -102,20 +102,23 @@ SMALL = [
     Case("gcn", RESNET),
     Case("unet", {"channels": 8}),
     Case("unet_inception", {"channels": 4}),
-    Case("r2unet", {"channels": 4}),
-    Case("runet", {"channels": 8}),
+    Case("r2unet", {"channels": 4, "t": 1}),
+    Case("runet", {"channels": 4}),
     Case("jointseg", {"widths": (8, 16), "blocks": 1}),
     Case("fcn_discriminator", {"channels": 8}),
     Case("patchgan", {"channels": 8}),
 ]
 
+MULTI_SCALE = Case("deeplabv2", RESNET | {"multi_scale": True}, 8)
+BILINEAR = Case("fcn_discriminator", {"channels": 8, "decoder": "bilinear"})
+
 # Options that make another graph.
 VARIANTS = [
-    Case("deeplabv2", RESNET | {"multi_scale": True}, 8),
+    MULTI_SCALE,
     Case("deeplabv3", NARROW | {"aux": True, "output_stride": 8, "head": "torchvision"}, 8),
     Case("pacnet", NARROW | {"norm": "per_rate", "merge": "concat", "aux": True}, 16),
     Case("unet", RESNET | {"channels": 8}),
-    Case("fcn_discriminator", {"channels": 8, "decoder": "bilinear"}),
+    BILINEAR,
     Case("patchgan", {"channels": 4, "receptive_field": 286}, least=128),
 ]
 

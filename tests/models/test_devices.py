@@ -1,4 +1,4 @@
-"""Every model on a GPU; on the CPU the same, so that the test itself is tried."""
+"""Every model on a GPU; thoroughly on the CPU too, so that the test itself is tried."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from ..targets import CUDA
 from .small import SMALL, perturbed, total
 
-devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
+devices = pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.thorough), pytest.param("cuda", marks=CUDA)])
 
 
 @devices

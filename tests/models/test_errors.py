@@ -12,7 +12,7 @@ from segops.models.backbones import Backbone
 
 from .small import perturbed
 
-TINY = {"backbone": "resnettiny"}
+TINY, VGG = {"backbone": "resnettiny"}, {"backbone": "vggtiny"}
 
 
 @pytest.mark.parametrize(
@@ -62,28 +62,13 @@ TINY = {"backbone": "resnettiny"}
         (ValueError, "pacnet", {"backbone": "resnet1"}, "backbone must be a timm model; got 'resnet1'; near matches: resnet18"),
         (ValueError, "gcn", {"backbone": 50}, "backbone must be a timm model; got 50"),
         (ValueError, "pacnet", {"backbone": "vgg11", "output_stride": 4}, r"one of \[8, 16, 32\] for backbone 'vgg11'; got 4"),
-        (
-            ValueError,
-            "deeplabv3",
-            {"backbone": "convnext_atto", "output_stride": 7},
-            r"output_stride must be one of \[.*32\] .* got 7",
-        ),
+        (ValueError, "deeplabv3", {"backbone": "convnext_atto", "output_stride": 7}, r"must be one of \[.*32\] .* got 7"),
         (ValueError, "fcn8s", {"backbone": "resnet18"}, "backbone must be a VGG of timm .*; got 'resnet18'"),
         (ValueError, "deeplabv1_largefov", {"backbone": "resnet18"}, "backbone must be a VGG of timm .*; got 'resnet18'"),
         (ValueError, "segnet", {"backbone": "resnet18"}, "backbone must be a VGG of timm .*; got 'resnet18'"),
         (ValueError, "unet", {"backbone": "vit_tiny_patch16_224"}, "backbone must have a pyramid .* 'vit_tiny_patch16_224'"),
-        (
-            ValueError,
-            "pacnet",
-            {"backbone": "vgg11", "full_rate": True},
-            "full_rate and multi_grid need a ResNet; got backbone 'vgg11'",
-        ),
-        (
-            ValueError,
-            "deeplabv3_cascaded",
-            {"backbone": "vgg11"},
-            "full_rate and multi_grid need a ResNet; got backbone 'vgg11'",
-        ),
+        (ValueError, "pacnet", VGG | {"full_rate": True}, "full_rate and multi_grid need a ResNet; got backbone 'vggtiny'"),
+        (ValueError, "deeplabv3_cascaded", VGG, "full_rate and multi_grid need a ResNet; got backbone 'vggtiny'"),
         (ValueError, "deeplabv3_cascaded", {"backbone": "test_resnet"}, "two or more blocks in its last stage"),
         (ValueError, "deeplabv3", TINY | {"multi_grid": (0, 1)}, r"multi_grid must be positive ints; got \(0, 1\)"),
         # Options of single models.
@@ -94,13 +79,8 @@ TINY = {"backbone": "resnettiny"}
         (ValueError, "deeplabv3", TINY | {"head": "smp"}, "head must be 'paper' or 'torchvision'; got 'smp'"),
         (ValueError, "deeplabv2", TINY | {"rates": ()}, r"rates must be positive ints; got \(\)"),
         (ValueError, "pspnet", TINY | {"bins": (0,)}, r"bins must be positive ints; got \(0,\)"),
-        (
-            ValueError,
-            "dilated_context",
-            {"backbone": "vggtiny", "context": "big"},
-            "context must be 'basic' or 'large'; got 'big'",
-        ),
-        (ValueError, "dilated_context", {"backbone": "vggtiny", "rates": (0,)}, r"rates must be positive ints; got \(0,\)"),
+        (ValueError, "dilated_context", VGG | {"context": "big"}, "context must be 'basic' or 'large'; got 'big'"),
+        (ValueError, "dilated_context", VGG | {"rates": (0,)}, r"rates must be positive ints; got \(0,\)"),
         (ValueError, "refinenet", TINY | {"crp_blocks": 0}, "crp_blocks must be a positive int; got 0"),
         (ValueError, "gcn", TINY | {"kernel_size": 4}, "kernel_size must be a positive odd int; got 4"),
         (ValueError, "unet", {"merge": "add"}, "merge must be 'concat' or 'sum'; got 'add'"),
@@ -185,9 +165,8 @@ def test_forms_of_checkpoints(model, form, tmp_path):
 
 
 def test_checkpoint_that_is_missing(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=f"checkpoint must be a file; there is none at {re.escape(str(tmp_path))}/no.pt"
-    ):
+    message = f"checkpoint must be a file; there is none at {re.escape(str(tmp_path))}/no.pt"
+    with pytest.raises(FileNotFoundError, match=message):
         create_model("unet", 5, channels=2, checkpoint=tmp_path / "no.pt")
     with pytest.raises(FileNotFoundError, match="checkpoint must be a file"):
         create_model("unet", 5, channels=2, checkpoint=tmp_path)
@@ -230,17 +209,17 @@ def test_checkpoint_of_another_model(tmp_path):
 
 
 def test_checkpoint_of_a_finer_network_does_not_fit(tmp_path):
-    torch.save(create_model("fcn8s", 5, backbone="vggtiny").state_dict(), tmp_path / "fine.pt")
+    torch.save(create_model("fcn8s", 5, **VGG).state_dict(), tmp_path / "fine.pt")
     message = r"does not fit FCN: score_pool3\.weight is unknown; score_pool3\.bias is unknown$"
     with pytest.raises(ValueError, match=message):
-        create_model("fcn16s", 5, backbone="vggtiny", checkpoint=tmp_path / "fine.pt")
-    torch.save(create_model("dilated_context", 5, backbone="vggtiny").state_dict(), tmp_path / "context.pt")
+        create_model("fcn16s", 5, **VGG, checkpoint=tmp_path / "fine.pt")
+    torch.save(create_model("dilated_context", 5, **VGG).state_dict(), tmp_path / "context.pt")
     with pytest.raises(ValueError, match=r"does not fit FrontEnd: context\.layers\.1\.weight is unknown"):
-        create_model("dilated_frontend", 5, backbone="vggtiny", checkpoint=tmp_path / "context.pt")
+        create_model("dilated_frontend", 5, **VGG, checkpoint=tmp_path / "context.pt")
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "foreign.pt")
     for name in ("fcn16s", "dilated_context"):  # what lets a coarser network in lets no other in
         with pytest.raises(ValueError, match=r"is missing; .* more"):
-            create_model(name, 5, backbone="vggtiny", checkpoint=tmp_path / "foreign.pt")
+            create_model(name, 5, **VGG, checkpoint=tmp_path / "foreign.pt")
 
 
 def test_errors_of_from_torchvision():
@@ -248,9 +227,8 @@ def test_errors_of_from_torchvision():
     names = "'deeplabv3_resnet50', 'deeplabv3_resnet101', 'fcn_resnet50', 'fcn_resnet101'"
     with pytest.raises(ValueError, match=f"name must be one of {names}; got 'lraspp_mobilenet_v3_large'"):
         from_torchvision("lraspp_mobilenet_v3_large", {})
-    with pytest.raises(
-        ValueError, match=r"state_dict must be that of torchvision's fcn_resnet50; classifier\.4\.weight is missing"
-    ):
+    message = r"state_dict must be that of torchvision's fcn_resnet50; classifier\.4\.weight is missing"
+    with pytest.raises(ValueError, match=message):
         from_torchvision("fcn_resnet50", {})
     with pytest.raises(TypeError, match="state_dict must be a state_dict; got list"):
         from_torchvision("fcn_resnet50", [])
@@ -265,14 +243,22 @@ def test_errors_of_from_torchvision():
 # Import.
 
 
+PROGRAM = """
+import sys, segops
+assert "timm" not in sys.modules
+sys.modules["timm"] = None
+try:
+    segops.models
+except ImportError as error:
+    print(error)
+del sys.modules["timm"]
+print(segops.models.list_models()[0])
+segops.nonsense
+"""
+
+
 def test_models_are_imported_when_first_used():
-    program = "import sys, segops; assert 'timm' not in sys.modules; print(segops.models.list_models()[0]); segops.nonsense"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout.strip() == "fcn32s"
+    """And say that they need timm, where it is missing."""
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["segops.models needs timm: pip install 'segops[models]'", "fcn32s"]
     assert "module 'segops' has no attribute 'nonsense'" in done.stderr
-
-
-def test_missing_timm_is_named():
-    program = "import sys; sys.modules['timm'] = None; import segops; segops.models"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert "ImportError: segops.models needs timm: pip install 'segops[models]'" in done.stderr

@@ -519,9 +519,8 @@ def binary_folder(tmp_path, values):
 def test_masks_of_0_and_255(tmp_path):
     """They would train on nothing."""
     root = binary_folder(tmp_path, (0, 255))
-    with pytest.raises(
-        ValueError, match=r"masks of two classes must hold 0 and 1; the first 2, as .*0\.png, hold 0 and 255 alone"
-    ):
+    message = r"masks of two classes must hold 0 and 1; the first 2, as .*0\.png, hold 0 and 255 alone"
+    with pytest.raises(ValueError, match=message):
         trained(SegmentationData("folder", root))
     data = trained(SegmentationData("folder", root, options={"values": {255: 1}}))
     assert data.sets["train"][0][1].tolist() == [[0, 1], [0, 1]]

@@ -69,13 +69,7 @@ def sbd_layout(root, splits, savemat=None):
                 categories = np.array([[7], [20]], dtype=np.uint8)
                 savemat(
                     home / f"cls/{name}.mat",
-                    {
-                        "GTcls": {
-                            "Boundaries": np.zeros((20, 1)),
-                            "Segmentation": values,
-                            "CategoriesPresent": categories,
-                        }
-                    },
+                    {"GTcls": {"Boundaries": np.zeros((20, 1)), "Segmentation": values, "CategoriesPresent": categories}},
                 )
     return home
 
@@ -212,9 +206,8 @@ def test_folder_arguments(folder, options, message):
 
 
 def test_folder_files(folder):
-    with pytest.raises(
-        FileNotFoundError, match=r"pictures is not a folder: expected .*pictures/ID\.jpg .* with .*masks/ID\.png"
-    ):
+    message = r"pictures is not a folder: expected .*pictures/ID\.jpg .* with .*masks/ID\.png"
+    with pytest.raises(FileNotFoundError, match=message):
         Folder(folder, images="pictures")
     (folder / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"empty holds no images \(\.jpg, .*\): expected .*empty/ID\.jpg"):
@@ -303,9 +296,8 @@ def test_voc(tmp_path):
 
 
 def test_voc_errors(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"JPEGImages is missing, also below VOC2012 and VOCdevkit/VOC2012: expected JPEG"
-    ):
+    message = r"JPEGImages is missing, also below VOC2012 and VOCdevkit/VOC2012: expected JPEG"
+    with pytest.raises(FileNotFoundError, match=message):
         VOC(tmp_path)
     home = voc_layout(tmp_path, VOC_SPLITS)
     with pytest.raises(ValueError, match=r"split must be one of train, val, trainval, test, trainaug; got 'valid'"):
@@ -361,15 +353,13 @@ def test_voc_trainaug_lists_sbd(tmp_path, no_scipy_needed):
         assert [path.name for path in dataset.images] == [f"{name}.jpg" for name in SBD_IDS]
         assert dataset.masks[:2] == [home / "SegmentationClass/2007_000032.png", sbd / "cls/2007_000099.mat"]
     (sbd / "cls/2009_000001.mat").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"cls/2009_000001\.mat is missing: the mask of .*listed in .*train\.txt or val\.txt"
-    ):
+    message = r"cls/2009_000001\.mat is missing: the mask of .*listed in .*train\.txt or val\.txt"
+    with pytest.raises(FileNotFoundError, match=message):
         VOC(tmp_path, "trainaug", sbd)
     for split in ("train", "val"):
         write_text(sbd / f"{split}.txt", VOC_SPLITS[split][0])
-    with pytest.raises(
-        ValueError, match=r"dataset lists no image that is in neither train nor val of .*ImageSets/Segmentation"
-    ):
+    message = r"dataset lists no image that is in neither train nor val of .*ImageSets/Segmentation"
+    with pytest.raises(ValueError, match=message):
         VOC(tmp_path, "trainaug", sbd)
     (sbd / "val.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"dataset/val\.txt is missing: expected img/ID\.jpg, cls/ID\.mat"):
@@ -439,9 +429,8 @@ def test_cityscapes_other_splits(tmp_path):
 
 
 def test_cityscapes_errors(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"leftImg8bit/train is missing, or holds no images: expected .*_leftImg8bit\.png"
-    ):
+    message = r"leftImg8bit/train is missing, or holds no images: expected .*_leftImg8bit\.png"
+    with pytest.raises(FileNotFoundError, match=message):
         Cityscapes(tmp_path)
     cityscapes_layout(tmp_path, "train", CITYSCAPES_IDS, values=[[7, 7, 34], [0, 0, 0]])
     with pytest.raises(ValueError, match=r"split must be one of train, val, test, train_extra; got 'extra'"):
@@ -452,9 +441,8 @@ def test_cityscapes_errors(tmp_path):
         with pytest.raises(ValueError, match=r"aachen_000000_000019_gtFine_labelIds\.png holds value 34"):
             Cityscapes(tmp_path, labels=labels)[0]
     (tmp_path / "gtFine/train/frankfurt/frankfurt_000000_000294_gtFine_labelIds.png").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"000294_gtFine_labelIds\.png is missing: the mask of .*000294_leftImg8bit\.png"
-    ):
+    message = r"000294_gtFine_labelIds\.png is missing: the mask of .*000294_leftImg8bit\.png"
+    with pytest.raises(FileNotFoundError, match=message):
         Cityscapes(tmp_path)
     write_image(tmp_path / "leftImg8bit/train/bochum/aachen_000000_000019_leftImg8bit.png")
     with pytest.raises(ValueError, match=r"train has 'aachen_000000_000019' twice"):
@@ -488,9 +476,8 @@ def test_camvid_of_images_and_labels(tmp_path):
     write_text(tmp_path / "val.txt", "val")
     for split in ("val", "test"):
         assert check(CamVid(tmp_path, split), [split], 11)[0][1].tolist() == [[0, 10, 255], [5, 255, 1]]
-    with pytest.raises(
-        FileNotFoundError, match=r"images/train is not a folder: expected .*trainannot/ID\.png, or .*labels/train"
-    ):
+    message = r"images/train is not a folder: expected .*trainannot/ID\.png, or .*labels/train"
+    with pytest.raises(FileNotFoundError, match=message):
         CamVid(tmp_path)
     with pytest.raises(ValueError, match=r"split must be one of train, val, test; got 'trainval'"):
         CamVid(tmp_path, "trainval")
@@ -621,9 +608,8 @@ def test_image_classes_files(tmp_path):
     dataset.images[0].write_bytes(dataset.images[0].read_bytes()[:100])
     with pytest.raises(ValueError, match=r"10_left\.jpeg cannot be read as an image"):
         dataset[0]
-    with pytest.raises(
-        FileNotFoundError, match=r"labels\.csv is missing: expected a CSV file with a header that has image, level"
-    ):
+    message = r"labels\.csv is missing: expected a CSV file with a header that has image, level"
+    with pytest.raises(FileNotFoundError, match=message):
         ImageClasses(str(tmp_path / "labels.csv"), images)
 
 

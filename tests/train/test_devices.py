@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from segops.train import Adversarial, Classification, Cooperative, Supervised
 
 from ..targets import CUDA
-from .test_recipes import FCN, JOINTSEG, PACNET, both, images, scenes, table, trainer  # noqa: F401
+from .test_recipes import FCN, JOINTSEG, PACNET, PATCHGAN, both, images, scenes, table, trainer  # noqa: F401
 
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
 RECIPES = {
@@ -18,6 +19,7 @@ RECIPES = {
     "classification": lambda root: (Classification(model="resnettiny"), images(root)),
     "cooperative": lambda root: (Cooperative(**JOINTSEG), both(root)),
     "adversarial": lambda root: (Adversarial(**FCN), scenes(labelled=0.5)),
+    "patchgan": lambda root: (Adversarial(**PATCHGAN), scenes(labelled=0.5)),
 }
 
 
@@ -31,6 +33,7 @@ def test_fit_and_validate(make, device, trainer, table):  # noqa: F811
     assert run.global_step >= 2
     losses = {name: value.item() for name, value in run.callback_metrics.items() if name.startswith("train/")}
     assert losses and all(map(math.isfinite, losses.values()))
+    assert all(parameter.dtype == torch.float32 and parameter.isfinite().all() for parameter in recipe.parameters())
     for metrics in run.validate(recipe, data, verbose=False):  # of each validation set
         assert metrics and all(map(math.isfinite, metrics.values()))
 
@@ -52,7 +55,8 @@ print("trained")
 """
 
 
-@devices
+# On the CPU, tests of runs on two processes cover it.
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.thorough), pytest.param("cuda", marks=CUDA)])
 def test_distributed_data_parallel_on_one_device(device, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(device=device)],

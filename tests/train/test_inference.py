@@ -11,16 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import InterpolationMode, functional
 
 from segops.train import predict
-from segops.train.inference import (
-    Predictor,
-    colourise,
-    heat,
-    load_network,
-    loss_image,
-    overlay,
-    save_classes,
-    save_image,
-)
+from segops.train.inference import Predictor, colourise, heat, load_network, loss_image, overlay, save_classes, save_image
 from segops.train.transforms import normalize
 
 from ..models.small import Case, perturbed
@@ -28,14 +19,6 @@ from ..models.small import Case, perturbed
 SMALL = {"channels": 4}
 PACNET = {"backbone": "resnettiny", "channels": 16}
 PALETTE = [[0, 0, 0], [200, 10, 10], [10, 200, 10]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @torch.no_grad()
@@ -388,9 +371,8 @@ def test_checkpoints_that_are_none(tmp_path):
         with pytest.raises(ValueError, match=r"best\.ckpt is no checkpoint of segops fit: it needs the entries"):
             load_network(path)
     torch.save({"state_dict": {}, "segops": {"model": {}, "normalize": "none", "resize": None}}, path)
-    with pytest.raises(
-        ValueError, match=r"best\.ckpt is no checkpoint of segops fit: its entry 'segops' lacks 'classes', 'palette'"
-    ):
+    message = r"best\.ckpt is no checkpoint of segops fit: its entry 'segops' lacks 'classes', 'palette'"
+    with pytest.raises(ValueError, match=message):
         load_network(path)
     for model, reason in (
         ({"name": "segnot", "num_classes": 3, "options": {}}, "name must be a known model; got 'segnot'"),

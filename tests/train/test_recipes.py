@@ -202,17 +202,12 @@ def test_supervised_takes_the_labelled_of_two_streams(trainer):
     assert len(watch.losses) == 1 and watch.losses[0]["train/loss"] > 0
 
 
-def test_learning_rate_of_every_batch(trainer):
+@pytest.mark.parametrize(("limits", "batches"), [({"epochs": 3}, 6), ({"epochs": -1, "max_steps": 3}, 3)], ids=str)
+def test_learning_rate_of_every_batch(trainer, limits, batches):
     watch = Watch()
-    trainer(3, callbacks=[watch], limit_val_batches=0).fit(Supervised(**PACNET), datamodule=scenes())
-    assert_poly([rates[0] for rates in watch.rates], 0.007, 6)
-    assert len(watch.rates) == 6
-
-
-def test_learning_rate_of_max_steps(trainer):
-    watch = Watch()
-    trainer(-1, max_steps=3, callbacks=[watch], limit_val_batches=0).fit(Supervised(**PACNET), datamodule=scenes())
-    assert_poly([rates[0] for rates in watch.rates], 0.007, 3)
+    trainer(**limits, callbacks=[watch], limit_val_batches=0).fit(Supervised(**PACNET), datamodule=scenes())
+    assert_poly([rates[0] for rates in watch.rates], 0.007, batches)
+    assert len(watch.rates) == batches
 
 
 def test_training_without_end(trainer):
@@ -812,15 +807,6 @@ def test_checkpoints_rebuild_the_network(trainer, table, tmp_path, name):
     assert info["classes"] == list(data.classes) and len(info["palette"]) == 7
     assert (info["normalize"], info["resize"]) == (("per_image", [24, 40]) if name == "patchgan" else ("imagenet", None))
     assert info.get("image_classes") == (["0", "1", "2"] if name == "cooperative" else None)
-
-
-@names
-def test_bfloat16(trainer, table, name):
-    recipe, data = recipes(table)[name]
-    watch = Watch()
-    trainer(precision="bf16-mixed", callbacks=[watch], limit_train_batches=1, limit_val_batches=1).fit(recipe, datamodule=data)
-    assert watch.losses and all(torch.tensor(list(step.values())).isfinite().all() for step in watch.losses)
-    assert all(parameter.dtype == torch.float32 and parameter.isfinite().all() for parameter in recipe.parameters())
 
 
 @names

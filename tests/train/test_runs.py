@@ -2,8 +2,8 @@
 
 import errno
 import json
-import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +20,8 @@ from segops.train.cli import main
 from segops.train.files import write_whole
 from segops.train.runs import WholeCheckpoints
 
+from .processes import on_two_ranks, start
+
 TINY = [
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
@@ -34,11 +36,31 @@ TINY = [
 ]
 # Dropout and momentum; batch normalisation.
 UNET = ["--model=Supervised", "--model.model=unet", '--model.options={"channels": 4}', "--model.optimizer.lr=0.01"]
-PACNET = ["--model=Supervised", "--model.model=pacnet", '--model.options={"backbone": "resnet10t"}', "--model.loss=bal"]
+PACNET = ["--model=Supervised", "--model.model=pacnet", "--model.loss=bal"]
+PACNET += ['--model.options={"backbone": "test_resnet", "channels": 16}']
+ONE_EPOCH = [*UNET, "--trainer.max_epochs=1"]
+
+
+def command(folder, *arguments):
+    return ["fit", f"--trainer.default_root_dir={folder}", *TINY, *arguments]
 
 
 def fit(folder, *arguments):
-    main(["fit", f"--trainer.default_root_dir={folder}", *TINY, *arguments])
+    main(command(folder, *arguments))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """(arguments) -> the folder of a run that nothing disturbed; trained once, and only to be read."""
+    folders = {}
+
+    def run(*arguments):
+        if arguments not in folders:
+            folders[arguments] = tmp_path_factory.mktemp("undisturbed")
+            fit(folders[arguments], *arguments)
+        return folders[arguments]
+
+    return run
 
 
 def load(folder, name="last"):
@@ -107,28 +129,33 @@ def interrupt(monkeypatch):
     return at
 
 
-@pytest.mark.parametrize("model", [UNET, PACNET], ids=["unet", "pacnet"])
-@pytest.mark.parametrize("every", [None, 1, 3], ids=["epoch", "step", "three"])
-def test_resumed(tmp_path, model, every, interrupt):
+@pytest.mark.parametrize(
+    ("model", "every"),
+    [(UNET, None), (UNET, 1), (UNET, 3), (PACNET, 1)]
+    + [pytest.param(PACNET, every, marks=pytest.mark.thorough) for every in (None, 3)],
+)
+def test_resumed(tmp_path, undisturbed, model, every, interrupt):
     """Interrupted in the midst of the second epoch, and resumed from its beginning, or from the last or the next to last step."""
-    fit(tmp_path / "whole", *model)
+    whole = undisturbed(*model)
     patched = interrupt(8)
     with pytest.raises(Interrupted):
         fit(tmp_path / "parts", *model, *([] if every is None else [f"--checkpoint_every={every}"]))
     patched.undo()
     assert load(tmp_path / "parts")["global_step"] == {None: 5, 1: 8, 3: 6}[every]
     fit(tmp_path / "parts", *model, "--ckpt_path=last")
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_same_run(whole, tmp_path / "parts")
     epochs = [
-        [{name: value for name, value in epoch.items() if "val" in name} for epoch in results(tmp_path / part)["epochs"]]
-        for part in ("whole", "parts")
+        [{name: value for name, value in epoch.items() if "val" in name} for epoch in results(folder)["epochs"]]
+        for folder in (whole, tmp_path / "parts")
     ]
     assert epochs[0] == epochs[1] and len(epochs[0]) == 3
-    assert_same_best(tmp_path / "whole", tmp_path / "parts")
+    assert_same_best(whole, tmp_path / "parts")
 
 
-def nuclei(folder):
+@pytest.fixture(scope="module")
+def nuclei(tmp_path_factory):
     """Images with masks, and a table of classes, as small files."""
+    folder = tmp_path_factory.mktemp("nuclei")
     rng = np.random.default_rng(0)
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True)
@@ -150,7 +177,6 @@ def cooperative(data):
     table |= {"split_column": "split", "batch_size": 4, "random_classes": 0.5}
     segmentation = {"dataset": "folder", "root": str(data), "batch_size": 2, "labelled": 0.7}
     return [
-        *TINY[:5],
         "--model=Cooperative",
         '--model.options={"widths": [4, 8, 8, 16], "blocks": 1}',
         "--data=CooperativeData",
@@ -161,7 +187,6 @@ def cooperative(data):
 
 def adversarial(data):
     return [
-        *TINY[:5],
         "--model=Adversarial",
         "--model.model=unet",
         '--model.options={"channels": 4}',
@@ -177,31 +202,34 @@ def adversarial(data):
     ]
 
 
-@pytest.mark.parametrize("recipe", [cooperative, adversarial])
-@pytest.mark.parametrize("every", [None, 1])
+def train(folder, *arguments):
+    """As `command`, on other data, for two epochs."""
+    return ["fit", f"--trainer.default_root_dir={folder}", *TINY[:5], "--trainer.max_epochs=2", *arguments]
+
+
+@pytest.fixture(scope="module", params=[cooperative, adversarial])
+def recipe(request, nuclei, tmp_path_factory):
+    """The arguments of a recipe of several optimizers, and the folder of an undisturbed run."""
+    folder, arguments = tmp_path_factory.mktemp("whole"), request.param(nuclei)
+    main(train(folder, *arguments))
+    return arguments, folder
+
+
+@pytest.mark.parametrize("every", [pytest.param(None, marks=pytest.mark.thorough), 1])
 def test_recipes_of_several_optimizers_resume(tmp_path, recipe, every, interrupt):
-    arguments = recipe(nuclei(tmp_path / "data"))
-    run = ["fit", "--trainer.default_root_dir"]
-    main([*run, str(tmp_path / "whole"), *arguments])
+    arguments, whole = recipe
     patched = interrupt(5)
     with pytest.raises(Interrupted):
-        main([*run, str(tmp_path / "parts"), *arguments, *([] if every is None else [f"--checkpoint_every={every}"])])
+        main(train(tmp_path, *arguments, *([] if every is None else [f"--checkpoint_every={every}"])))
     patched.undo()
-    main([*run, str(tmp_path / "parts"), *arguments, "--ckpt_path=last"])
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    main(train(tmp_path, *arguments, "--ckpt_path=last"))
+    assert_same_run(whole, tmp_path)
 
 
-@pytest.mark.parametrize("recipe", [cooperative, adversarial])
-def test_recipes_of_several_optimizers_on_two_processes(tmp_path, recipe):
-    arguments = [*recipe(nuclei(tmp_path / "data")), "--trainer.devices=2", "--trainer.max_epochs=2"]
-    run = subprocess.run(
-        [sys.executable, "-m", "segops", "fit", f"--trainer.default_root_dir={tmp_path / 'two'}", *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert len(results(tmp_path / "two")["epochs"]) == 2
+def test_recipes_of_several_optimizers_on_two_processes(tmp_path, nuclei):
+    recipes = {tmp_path / recipe.__name__: recipe(nuclei) for recipe in (cooperative, adversarial)}
+    on_two_ranks(tmp_path, *(train(folder, *arguments, "--trainer.devices=2") for folder, arguments in recipes.items()))
+    assert [len(results(folder)["epochs"]) for folder in recipes] == [2, 2]
 
 
 def results(folder):
@@ -209,50 +237,43 @@ def results(folder):
 
 
 @pytest.mark.parametrize("every", [5, 10])
-def test_resumed_from_the_last_step_of_an_epoch(tmp_path, every, interrupt):
-    fit(tmp_path / "whole", *UNET)
+def test_resumed_from_the_last_step_of_an_epoch(tmp_path, undisturbed, every, interrupt):
+    whole = undisturbed(*UNET)
     patched = interrupt(10)
     with pytest.raises(Interrupted):
-        fit(tmp_path / "parts", *UNET, f"--checkpoint_every={every}")
+        fit(tmp_path, *UNET, f"--checkpoint_every={every}")
     patched.undo()
-    fit(tmp_path / "parts", *UNET, "--ckpt_path=last")
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    fit(tmp_path, *UNET, "--ckpt_path=last")
+    assert_same_run(whole, tmp_path)
 
 
-def command(folder, *arguments):
-    return [sys.executable, "-m", "segops", "fit", f"--trainer.default_root_dir={folder}", *TINY, *arguments]
-
-
-def test_killed_and_resumed(tmp_path):
+def test_killed_and_resumed(tmp_path, undisturbed):
     """SIGKILL somewhere in the second epoch or later."""
-    fit(tmp_path / "whole", *UNET)
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums are of another order on other numbers
-    with subprocess.Popen(command(tmp_path / "parts", *UNET, "--checkpoint_every=1"), env=os.environ | threads) as run:
-        results_file = tmp_path / "parts" / "results.json"
-        while not results_file.exists():
-            assert run.poll() is None
-            time.sleep(0.005)
-        run.send_signal(signal.SIGKILL)
-    assert run.returncode == -signal.SIGKILL
-    assert load(tmp_path / "parts")["global_step"] < 15
-    fit(tmp_path / "parts", *UNET, "--ckpt_path=last")
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    parts = tmp_path / "parts"
+    run = start(tmp_path / "log.txt", [command(parts, *UNET, "--checkpoint_every=1")])
+    while not (parts / "results.json").exists():
+        assert run.is_alive(), (tmp_path / "log.txt").read_text()
+        time.sleep(0.005)
+    run.kill()
+    run.join()
+    assert run.exitcode == -signal.SIGKILL
+    assert load(parts)["global_step"] < 15
+    fit(parts, *UNET, "--ckpt_path=last")
+    assert_same_run(undisturbed(*UNET), parts)
 
 
 # No dropout, and batch normalisation that keeps its statistics: what two processes can do as one does.
 FROZEN = [*PACNET, "--model.freeze_batch_norm=true", "--data.options.val=5", "--data.eval_batch_size=2"]
 
 
-@pytest.mark.parametrize("void", [False, True], ids=["full", "void"])
+@pytest.mark.parametrize("void", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["full", "void"])
 def test_two_processes_are_as_one(tmp_path, void):
     """The same loss, weights and figures, although the ranks' shares of the valid pixels and of the validation images differ."""
     # Images that augmentation pads have fewer valid pixels.
     size = ["--data.augment.crop=[48, 48]"] if void else []
     fit(tmp_path / "one", *FROZEN, *size, "--data.batch_size=4")
-    two = [*FROZEN, *size, "--data.batch_size=4", "--trainer.devices=2"]
-    run = subprocess.run(
-        command(tmp_path / "two", *two), env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
+    two = command(tmp_path / "two", *FROZEN, *size, "--data.batch_size=4", "--trainer.devices=2")
+    run = subprocess.run([sys.executable, "-m", "segops", *two], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     one, two = (load(tmp_path / name)["state_dict"] for name in ("one", "two"))
     assert one.keys() == two.keys()
@@ -264,22 +285,26 @@ def test_two_processes_are_as_one(tmp_path, void):
             assert theirs[name] == pytest.approx(value, abs=2e-3), name
 
 
-def test_a_run_is_not_written_over(tmp_path):
-    fit(tmp_path, *UNET, "--trainer.max_epochs=1")
-    before = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()
-    with pytest.raises(FileExistsError, match=re.escape(f"{tmp_path} holds a run already: go on with --ckpt_path last")):
-        fit(tmp_path, *UNET, "--trainer.max_epochs=1")
-    assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == before
+@pytest.fixture
+def trained(tmp_path, undisturbed):
+    """A run's folder, which tests may spoil."""
+    return shutil.copytree(undisturbed(*ONE_EPOCH), tmp_path / "trained")
+
+
+def test_a_run_is_not_written_over(trained, tmp_path):
+    before = (trained / "checkpoints" / "last.ckpt").read_bytes()
+    with pytest.raises(FileExistsError, match=re.escape(f"{trained} holds a run already: go on with --ckpt_path last")):
+        fit(trained, *ONE_EPOCH)
+    assert (trained / "checkpoints" / "last.ckpt").read_bytes() == before
     with pytest.raises(FileNotFoundError, match=r"--ckpt_path last: there is no .*last\.ckpt"):
         fit(tmp_path / "other", *UNET, "--ckpt_path=last")
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    fit(tmp_path, *UNET, "--trainer.max_epochs=1")
-    path = tmp_path / "checkpoints" / "last.ckpt"
+def test_a_damaged_checkpoint_is_named(trained):
+    path = trained / "checkpoints" / "last.ckpt"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=re.escape(f"{path} cannot be read as a checkpoint")):
-        fit(tmp_path, *UNET, "--ckpt_path=last")
+        fit(trained, *UNET, "--ckpt_path=last")
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
@@ -304,16 +329,14 @@ def test_what_is_written_replaces_only_when_whole(tmp_path):
     assert path.read_bytes() == b"one" and len(list(path.parent.iterdir())) == 1
 
 
-@pytest.mark.parametrize("command", ["validate", "test"])
-def test_evaluation_of_a_checkpoint(tmp_path, command, capsys):
-    fit(tmp_path, *UNET, "--trainer.max_epochs=1")
-    figures = results(tmp_path)["epochs"][-1]
+@pytest.mark.parametrize("subcommand", ["validate", "test"])
+def test_evaluation_of_a_checkpoint(undisturbed, subcommand, capsys):
+    folder = undisturbed(*ONE_EPOCH)
+    figures = results(folder)["epochs"][-1]
     capsys.readouterr()
-    split = {"validate": "val", "test": "test"}[command]
-    arguments = [*TINY, *UNET, f"--ckpt_path={tmp_path}/checkpoints/last.ckpt", "--data.test_split=val"]
-    main([command, *arguments])
+    main([subcommand, *TINY, *UNET, f"--ckpt_path={folder}/checkpoints/last.ckpt", "--data.test_split=val"])
     printed = capsys.readouterr().out
-    assert f"{figures['val/iou_macro']:.4f}" in printed and "macro: mean over the classes that occur" in printed, split
+    assert f"{figures['val/iou_macro']:.4f}" in printed and "macro: mean over the classes that occur" in printed
 
 
 def test_weights_to_begin_with_are_not_needed_again(tmp_path):
@@ -329,22 +352,21 @@ def test_weights_to_begin_with_are_not_needed_again(tmp_path):
 
 
 def test_auto_begins_or_goes_on(tmp_path):
-    fit(tmp_path, *UNET, "--trainer.max_epochs=1", "--ckpt_path=auto")
+    fit(tmp_path, *ONE_EPOCH, "--ckpt_path=auto")
     fit(tmp_path, *UNET, "--trainer.max_epochs=2", "--ckpt_path=auto")
     assert [epoch["step"] for epoch in results(tmp_path)["epochs"]] == [5, 10]
 
 
-def test_a_resumed_run_says_what_is_no_longer_as_it_was(tmp_path, capsys):
-    fit(tmp_path, *UNET, "--trainer.max_epochs=1")
+def test_a_resumed_run_says_what_is_no_longer_as_it_was(trained, capsys):
     capsys.readouterr()
-    fit(tmp_path, *UNET, "--trainer.max_epochs=1", "--model.loss=bal", "--ckpt_path=last")
+    fit(trained, *ONE_EPOCH, "--model.loss=bal", "--ckpt_path=last")
     assert "resumed with another model.init_args.loss: 'bal', before 'ce'" in capsys.readouterr().out
-    assert "ckpt_path: null" in (tmp_path / "config.yaml").read_text()
+    assert "ckpt_path: null" in (trained / "config.yaml").read_text()
 
 
 def test_results_are_json(tmp_path):
     """A figure of nothing is null."""
-    fit(tmp_path, *UNET, "--trainer.max_epochs=1", '--data.options={"train": 4, "val": 1, "size": [16, 24]}')
+    fit(tmp_path, *ONE_EPOCH, '--data.options={"train": 4, "val": 1, "size": [16, 24]}')
 
     def refuse(name):
         raise AssertionError(name)

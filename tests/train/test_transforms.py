@@ -322,7 +322,6 @@ def test_normalize_per_image_of_one_colour(value):
 
 
 def test_normalize_kind():
-    with pytest.raises(
-        ValueError, match="normalize must be one of 'imagenet', 'inception', 'per_image', 'none'; got 'standard'"
-    ):
+    message = "normalize must be one of 'imagenet', 'inception', 'per_image', 'none'; got 'standard'"
+    with pytest.raises(ValueError, match=message):
         normalize(torch.rand(3, 2, 2), "standard")
