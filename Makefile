@@ -32,18 +32,22 @@ lint: setup
 test: lint
 	$(BIN)/python -m tests $(ARGS)
 
+# Each runs, whatever became of the one before.
 test-all: lint
-	$(BIN)/python -m tests --all
-	$(BIN)/python -m tests.emulation -n auto --maxprocesses 8
-	$(MAKE) newest
+	status=0; \
+	$(BIN)/python -m tests --all || status=1; \
+	$(BIN)/python -m tests.emulation -n auto --maxprocesses 8 || status=1; \
+	$(MAKE) newest || status=1; \
+	exit $$status
 
 # The suite on the newest PyTorch, in a copy with an environment of its own.
 newest:
-	mkdir -p build/newest
-	git ls-files -z | tar --create --null --files-from=- | tar --extract --directory=build/newest
-	grep -v '^torch' constraints.txt > build/newest/constraints.txt
-	touch --reference=constraints.txt build/newest/constraints.txt
-	cd build/newest && $(MAKE) setup && $(BIN)/python -m tests
+	rm -rf build/newest && mkdir -p build/newest
+	git ls-files --cached --others --exclude-standard > build/newest.files
+	while read -r file; do if test -f "$$file"; then echo "$$file"; fi; done < build/newest.files | tar -cf - -T - | tar -xf - -C build/newest
+	grep -v '^torch\(vision\)\{0,1\}==' constraints.txt > build/newest/constraints.txt
+	$(MAKE) -C build/newest setup
+	cd build/newest && $(BIN)/python -m tests
 
 sanitize: setup
 	$(BIN)/python -m tests.emulation $(ARGS)

@@ -130,7 +130,7 @@ tests() { # tests NAME SECONDS PATHS...: the GPU tests but Triton's; in a rehear
   else
     set -- -m 'not cuda and not triton' -k 'test_errors and not emulated' "$@"
   fi
-  if python3 -c 'import xdist' 2> /dev/null; then parallel=(-n "$workers"); fi
+  if python3 -c 'import xdist' 2> /dev/null; then parallel=(-n "$workers" --dist loadgroup); fi
   step "$name" "$seconds" python3 -m pytest -v "${parallel[@]}" -p benchmarks.gpu_faults -p no:cacheprovider -o faulthandler_timeout=40 \
     --continue-on-collection-errors --junitxml "$work/$name.xml" "$@"
   { # its part of the table

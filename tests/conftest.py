@@ -1,6 +1,6 @@
 import os
 
-# Small tensors gain nothing from a second thread, and beside another busy process wait for it most of the time. What needs more asks for it.
+# Small tensors gain nothing from a second thread, and beside another busy process wait for it most of the time.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
@@ -19,13 +19,21 @@ from .targets import REFERENCE, TARGETS
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
+def fill_what_is_handed_out():
+    """What torch.empty returns is NaN, or the greatest int: an element that a kernel leaves out is a wrong one. PyTorch does so together
+    with algorithms that are deterministic, which on a GPU are not those of users."""
+    torch.use_deterministic_algorithms(not torch.cuda.is_available(), warn_only=True)
+
+
+fill_what_is_handed_out()  # for fixtures that live longer than a test
+
+
 @pytest.fixture(autouse=True)
 def fresh_start():
     """Every test starts on "auto" and with the same random numbers, whatever the environment or the tests before asked for."""
     torch.manual_seed(0)
     torch.compiler.reset()  # or compilations of one function in many tests add up to the recompilation limit
-    # What torch.empty hands out is NaN, or the greatest int: an element that a kernel leaves out is a wrong one.
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    fill_what_is_handed_out()
     with segops.backend("auto"):
         yield
 

@@ -37,7 +37,9 @@ class Use:
     exact: bool = True  # whether compiled code gives the same bits, and other strides do
     multiplied: bool = False  # by a library, whose order of summation goes by strides and threads
     twice: bool = True  # whether the kernels have second derivatives
+    slow_reference: bool = False  # to compile: of many ops in PyTorch
     grad_layout: bool = True  # whether gradients have the strides of their tensors
+    finished: bool = False  # whether PyTorch's ops make the output of what the kernels wrote
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,19 @@ def assert_same(values, expected, exact=True, strides=True, name=""):
         elif value.dtype in (torch.float32, torch.float64):
             assert relative_error(value, wanted) <= 2e-6, name
         else:
-            torch.testing.assert_close(value, wanted, msg=name)
+            torch.testing.assert_close(value, wanted, msg=lambda text: f"{name}: {text}")
+
+
+def prepared(use, size, dtype):
+    """Tensors on the GPU, and forward and backward on them: nothing else has to go there."""
+    tensors = use.draw(size, dtype, "cuda")
+    grads = [like(each) for each in outputs(use.call, tensors) if each.requires_grad]
+
+    def run():
+        outs = outputs(use.call, tensors)
+        return [each.detach() for each in outs] + gradients(outs, tensors, grads)
+
+    return tensors, run
 
 
 def names_of(function):
@@ -113,15 +127,20 @@ class Contract:
     USES: dict[str, Use]
     EXPORTS: dict[str, Export]
     OPCHECKS: dict[str, Callable]  # (device, backend): yields an op of segops and its arguments
-    KERNELS: Callable  # (device, channels_last): yields a kernel and its arguments
+    KERNELS: Callable  # (device): yields a kernel and its arguments
     ERRORS: list  # of (call, error, message)
     COMPILED_ERRORS: tuple  # tensors, and such a list of calls that take them
 
     def pytest_generate_tests(self, metafunc):
         differentiable = {name: use for name, use in self.USES.items() if use.backward}
         given = {"use": self.USES, "differentiable": differentiable, "export": self.EXPORTS, "opcheck": self.OPCHECKS}
-        for name in given.keys() & set(metafunc.fixturenames):
-            metafunc.parametrize(name, given[name].values(), ids=given[name])
+        for name in given:
+            if name in metafunc.fixturenames:
+                metafunc.parametrize(name, given[name].values(), ids=given[name])
+        if "in_the_reference" in metafunc.fixturenames:
+            slow = {True: pytest.mark.thorough, False: ()}
+            uses = [pytest.param(use, id=name, marks=slow[use.slow_reference]) for name, use in self.USES.items()]
+            metafunc.parametrize("in_the_reference", uses)
         if "error" in metafunc.fixturenames:
             metafunc.parametrize("call, error, message", self.ERRORS)
 
@@ -133,10 +152,9 @@ class Contract:
         for op, arguments in opcheck(*target):
             torch.library.opcheck(op, arguments)
 
-    @pytest.mark.parametrize("channels_last", [False, True])
     @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
-    def test_opcheck_of_the_kernels(self, device, channels_last):
-        for kernel, arguments in type(self).KERNELS(device, channels_last):
+    def test_opcheck_of_the_kernels(self, device):
+        for kernel, arguments in type(self).KERNELS(device):
             torch.library.opcheck(kernel, arguments)
 
     @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -147,9 +165,9 @@ class Contract:
             tensors = use.draw(size, torch.float32, target[0])
             assert_same(results(compiled, tensors), results(use.call, tensors), use.exact)
 
-    @pytest.mark.thorough
-    def test_compile_of_the_reference(self, use):
-        """Of sizes that change: half a minute for what has many ops in PyTorch."""
+    def test_compile_of_the_reference(self, in_the_reference):
+        """Of sizes that change."""
+        use = in_the_reference
         compiled = torch.compile(use.call, fullgraph=True, backend="aot_eager", dynamic=True)
         with segops.backend("reference"):
             for size in use.sizes:
@@ -227,17 +245,17 @@ class Contract:
     # Derivatives of other kinds. PyTorch's ops run, which know them.
 
     def test_vmap(self, use):
-        """Over the floating-point tensors, and over all of them."""
+        """Over all tensors, those that are floating point, the first, and the floating-point ones but it."""
         plain = [each.detach() for each in use.draw(use.sizes[0], torch.float64, "cpu")]
         stacks = [torch.stack([each, each.flip(-1), each]) for each in plain]
-        for dims in ([0 if each.is_floating_point() else None for each in plain], [0] * len(plain)):
-            if not any(dim == 0 for dim in dims):
-                continue
+        count, floating = len(plain), tuple(0 if each.is_floating_point() else None for each in plain)
+        choices = {(0,) * count, floating, (0, *(None,) * (count - 1)), (None, *floating[1:])}
+        for dims in choices - {(None,) * count}:
             tensors = [plain[i] if dim is None else stacks[i] for i, dim in enumerate(dims)]
-            found = outputs(torch.func.vmap(use.call, in_dims=tuple(dims)), tensors)
+            found = outputs(torch.func.vmap(use.call, in_dims=dims), tensors)
             singly = [[each if dim is None else each[j] for each, dim in zip(tensors, dims, strict=True)] for j in range(3)]
             wanted = zip(*(outputs(use.call, each) for each in singly), strict=True)
-            assert_same(found, [torch.stack(each) for each in wanted], exact=False, strides=False)
+            assert_same(found, [torch.stack(each) for each in wanted], exact=False, strides=False, name=dims)
 
     def test_functional_and_forward_mode_differentiation(self, differentiable):
         use, tensors = differentiable, differentiable.draw(differentiable.sizes[0], torch.float64, "cpu")
@@ -261,18 +279,20 @@ class Contract:
 
     def test_transforms_in_compiled_code(self, differentiable):
         """A derivative that the op does not have must not come out as 0."""
-        first, *others = (each.detach() for each in differentiable.draw(differentiable.sizes[0], torch.float32, "cpu"))
-        tangent = like(first)
+        tensors = differentiable.draw(differentiable.sizes[0], torch.float32, "cpu")
+        at = [i for i, each in enumerate(tensors) if each.requires_grad]
+        plain, tangents = tuple(tensors[i].detach() for i in at), tuple(like(tensors[i]).detach() for i in at)
 
-        def derivatives(first):
-            def total(first):
-                outs = outputs(differentiable.call, [first, *others])
+        def derivatives(*plain):
+            def total(*some):
+                given = dict(zip(at, some, strict=True))
+                outs = outputs(differentiable.call, [given.get(i, each.detach()) for i, each in enumerate(tensors)])
                 return sum(each.sin().sum() for each in outs if each.is_floating_point())
 
-            return torch.func.jvp(total, (first,), (tangent,))[1], torch.func.grad(total)(first)
+            return torch.func.jvp(total, plain, tangents)[1], *torch.func.grad(total, argnums=tuple(range(len(at))))(*plain)
 
-        found = torch.compile(derivatives, backend="aot_eager", fullgraph=True)(first)
-        for value, wanted in zip(found, derivatives(first), strict=True):
+        found = torch.compile(derivatives, backend="aot_eager", fullgraph=True)(*plain)
+        for value, wanted in zip(found, derivatives(*plain), strict=True):
             torch.testing.assert_close(value, wanted)
             assert wanted.any()
 
@@ -326,7 +346,8 @@ class Contract:
         for memory_format, size, dtype in itertools.product(formats, use.sizes, dtypes):
             tensors = [in_format(each, memory_format) for each in use.draw(size, dtype, target[0])]
             outs = outputs(use.call, tensors)
-            assert all(out.is_contiguous(memory_format=memory_format) for out in outs if out.dim() == 4)
+            for out in outs:
+                assert out.is_contiguous(memory_format=memory_format if out.dim() == 4 else torch.contiguous_format)
             wanted = [each.stride() for each in tensors if each.requires_grad]
             assert not use.grad_layout or [each.stride() for each in gradients(outs, tensors)] == wanted
 
@@ -337,9 +358,13 @@ class Contract:
             sizes, dtypes = sizes[:1], dtypes[:1]
         for size, dtype in itertools.product(sizes, dtypes):
             tensors, runs = use.draw(size, dtype, target[0]), []
-            for number, integer in ((torch.nan, 255), (-3.0, 171)):
-                with guarded(number, integer):
-                    runs.append(results(use.call, tensors))
+            grads = [like(each) for each in outputs(use.call, tensors) if each.requires_grad]
+            for number, integer in ((torch.nan, 127), (-3.0, 85)):
+                with guarded(number, integer) as handed_out:
+                    outs = outputs(use.call, tensors)
+                    runs.append([each.detach() for each in outs] + gradients(outs, tensors, grads))
+                memory = {each.untyped_storage().data_ptr() for each in handed_out}
+                assert use.finished or any(each.untyped_storage().data_ptr() in memory for each in runs[-1])
             assert all(each.isfinite().all() for each in runs[0])
             assert_same(*runs, name=f"{size} {dtype}")
             assert_same(tensors, use.draw(size, dtype, target[0]))
@@ -376,42 +401,38 @@ class Contract:
     @on_a_gpu
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_current_stream_and_cuda_graph(self, target, use, dtype):
-        step, exact = self.step(use, dtype), not use.multiplied
-        expected = step()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            on_side = step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
-        graph.replay()
-        torch.cuda.synchronize()
-        assert_same(on_side, expected, exact)
-        assert_same(captured, expected, exact)
+        """Also of other numbers than those that were captured."""
+        for size in (use.sizes[2], use.large[0]):
+            tensors, run = prepared(use, size, dtype)
+            expected, exact = run(), not use.multiplied
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                on_side = run()
+            torch.cuda.current_stream().wait_stream(side)
+            assert_same(on_side, expected, exact)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = run()
+            for _ in range(2):
+                graph.replay()
+                torch.cuda.synchronize()
+                assert_same(captured, run(), exact)
+                with torch.no_grad():
+                    for each in tensors:
+                        each.copy_(each.flip(-1))
 
     @on_a_gpu
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_no_synchronisation(self, target, use, dtype):
-        step = self.step(use, dtype)
-        step()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    def step(self, use, dtype):
-        """Forward and backward on tensors that are there already."""
-        tensors = use.draw(use.sizes[2], dtype, "cuda")
-        grads = [like(each) for each in outputs(use.call, tensors) if each.requires_grad]
-
-        def step():
-            outs = outputs(use.call, tensors)
-            return [each.detach() for each in outs] + gradients(outs, tensors, grads)
-
-        return step
+        for size in (use.sizes[2], use.large[0]):
+            _, run = prepared(use, size, dtype)
+            run()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                run()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
 
     # Errors.
 

@@ -64,6 +64,11 @@ def matrix(targets, *axes, when):
     ]
 
 
+def needs_much_gpu_memory(test):
+    """More than half of it: one of these at a time, also where benchmarks/gpu.sh runs tests side by side."""
+    return pytest.mark.alone(pytest.mark.xdist_group("memory")(test))
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

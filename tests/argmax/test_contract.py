@@ -23,13 +23,13 @@ def opcheck(device, backend):
     yield torch.ops.segops.upsample_argmax, (draw(((2, 3, 4, 5), (8, 11)), torch.float32, device)[0], [8, 11], backend)
 
 
-def kernels(device, channels_last):
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+def kernels(device):
     logits, _ = draw(((2, 3, 4, 5), (8, 11)), torch.float32, device)
     best, out = (
         torch.zeros(size, dtype=dtype, device=device) for size, dtype in (((2, 4, 5), torch.int32), ((2, 8, 11), torch.int64))
     )
-    yield torch.ops.segops.argmax_upsample, (logits.contiguous(memory_format=layout), best, out)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        yield torch.ops.segops.argmax_upsample, (logits.contiguous(memory_format=memory_format), best, out)
 
 
 def export():

@@ -29,6 +29,7 @@ from ..targets import (
     fast_implementations,
     fast_targets,
     matrix,
+    needs_much_gpu_memory,
     on_a_gpu,
     runs,
 )  # fmt: skip
@@ -616,6 +617,7 @@ def test_torch_compile_with_cuda_graphs():
         torch.testing.assert_close(loss, expected)
 
 
+@needs_much_gpu_memory
 @on_a_gpu
 @pytest.mark.parametrize("scale", [1, 2])
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -69,6 +69,7 @@ RUNS = {
     "smoke": ["smoke"],
     "check": ["check"],
     "retime": ["retime", "--only", "pag"],
+    "one": ["check", "--only", "argmax"],
     "train": ["train"],
     "failing": ["smoke", "--only", "argmax"],
 }
@@ -91,7 +92,7 @@ def rehearsal(tmp_path_factory):
     return rehearse
 
 
-# What retime of one op, and smoke of another with a step that fails, do not rehearse takes a minute.
+# Whole stages take a minute. Always rehearsed are retime and check of one op, and smoke of one, where a step fails.
 def stages(*names):
     return [pytest.param(*name, marks=() if name[0] == "retime" else pytest.mark.thorough) for name in names]
 
@@ -163,6 +164,16 @@ def test_headline(rehearsal):
 def test_retime_is_of_one_op(rehearsal):
     results = json.loads(rehearsal("retime")[1]["retime/headline.json"])["results"]
     assert {result["case"].split()[0] for result in results} == {"rates", "pag"}
+
+
+def test_check_of_one_op(rehearsal):
+    done, texts = rehearsal("one")
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [line.split()[0] for line in texts["check/steps.txt"].splitlines()]
+    assert steps == ["tests", "racecheck", "synccheck", "ncu", "compiled"]
+    assert " passed" in texts["check/tests.txt"] and json.loads(texts["check/compiled.json"])["results"]
+    lines = texts["check/ncu.txt"].splitlines()
+    assert lines[0] == "1 of 1 cases on native under ncu" and len(lines) == 3
 
 
 @pytest.mark.thorough

@@ -13,7 +13,17 @@ from segops.pac import factorised, op, reference
 from ..accuracy import relative_error
 from ..contract import results
 from ..layouts import shifted, spread
-from ..targets import DTYPES, INTERPRETED, TARGETS, compiled_targets, fast_targets, matrix, on_a_gpu, runs
+from ..targets import (
+    DTYPES,
+    INTERPRETED,
+    TARGETS,
+    compiled_targets,
+    fast_targets,
+    matrix,
+    needs_much_gpu_memory,
+    on_a_gpu,
+    runs,
+)
 from .conftest import CASES, Case, assert_accurate
 
 
@@ -251,6 +261,7 @@ def test_module_is_a_drop_in():
     assert "rates=(1, 3, 5, 7, 9)" in repr(ours)
 
 
+@needs_much_gpu_memory
 @on_a_gpu
 @pytest.mark.parametrize("c_in, c_out, side", [(8, 16, 16400), (64, 8, 8200)])
 def test_indices_beyond_32_bits(target, c_in, c_out, side):

@@ -39,9 +39,9 @@ def gate(merge, channels_last, sizes, tails, **settings):
     )
 
 
-def pooling(kernel):
+def pooling(kernel, channels_last=False):
     def map(shape, dtype, device):
-        return [Pooling(shape, kernel).map(dtype, device)]
+        return [Pooling(shape, kernel, channels_last).map(dtype, device)]
 
     def pool_and_unpool(map):
         """As SegNet, with other values in between; and what is pooled."""
@@ -137,20 +137,21 @@ def opcheck_of_pooling(kernel, channels_last):
     return arguments
 
 
-def kernels(device, channels_last):
-    ops, layout = torch.ops.segops, torch.channels_last if channels_last else torch.contiguous_format
-    small, large, merged = (
-        torch.randn(2, c, *size, device=device).contiguous(memory_format=layout)
-        for c, size in ((3, (4, 5)), (3, (8, 10)), (6, (4, 5)))
-    )
-    offsets = torch.zeros(128, dtype=torch.uint8, device=device)
-    yield ops.pag_pool, ([small, large], merged, offsets, [], True, channels_last)
-    yield ops.pag_pool, ([small, large], small.clone(), offsets, [], False, channels_last)
-    yield ops.pag_scatter, (small, offsets, large.clone(), [], channels_last)
-    offsets = torch.zeros_like(small, dtype=torch.uint8)
-    yield ops.pag_pool, ([large], small.clone(), offsets, [2, 2], True, channels_last)
-    yield ops.pag_scatter, (small, offsets, large.clone(), [2, 2], channels_last)
-    yield ops.pag_gather, (large, offsets, small.clone(), [2, 2], channels_last)
+def kernels(device):
+    ops = torch.ops.segops
+    for channels_last in (False, True):
+        small, large, merged = (
+            draw((2, c, *size), torch.float32, device, channels_last=channels_last)
+            for c, size in ((3, (4, 5)), (3, (8, 10)), (6, (4, 5)))
+        )
+        offsets = torch.zeros(128, dtype=torch.uint8, device=device)
+        yield ops.pag_pool, ([small, large], merged, offsets, [], True, channels_last)
+        yield ops.pag_pool, ([small, large], small.clone(), offsets, [], False, channels_last)
+        yield ops.pag_scatter, (small, offsets, large.clone(), [], channels_last)
+        offsets = torch.zeros_like(small, dtype=torch.uint8)
+        yield ops.pag_pool, ([large], small.clone(), offsets, [2, 2], True, channels_last)
+        yield ops.pag_scatter, (small, offsets, large.clone(), [2, 2], channels_last)
+        yield ops.pag_gather, (large, offsets, small.clone(), [2, 2], channels_last)
 
 
 def dims(*names):
@@ -234,7 +235,7 @@ class TestPartialAttentionGate(Contract):
         "sum, channels_last": gate("sum", (True,), SIZES, TAILS),
         "large windows": gate("sum", (False,), LARGE_WINDOWS, TAILS[1:]),
         "pooling by 2": pooling(2),
-        "pooling by 3x2": pooling((3, 2)),
+        "pooling by 3x2, channels_last": pooling((3, 2), True),
         "unpooling": unpooling(),
     }
     EXPORTS = {

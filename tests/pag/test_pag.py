@@ -26,6 +26,7 @@ from ..targets import (
     fast_targets,
     matrix,
     native_and_reference,
+    needs_much_gpu_memory,
     on_a_gpu,
     runs,
 )
@@ -760,6 +761,7 @@ def test_pooling_of_any_shape(target, n, c, h, w, kernel_h, kernel_w, channels_l
 # GPUs.
 
 
+@needs_much_gpu_memory
 @on_a_gpu
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_indices_beyond_32_bits(target, channels_last):
