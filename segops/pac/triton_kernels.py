@@ -21,6 +21,7 @@ def _gather(
     p = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     group = tl.program_id(2)
+    group_p = tl.full((PIXELS,), group, tl.int32)  # for masks: a scalar's comparison is no mask to Triton 3.9's interpreter
     x, y = p % width, p // width % height
     valid_p, valid_c = p < pixels, c < channels
     mask = valid_p[:, None] & valid_c[None, :]
@@ -34,7 +35,7 @@ def _gather(
         kx = sign * (t % kernel_w - kernel_w // 2)
         for r in tl.static_range(len(rates)):
             dy, dx = ky * rates[r], kx * rates[r]
-            inside = (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width) & (group == r // rates_per_group)
+            inside = (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width) & (group_p == r // rates_per_group)
             step = ((dy * row + dx) * taps + t) * channels
             acc += tl.load(here + step, mask=mask & inside[:, None], other=0.0).to(tl.float32)
     if bias is not None:
