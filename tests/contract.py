@@ -34,12 +34,11 @@ class Use:
     never: tuple = ()  # and parts of names of PyTorch's ops that do not run backward
     autocast: tuple = ((torch.bfloat16,), (torch.float32,))  # dtypes that come in, of the floating-point tensors in turns
     cast: Callable = lambda *dtypes: dtypes[0]  # of these, the dtype that they are taken in
-    exact: bool = True  # whether compiled code gives the same bits, and other strides do
-    multiplied: bool = False  # by a library, whose order of summation goes by strides and threads
+    exact: bool = True  # whether compiled code and other strides give the same bits
+    multiplied: bool = False  # with a library, whose order of summation depends on strides and threads
     twice: bool = True  # whether the kernels have second derivatives
     slow_reference: bool = False  # to compile: of many ops in PyTorch
     grad_layout: bool = True  # whether gradients have the strides of their tensors
-    finished: bool = False  # whether PyTorch's ops make the output of what the kernels wrote
 
 
 @dataclass(frozen=True)
@@ -245,7 +244,7 @@ class Contract:
     # Derivatives of other kinds. PyTorch's ops run, which know them.
 
     def test_vmap(self, use):
-        """Over all tensors, those that are floating point, the first, and the floating-point ones but it."""
+        """Over all tensors, those that are floating point, the first, and those that are floating point but for the first."""
         plain = [each.detach() for each in use.draw(use.sizes[0], torch.float64, "cpu")]
         stacks = [torch.stack([each, each.flip(-1), each]) for each in plain]
         count, floating = len(plain), tuple(0 if each.is_floating_point() else None for each in plain)
@@ -364,7 +363,7 @@ class Contract:
                     outs = outputs(use.call, tensors)
                     runs.append([each.detach() for each in outs] + gradients(outs, tensors, grads))
                 memory = {each.untyped_storage().data_ptr() for each in handed_out}
-                assert use.finished or any(each.untyped_storage().data_ptr() in memory for each in runs[-1])
+                assert any(each.untyped_storage().data_ptr() in memory for each in runs[-1])  # or nothing was guarded
             assert all(each.isfinite().all() for each in runs[0])
             assert_same(*runs, name=f"{size} {dtype}")
             assert_same(tensors, use.draw(size, dtype, target[0]))

@@ -67,7 +67,7 @@ def views(tensor, few=False):
 
 
 @contextlib.contextmanager
-def guarded(number=torch.nan, integer=255, margin=64):
+def guarded(number, integer, margin=64):
     """What torch.empty and its like hand out is full of these, and lies between `margin` elements that nobody may change. Gives the
     list of what was handed out."""
     buffers, handed_out, empty, empty_like = [], [], torch.empty, torch.empty_like
