@@ -309,23 +309,23 @@ def numbered(map):
 
 
 FILLS = {
-    "zeros and ones": lambda map: (map > 0).to(map),
-    "constant": lambda map: torch.full_like(map, -2.5),
-    "signed zeros": signed_zeros,
+    "zeros and ones": lambda map: (map > 0).to(map),  # ties: the first
+    "the least": lambda map: torch.full_like(map, torch.finfo(map.dtype).min),  # next to what a search begins with
+    "signed zeros": signed_zeros,  # are equal, and keep their signs
     "signed zeros above others": lambda map: torch.where(map < 0, map, signed_zeros(map + (numbered(map) % 3 - 4))),
-    "NaN": some(torch.nan),
-    "NaN here and there": lambda map: map.masked_fill(numbered(map) % 23 == 11, torch.nan),
-    "nothing but NaN": lambda map: torch.full_like(map, torch.nan),
-    "-inf": some(-torch.inf),
-    "nothing but -inf": lambda map: torch.full_like(map, -torch.inf),
-    "inf": some(torch.inf, 0.05),
+    "NaN": some(torch.nan),  # several in a window, and nothing else in those of a corner: the last
+    "NaN here and there": lambda map: map.masked_fill(numbered(map) % 23 == 11, torch.nan),  # with larger numbers behind it
+    "-inf": some(-torch.inf),  # what a search begins with, and nothing else in a corner
+    "inf": some(torch.inf, 0.05),  # what NaN is taken for while it is compared
     "all of them": lambda map: some(torch.nan, 0.02)(some(torch.inf, 0.02)(some(-torch.inf)(map))),
-    "the least": lambda map: torch.full_like(map, torch.finfo(map.dtype).min),
 }
 TIED = [
+    # Windows that divide the map, that overlap, of one element, along one axis.
     Case((2, 3, 4, 5), ((3, 8, 10), (3, 9, 7), (3, 4, 5), (3, 4, 15)), small=True),
+    # Offsets of two bytes, and of one.
     Case((1, 2, 2, 2), ((2, 40, 40), (2, 33, 35), (2, 16, 2))),
 ]
+# By twos, which are dealt out; by fives, first down the columns; with all 256 offsets, and windows that are clipped.
 TIED_POOLINGS = [Pooling((2, 3, 7, 9), 2, small=True), Pooling((1, 2, 11, 20), (3, 5)), Pooling((1, 5, 18, 20), 16)]
 
 
