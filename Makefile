@@ -36,7 +36,7 @@ test: lint
 test-all: lint
 	status=0; \
 	$(BIN)/python -m tests --all || status=1; \
-	$(BIN)/python -m tests.emulation -n auto --maxprocesses 8 || status=1; \
+	$(MAKE) sanitize || status=1; \
 	$(MAKE) newest || status=1; \
 	exit $$status
 

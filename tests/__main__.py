@@ -1,4 +1,4 @@
-"""Runs the tests: a process for each core, each of one thread; when these are done, one by one what needs the machine for itself.
+"""Runs the tests: a process for each core, each of one thread; then, one by one, what needs the machine for itself.
 
 Arguments go to pytest, except --all, which adds the tests that `make test` leaves out.
 """
@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-SIDE_BY_SIDE = ["-n", "auto", "--maxprocesses", "8", "--dist", "worksteal"]
+from . import SIDE_BY_SIDE
 
 parser = argparse.ArgumentParser(prog="python -m tests", description=__doc__, allow_abbrev=False)
 parser.add_argument("--all", action="store_true", help="also Triton's compilations for GPUs, and every variant")

@@ -20,8 +20,10 @@ torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 def fill_what_is_handed_out():
-    """What torch.empty returns is NaN, or the greatest int: an element that a kernel leaves out is a wrong one. PyTorch does so together
-    with algorithms that are deterministic, which on a GPU are not those of users."""
+    """What torch.empty returns is NaN, or the greatest int: an element that a kernel leaves out is a wrong number.
+
+    PyTorch does so together with deterministic algorithms, which on a GPU are not the ones that users run.
+    """
     torch.use_deterministic_algorithms(not torch.cuda.is_available(), warn_only=True)
 
 

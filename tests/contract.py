@@ -19,8 +19,8 @@ from .targets import CUDA, INTERPRETED, fast_implementations, fast_targets, nati
 
 @dataclass(frozen=True)
 class Use:
-    """A way to call an op: `call(*tensors)` returns a tensor or several, `draw(size, dtype, device)` makes the tensors, of which
-    those that require gradients are what the op is differentiated by."""
+    """A way to call an op: `call(*tensors)` returns a tensor or several, `draw(size, dtype, device)` makes the tensors, of
+    which those that require gradients are what the op is differentiated by."""
 
     function: str  # of segops, the first that is called
     call: Callable
@@ -43,7 +43,7 @@ class Use:
 
 @dataclass(frozen=True)
 class Export:
-    """A module, exported with what `draw` makes of the first size, for all of the sizes but those it is `specialised` against."""
+    """A module, exported with what `draw` makes of the first size, to run on the other sizes; not on those of `specialised`."""
 
     module: Callable
     draw: Callable
@@ -351,7 +351,7 @@ class Contract:
             assert not use.grad_layout or [each.stride() for each in gradients(outs, tensors)] == wanted
 
     def test_deterministic_and_nothing_else_is_written(self, target, use):
-        """The same bits each time, whatever the memory held that is handed out; what lies around it, and what comes in, is left alone."""
+        """The same bits each time, whatever allocated memory held before; what lies around it, and the inputs, stay as they are."""
         sizes, dtypes = (*use.sizes, *use.tails), (torch.float32, torch.bfloat16)
         if target == INTERPRETED:
             sizes, dtypes = sizes[:1], dtypes[:1]

@@ -53,7 +53,7 @@ def _views(tensor):
 
 
 def views(tensor, few=False):
-    """(name, view): parts of larger buffers, transposed and expanded, of contiguous memory and of channels_last. A number has no others."""
+    """(name, view): parts of larger buffers, transposed and expanded, of contiguous memory and of channels_last."""
     if not tensor.dim():
         yield "number", tensor
         return
@@ -68,8 +68,10 @@ def views(tensor, few=False):
 
 @contextlib.contextmanager
 def guarded(number, integer, margin=64):
-    """What torch.empty and its like hand out is full of these, and lies between `margin` elements that nobody may change. Gives the
-    list of what was handed out."""
+    """Tensors from torch.empty and its like are full of these, between `margin` elements that nobody may change.
+
+    Yields the list of these tensors.
+    """
     buffers, handed_out, empty, empty_like = [], [], torch.empty, torch.empty_like
 
     def between(meta, device):

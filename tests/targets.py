@@ -1,4 +1,4 @@
-"""Every implementation of an op, for tests to run on, and a port for two processes to meet at."""
+"""Every implementation of an op, and the dtypes, for tests to run on; a port for two processes to meet at."""
 
 import itertools
 import socket
@@ -37,7 +37,7 @@ REFERENCE = pytest.param(("cpu", "reference"), id="reference")
 
 fast_targets = pytest.mark.parametrize("target", FAST, indirect=True)
 fast_implementations = pytest.mark.parametrize("implementation", [*FAST, REFERENCE], indirect=True)
-# What a graph is made of does not depend on whose kernels run: those of one backend are enough, and none.
+# What a graph is made of does not depend on whose kernels run: one backend that has some is enough, and the reference.
 NATIVE = [COMPILED[0], *GPU]
 on_native = pytest.mark.parametrize("target", NATIVE, indirect=True)
 native_and_reference = pytest.mark.parametrize("implementation", [*NATIVE, REFERENCE], indirect=True)

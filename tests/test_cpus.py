@@ -1,7 +1,7 @@
 """Every op on CPUs that this one may not be: the kernels' AVX2 and SSE2 code, run by an emulator.
 
-The CPU kernels are compiled once per instruction set, and what the CPU can do decides which of them run: where it has AVX-512, no
-other test runs the rest. As a program, this file does on its own CPU what the test has the emulator do.
+The CPU kernels are compiled once per instruction set, and the CPU decides which of them run: where it has AVX-512, no other
+test runs the rest. As a program, this file does on its own CPU what the test has the emulator do.
 """
 
 import itertools
@@ -48,7 +48,7 @@ def test_every_op(cpu, instructions):
 
 
 def check(use, size, dtype, memory_format):
-    """Outputs and gradients against the reference in float64; whole numbers are the same, of logits rounded alike."""
+    """Outputs and gradients against the reference in float64; integers are the same."""
     tensors = [in_format(each, memory_format) for each in use.draw(size, dtype, "cpu")]
     wide = leaves([each.double() if each.is_floating_point() else each for each in tensors], tensors)
     with segops.backend("native"):

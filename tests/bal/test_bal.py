@@ -32,7 +32,7 @@ from ..targets import (
     needs_much_gpu_memory,
     on_a_gpu,
     runs,
-)  # fmt: skip
+)
 from .conftest import (
     Case,
     assert_accurate,

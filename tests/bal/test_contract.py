@@ -51,7 +51,8 @@ def edges(labels):
 def use(function, call, draw, forward, **settings):
     return Use(
         function, call, draw, SIZES, TAILS,
-        large=(((3, 5, 33, 37), (129, 145)), ((3, 5, 80, 90), (80, 90))), empty=(((0, 5, 2, 3), (5, 7)), ((0, 5, 4, 5), (4, 5))), forward=forward,
+        large=(((3, 5, 33, 37), (129, 145)), ((3, 5, 80, 90), (80, 90))),
+        empty=(((0, 5, 2, 3), (5, 7)), ((0, 5, 4, 5), (4, 5))), forward=forward,
         cast=lambda *dtypes: torch.float32, exact=False, twice=False, slow_reference=True, **settings,
     )  # fmt: skip
 

@@ -3,13 +3,18 @@
 import os
 import sys
 
+from .. import SIDE_BY_SIDE
 from . import ROOT, sanitizer_environment
 
 os.chdir(ROOT)
 # -s: what a sanitizer writes before it ends the process is for the reader, not for pytest.
-command = [sys.executable, "-m", "pytest", "-q", "-s", "-k", "emulated-cuda or planted", "tests/argmax", "tests/bal"]
+command = [sys.executable, "-m", "pytest", "-q", "-s", *SIDE_BY_SIDE, "-k", "emulated-cuda or planted"]
 try:
     environment = sanitizer_environment()
 except FileNotFoundError as error:
     sys.exit(str(error))
-os.execve(sys.executable, [*command, "tests/pac", "tests/pag", "tests/emulation", *sys.argv[1:]], environment)
+os.execve(
+    sys.executable,
+    [*command, "tests/argmax", "tests/bal", "tests/pac", "tests/pag", "tests/emulation", *sys.argv[1:]],
+    environment,
+)

@@ -11,7 +11,7 @@ from ..contract import Contract, Export, Use
 from .conftest import Case, Pooling, draw
 
 
-def gate(merge, channels_last, sizes, tails, **settings):
+def gate(merge, channels_last, sizes, tails):
     def maps(size, dtype, device):
         return Case(*size, merge, channels_last).maps(dtype, device)
 
@@ -35,7 +35,6 @@ def gate(merge, channels_last, sizes, tails, **settings):
         cast=lambda *dtypes: functools.reduce(torch.promote_types, dtypes),
         twice=False,
         grad_layout=False,  # views of the output's gradient
-        **settings,
     )
 
 
