@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from segops.nn import PyramidAtrousConv2d
-from segops.pac.op import check_settings
 
 from .layers import BatchNorm2d, conv_norm_relu, global_pool, resize, separable_conv
-from .model import check_all_positive, check_options, check_positive
+from .model import check_all_positive, check_one_of, check_options, check_positive
 
 
 class AtrousSpatialPyramidPooling(nn.Module):
@@ -50,12 +49,11 @@ class PyramidAtrousBlock(nn.Module):
 
     def __init__(self, in_channels, channels, rates, merge, norm):
         super().__init__()
-        if norm not in ("post", "per_rate"):
-            raise ValueError(f"norm must be 'post' or 'per_rate'; got {norm!r}")
-        check_settings(3, 3, rates, merge)
-        self.merge, self.branches = merge, len(rates) if norm == "per_rate" else 0
-        apart = merge == "concat" or self.branches
+        check_one_of("norm", norm, ("post", "per_rate"))
+        check_one_of("merge", merge, ("concat", "sum"))
+        apart = merge == "concat" or norm == "per_rate"
         self.pac = PyramidAtrousConv2d(in_channels, channels, rates=rates, merge="concat" if apart else "sum", bias=False)
+        self.merge, self.branches = merge, len(rates) if norm == "per_rate" else 0
         self.rate_norm = BatchNorm2d(len(rates) * channels) if self.branches else nn.Identity()
         self.squeeze = nn.Conv2d(len(rates) * channels, channels, 1, bias=False) if merge == "concat" else nn.Identity()
         self.norm = nn.Identity() if self.branches and merge == "sum" else BatchNorm2d(channels)

@@ -14,7 +14,7 @@ from torch import nn
 from .backbones import Backbone, check_vgg, create_vgg, is_aligned_xception, is_resnet, is_vgg, set_rate
 from .contexts import create_context
 from .layers import Classifier, conv_norm_relu, he_, normal_, resize, separable_conv
-from .model import Output, check_all_positive
+from .model import Output, check_all_positive, check_one_of
 from .segmenter import Segmenter, auxiliary_head, encoder_levels
 
 
@@ -161,8 +161,7 @@ def deeplabv3(
         full_rate: as in `Backbone`; the paper's code (TensorFlow) has it.
         **context_options: of the context: for "aspp" channels (256), rates ((6, 12, 18) at stride 16, scaled to others), dropout, separable.
     """
-    if head not in ("paper", "torchvision"):
-        raise ValueError(f"head must be 'paper' or 'torchvision'; got {head!r}")
+    check_one_of("head", head, ("paper", "torchvision"))
     grid = multi_grid if is_resnet(backbone) else None
     encoder = Backbone(backbone, output_stride, in_channels, pretrained, encoder_levels(aux), full_rate, grid)
     if context == "aspp":

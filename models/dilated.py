@@ -6,7 +6,7 @@ from torch import nn
 
 from .backbones import create_vgg, fully_convolutional, vgg_stages
 from .layers import Classifier, normal_
-from .model import Output, SegmentationModel, check_all_positive, mirror
+from .model import Output, SegmentationModel, check_all_positive, check_one_of, mirror
 
 
 class FrontEnd(SegmentationModel):
@@ -109,8 +109,7 @@ class FrontEndContext(FrontEnd):
         noise=0.01,
         pretrained=False,
     ):
-        if context not in ("basic", "large"):
-            raise ValueError(f"context must be 'basic' or 'large'; got {context!r}")
+        check_one_of("context", context, ("basic", "large"))
         super().__init__(num_classes, in_channels, backbone, pretrained)
         self.context = Context(num_classes, context == "large", rates, noise)
 

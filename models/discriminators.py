@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .layers import BatchNorm2d, normal_, resize
-from .model import Model, Output, check_images, crop, pad_to_multiple
+from .model import Model, Output, check_images, check_one_of, crop, pad_to_multiple
 
 
 class Discriminator(Model):
@@ -52,8 +52,7 @@ class FCNDiscriminator(Discriminator):
 
     def __init__(self, num_classes, in_channels=3, channels=64, decoder="skip", conditioned=True):
         super().__init__(num_classes, in_channels)
-        if decoder not in ("skip", "bilinear"):
-            raise ValueError(f"decoder must be 'skip' or 'bilinear'; got {decoder!r}")
+        check_one_of("decoder", decoder, ("skip", "bilinear"))
         self.conditioned = conditioned
         widths = [channels, 2 * channels, 4 * channels, 8 * channels]
         first = num_classes + (in_channels if conditioned else 0)

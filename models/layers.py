@@ -4,8 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from segops._library import autocast_dtype, full_precision
-
 
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation that also trains on one value per channel, as global pooling of a single image leaves it: there the running
@@ -37,9 +35,9 @@ class Classifier(nn.Conv2d):
         super().__init__(in_channels, num_classes, 1)
 
     def forward(self, input):
-        if self.in_channels <= 2048 or input.device.type != "cpu" or autocast_dtype(input) is None:
+        if self.in_channels <= 2048 or input.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
             return super().forward(input)
-        with full_precision(input):
+        with torch.autocast("cpu", enabled=False):
             return super().forward(input.float()).to(input.dtype)
 
 

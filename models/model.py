@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from segops import upsample_argmax
-from segops._library import memory_format
 
 
 @dataclass(eq=False)
@@ -104,7 +103,9 @@ def mirror(images, top, bottom, left, right):
     """
     rows = _reflected(images.shape[2], top, bottom, images.device)
     columns = _reflected(images.shape[3], left, right, images.device)
-    return images[:, :, rows[:, None], columns].contiguous(memory_format=memory_format(images))
+    channels_last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return images[:, :, rows[:, None], columns].contiguous(memory_format=layout)
 
 
 def _reflected(size, before, after, device):
@@ -120,6 +121,11 @@ def crop(map, offset, size):
     # A slice's strides would tie the exported program to sizes that need cropping, or to those that need none.
     rows, columns = (torch.arange(offset, offset + side, device=map.device) for side in size)
     return map[:, :, rows[:, None], columns]
+
+
+def check_one_of(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}; got {value!r}")
 
 
 def check_positive(name, value):

@@ -8,12 +8,10 @@ arXiv:1710.07991.
 import torch
 from torch import nn
 
-from segops._checks import check_merge
-
 from .backbones import Backbone, pyramid
 from .jointseg import inception_level
 from .layers import BatchNorm2d, Classifier, conv_norm_relu, he_
-from .model import Output, SegmentationModel, check_positive, crop, mirror
+from .model import Output, SegmentationModel, check_one_of, check_positive, crop, mirror
 
 
 class Contracting(nn.Module):
@@ -79,7 +77,7 @@ def up_conv(in_channels, channels):
 
 def symmetric(model, num_classes, in_channels, widths, block, upsample, merge, multiple, bottom=None):
     """A U-Net of own blocks: `block(in_channels, channels)` on every level, `upsample(in_channels, channels)` between levels."""
-    check_merge(merge)
+    check_one_of("merge", merge, ("concat", "sum"))
     down = [block(before, width) for before, width in zip((in_channels, *widths), widths, strict=False)]
     if bottom is not None:
         down[-1] = nn.Sequential(down[-1], bottom)
@@ -107,7 +105,7 @@ def unet(num_classes, in_channels=3, backbone=None, channels=64, merge="concat",
         merge: "concat" (default) or "sum".
         pretrained: load the backbone's weights through timm (default False).
     """
-    check_merge(merge)
+    check_one_of("merge", merge, ("concat", "sum"))
     if backbone is not None:
         return unet_on(backbone, num_classes, in_channels, channels, merge, pretrained)
     if pretrained:

@@ -73,7 +73,7 @@ TINY, VGG = {"backbone": "resnettiny"}, {"backbone": "vggtiny"}
         (ValueError, "deeplabv3", TINY | {"multi_grid": (0, 1)}, r"multi_grid must be positive ints; got \(0, 1\)"),
         # Options of single models.
         (ValueError, "pacnet", TINY | {"norm": "batch"}, "norm must be 'post' or 'per_rate'; got 'batch'"),
-        (ValueError, "pacnet", TINY | {"merge": "mean"}, "merge must be 'sum' or 'concat'; got 'mean'"),
+        (ValueError, "pacnet", TINY | {"merge": "mean"}, "merge must be 'concat' or 'sum'; got 'mean'"),
         (ValueError, "deeplabv3", TINY | {"rates": (6, 0)}, r"rates must be positive ints; got \(6, 0\)"),
         (ValueError, "deeplabv3", TINY | {"channels": 0}, "channels must be a positive int; got 0"),
         (ValueError, "deeplabv3", TINY | {"head": "smp"}, "head must be 'paper' or 'torchvision'; got 'smp'"),

@@ -1,3 +1,0 @@
-from .op import upsample_argmax
-
-__all__ = ["upsample_argmax"]

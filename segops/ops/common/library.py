@@ -1,0 +1,109 @@
+"""An op, and a kernel, each in one declaration: torch.library's namespace `segops`.
+
+    @op("scale(Tensor input, float factor, str backend) -> Tensor")
+    class scale:
+        def empty(input, **_):
+            return torch.empty_like(input)
+
+        def fill(out, input, factor, backend):
+            scale_kernel(input, factor, out, backend=backend)
+
+        def setup_context(ctx, out, factor, backend, **_):
+            ctx.settings = factor, backend
+
+        def backward(ctx, grad):
+            return (scale(grad, *ctx.settings),)
+
+    scale_kernel = kernel("scale_kernel(Tensor input, float factor, Tensor(a!) out) -> ()")
+"""
+
+import importlib
+
+import torch
+from torch.autograd import forward_ad
+
+LIBRARY = torch.library.Library("segops", "FRAGMENT")
+
+# What has a backend's kernels, by the names of their schemas; Triton's are modules of the ops.
+KERNELS = {"native": torch.ops.segops}
+# The type of device that a backend's kernels are written for, where it is not that of the tensors.
+DEVICE_TYPES = {}
+
+
+def op(schema):
+    """Declares an op by a class of plain functions, which take the schema's arguments by name:
+
+        empty(...)                       the results, not filled yet: what tracing sees is what running allocates
+        fill(out, ...)                   computes them, on the backend that the schema's argument of that name says
+        setup_context(ctx, out, ...)     as of `torch.autograd.Function`: what backward needs
+        backward(ctx, *grads)            the gradients of the first arguments, a tuple; the others have none
+
+    Without the last two the op has no gradient. The class becomes the op itself, called with arguments by position.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    overload = getattr(torch.ops.segops, name).default
+    names = [argument.name for argument in overload._schema.arguments]
+
+    def named(arguments):
+        return dict(zip(names, arguments, strict=True))
+
+    def declare(functions):
+        def run(*arguments):
+            arguments = named(arguments)
+            out = functions.empty(**arguments)
+            functions.fill(out, **arguments)
+            return out
+
+        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"segops::{name}", lambda *arguments: functions.empty(**named(arguments)), lib=LIBRARY)
+        if not hasattr(functions, "backward"):
+            return overload
+
+        def setup_context(ctx, inputs, output):
+            functions.setup_context(ctx, output, **named(inputs))
+
+        def backward(ctx, *grads):
+            grads = functions.backward(ctx, *grads)
+            return *grads, *(None,) * (len(names) - len(grads))
+
+        remembers = setup_context if hasattr(functions, "setup_context") else None
+        torch.library.register_autograd(f"segops::{name}", backward, setup_context=remembers, lib=LIBRARY)
+        return overload
+
+    return declare
+
+
+def no_double_backward(function):
+    """The `backward` of an op that is the backward of segops.`function` and has no derivative itself."""
+
+    def backward(ctx, *grads):
+        raise RuntimeError(f"segops.{function}: double backward not supported (the reference backend has it)")
+
+    return backward
+
+
+def kernel(schema):
+    """Declares a kernel, OP_name: C++ and CUDA register theirs at the foot of its file, Triton's is the function of that name in the
+    op's triton_kernels.py. Returns what calls the kernel of a backend: `run(*arguments, backend=...)`."""
+    name = schema.partition("(")[0]
+    module = f"segops.ops.{name.partition('_')[0]}.triton_kernels"
+    LIBRARY.define(schema)
+    torch.library.register_fake(f"segops::{name}", lambda *arguments: None, lib=LIBRARY)
+
+    def run(*arguments, backend):
+        # Importing Triton takes a second: only those who use it pay.
+        kernels = KERNELS[backend] if backend in KERNELS else importlib.import_module(module)
+        return getattr(kernels, name)(*arguments)
+
+    return run
+
+
+def device_type(tensor, backend):
+    """The type of the device that computes: what is chosen by device is chosen by this."""
+    return DEVICE_TYPES.get(backend, tensor.device.type)
+
+
+def under_functorch():
+    """Whether vmap, jvp, functional grad or forward-mode differentiation look on: they know PyTorch's ops, not ours."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
