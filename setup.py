@@ -165,14 +165,9 @@ def build_command():
 
 point_to_toolkit()
 setup(
+    # Every folder that has Python files.
     packages=[
-        "segops",
-        "segops.argmax",
-        "segops.bal",
-        "segops.pac",
-        "segops.pag",
-        "segops.train",
-        "segops.configs",
+        *sorted({".".join(path.parent.parts) for path in Path("segops").rglob("*.py")}),
         "segops.models",
         "segops.benchmarks",
     ],

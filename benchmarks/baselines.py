@@ -5,9 +5,9 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from segops.bal.op import blur_factors
-from segops.bal.reference import blur_kernel
-from segops.pac.reference import pyramid_atrous_conv2d
+from segops.ops.bal.edge import blur_factors
+from segops.ops.bal.reference import blur_kernel
+from segops.ops.pac.reference import pyramid_atrous_conv2d
 
 
 def pac(rates, merge, device):

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import segops
-from segops.bal import reference
+from segops.ops.bal import reference
+from segops.ops.bal.edge import EdgeSettings
+from segops.ops.bal.op import LossSettings
 
 from . import baselines, measure
 from .measure import DEVICE, FORMATS
@@ -90,9 +92,10 @@ def float64_loss(
 ):
     """`segops.boundary_aware_loss` with a weight map in float64."""
     classes = labels.where(labels != baselines.VOID, -1)
-    settings = kernel, kernel_size, sigma, beta, downsample, normalize
-    weight = reference.gaussian_edge(classes, logits.shape[1], *settings, dtype=torch.float64)
-    return reference.upsample_cross_entropy(logits, classes, weight, class_weight, label_smoothing, reduction)
+    edge = EdgeSettings(kernel, kernel_size, sigma, beta, downsample, normalize, baselines.VOID)
+    weight = reference.gaussian_edge(classes, logits.shape[1], edge, torch.float64)
+    loss = LossSettings(label_smoothing, baselines.VOID, reduction)
+    return reference.upsample_cross_entropy(logits, classes, weight, class_weight, loss)
 
 
 def gate(case):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import segops
-from segops.pag import reference
+from segops.ops.pag import reference
 
 from . import baselines, measure
 from .measure import DEVICE, FORMATS

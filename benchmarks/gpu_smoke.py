@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import segops
-from segops.bal import reference
+from segops.ops.bal import reference
 
 from . import baselines, bench_argmax, bench_bal, measure
 from .gpu import Case

@@ -18,11 +18,12 @@ import importlib
 from importlib.metadata import version
 
 from . import nn
-from .argmax import upsample_argmax
 from .backend import backend
-from .bal import boundary_aware_loss, gaussian_edge, upsample_cross_entropy
-from .pac import pyramid_atrous_conv2d
-from .pag import max_pool2d_with_offsets, max_unpool2d_with_offsets, partial_attention_gate
+from .ops.argmax.op import upsample_argmax
+from .ops.bal.edge import gaussian_edge
+from .ops.bal.op import boundary_aware_loss, upsample_cross_entropy
+from .ops.pac.op import pyramid_atrous_conv2d
+from .ops.pag.op import max_pool2d_with_offsets, max_unpool2d_with_offsets, partial_attention_gate
 
 __version__ = version("segops")
 

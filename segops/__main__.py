@@ -8,19 +8,12 @@ import sys
 
 import torch
 
-from . import __version__
+import segops
+
 from .backend import ORDER, build_info, requested, why_not
 
-OPS = (
-    "pyramid_atrous_conv2d",
-    "gaussian_edge",
-    "upsample_cross_entropy",
-    "boundary_aware_loss",
-    "partial_attention_gate",
-    "max_pool2d_with_offsets",
-    "max_unpool2d_with_offsets",
-    "upsample_argmax",
-)
+# The public functions that are ops.
+OPS = [name for name in segops.__all__ if getattr(getattr(segops, name), "__module__", "").startswith("segops.ops.")]
 
 
 def describe_build(info):
@@ -39,7 +32,9 @@ def devices():
 
 def info():
     """Prints versions, the built binaries and, per op and device, which backend runs and why the others do not."""
-    print(f"segops {__version__}   torch {torch.__version__}   python {platform.python_version()}   CUDA {torch.version.cuda}")
+    print(
+        f"segops {segops.__version__}   torch {torch.__version__}   python {platform.python_version()}   CUDA {torch.version.cuda}"
+    )
     for name, built in build_info().items():
         print(f"{name} kernels")
         for line in describe_build(built):

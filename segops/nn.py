@@ -4,12 +4,11 @@ import math
 
 import torch
 
-from ._checks import check_merge
-from .bal import boundary_aware_loss, upsample_cross_entropy
-from .bal.op import check_edge_settings, check_loss_settings
-from .pac import pyramid_atrous_conv2d
-from .pac.op import check_settings
-from .pag import partial_attention_gate
+from .ops.bal.edge import EdgeSettings
+from .ops.bal.op import LossSettings, boundary_aware_loss, check_class_weight, upsample_cross_entropy
+from .ops.common.checks import check_merge
+from .ops.pac.op import Settings, pyramid_atrous_conv2d
+from .ops.pag.op import partial_attention_gate
 
 
 class PyramidAtrousConv2d(torch.nn.Module):
@@ -36,7 +35,7 @@ class PyramidAtrousConv2d(torch.nn.Module):
         self, in_channels, out_channels, kernel_size=3, rates=(1, 3, 5, 7, 9), merge="sum", bias=True, device=None, dtype=None
     ):
         super().__init__()
-        self.rates = check_settings(kernel_size, kernel_size, rates, merge)
+        self.rates = Settings((kernel_size, kernel_size), rates, merge).rates
         self.merge = merge
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
             if not isinstance(channels, int) or channels < 1:
@@ -81,7 +80,8 @@ class UpsampleCrossEntropy(torch.nn.Module):
 
     def __init__(self, *, class_weight=None, label_smoothing=0.0, ignore_index=255, reduction="mean"):
         super().__init__()
-        check_loss_settings(class_weight, label_smoothing, ignore_index, reduction)
+        check_class_weight(class_weight)
+        LossSettings(label_smoothing, ignore_index, reduction)
         self.register_buffer("class_weight", class_weight)
         self.settings = {"label_smoothing": label_smoothing, "ignore_index": ignore_index, "reduction": reduction}
 
@@ -126,8 +126,9 @@ class BoundaryAwareLoss(torch.nn.Module):
         reduction="mean",
     ):
         super().__init__()
-        check_edge_settings(kernel, kernel_size, sigma, beta, downsample, normalize, ignore_index)
-        check_loss_settings(class_weight, label_smoothing, ignore_index, reduction)
+        EdgeSettings(kernel, kernel_size, sigma, beta, downsample, normalize, ignore_index)
+        LossSettings(label_smoothing, ignore_index, reduction)
+        check_class_weight(class_weight)
         self.register_buffer("class_weight", class_weight)
         self.settings = {
             "kernel": kernel,

@@ -13,7 +13,7 @@ import segops
 from segops.models import create_model
 from segops.models.checkpoints import load_state_dict
 
-from .._checks import positive_pair
+from ..ops.common.checks import positive_pair
 from .datasets import palette as voc_palette
 from .files import read_checkpoint, write_whole
 from .transforms import VOID, check_kind, normalize

@@ -1,6 +1,6 @@
 """Compiles the kernels of upsampling with argmax; run by tests/test_triton.py."""
 
-from segops.argmax import triton_kernels
+from segops.ops.argmax import triton_kernels
 from tests.compile_triton import compile_for
 
 POINTERS = {"best": "*i32", "out": "*i64"}

@@ -1,6 +1,6 @@
 """Compiles the kernels of the boundary-aware loss; run by tests/test_triton.py."""
 
-from segops.bal import triton_kernels
+from segops.ops.bal import triton_kernels
 from tests.compile_triton import compile_for
 
 FLOATS = (

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 
 import segops
-from segops.bal import op, reference
+from segops.ops.bal import reference
+from segops.ops.bal.edge import EdgeSettings
+from segops.ops.bal.labels import index_classes
 
 from ..accuracy import assert_close
 from ..contract import results
@@ -26,7 +28,7 @@ def draw_labels(n, classes, height, width, dtype=torch.int64, ignore_index=255, 
 
 
 def reference_classes(labels, num_classes, ignore_index=255):
-    return op._index_classes(labels, num_classes, ignore_index)
+    return index_classes(labels, num_classes, ignore_index)
 
 
 EDGE_DEFAULTS = dict(kernel="gaussian", kernel_size=35, sigma=3.0, beta=0.5, downsample=4, normalize=None)
@@ -34,10 +36,8 @@ EDGE_DEFAULTS = dict(kernel="gaussian", kernel_size=35, sigma=3.0, beta=0.5, dow
 
 def edge_map(labels, num_classes, dtype=torch.float64, ignore_index=255, **settings):
     """The reference's map, in float64 the truth."""
-    settings = {**EDGE_DEFAULTS, **settings}
-    return reference.gaussian_edge(
-        reference_classes(labels, num_classes, ignore_index), num_classes, *settings.values(), dtype=dtype
-    )
+    settings = EdgeSettings(**EDGE_DEFAULTS | settings, ignore_index=ignore_index)
+    return reference.gaussian_edge(reference_classes(labels, num_classes, ignore_index), num_classes, settings, dtype)
 
 
 @dataclass(frozen=True)

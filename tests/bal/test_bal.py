@@ -14,7 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 import segops
 from benchmarks import measure
-from segops.bal import op, reference
+from segops.ops.bal import reference
+from segops.ops.bal.edge import EdgeSettings, blur_factors
+from segops.ops.bal.op import LossSettings
 
 from ..accuracy import relative_error
 from ..targets import (
@@ -122,7 +124,7 @@ def test_reference_edge_is_the_paper(height, width, normalize):
     labels[1] = 2 - labels[1].where(labels[1] != 255, -253)  # another image, voids kept
     for kernel, size, downsample in (("gaussian", 5, 2), ("linear", 3, 1), ("gaussian", 7, 3), ("linear", 5, 4)):
         arguments = kernel, size, 1.5, 0.3, downsample, normalize
-        value = reference.gaussian_edge(reference_classes(labels, 3), 3, *arguments, dtype=torch.float64)
+        value = reference.gaussian_edge(reference_classes(labels, 3), 3, EdgeSettings(*arguments, 255), torch.float64)
         torch.testing.assert_close(value, literal_gaussian_edge(labels, 3, *arguments), rtol=1e-12, atol=1e-12)
 
 
@@ -150,9 +152,8 @@ def test_reference_loss_is_the_formula(reduction, label_smoothing):
         expected[n, y, x] = weight[n, y, x] * loss
     if reduction != "none":
         expected = expected.sum() / ((labels != 255).sum() if reduction == "mean" else 1)
-    value = reference.upsample_cross_entropy(
-        logits, reference_classes(labels, 3), pixel_weight, class_weight, label_smoothing, reduction
-    )
+    settings = LossSettings(label_smoothing, 255, reduction)
+    value = reference.upsample_cross_entropy(logits, reference_classes(labels, 3), pixel_weight, class_weight, settings)
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -271,7 +272,7 @@ def test_normalize(implementation):
 @pytest.mark.parametrize("kernel_size", [3, 5, 15, 35, 255])
 @pytest.mark.parametrize("sigma", [0.05, 1.0, 3.0, 100.0, 1e4])
 def test_blur_kernels_have_rank_two(kernel, kernel_size, sigma):
-    factors = op.blur_factors(kernel, kernel_size, sigma, torch.device("cpu"))
+    factors = blur_factors(kernel, kernel_size, sigma, torch.device("cpu"))
     assert factors.dtype == torch.float32 and factors.shape == (4, kernel_size)
     u1, v1, u2, v2 = factors.double()
     f = reference.blur_kernel(kernel, kernel_size, sigma)
@@ -291,9 +292,9 @@ def test_blur_factors_are_made_once_and_where_they_are_used():
 
     seen, cpu = set(), torch.device("cpu")
     with Devices():
-        assert op.blur_factors("gaussian", 7, 2.5, torch.device("meta")).shape == (4, 7)
+        assert blur_factors("gaussian", 7, 2.5, torch.device("meta")).shape == (4, 7)
     assert seen == {"meta"}
-    assert op.blur_factors("gaussian", 7, 2.5, cpu) is op.blur_factors("gaussian", 7, 2.5, cpu)
+    assert blur_factors("gaussian", 7, 2.5, cpu) is blur_factors("gaussian", 7, 2.5, cpu)
 
 
 # The losses.

@@ -3,7 +3,7 @@
 import torch
 
 import segops
-from segops.bal import op
+from segops.ops.bal.edge import blur_factors
 
 from ..contract import Contract, Export, Use
 from .conftest import draw_labels
@@ -95,7 +95,7 @@ def kernels(device):
     shapes = (2, 3, 4), (2, 2, 3, 4), (2, 3, 4), (4, *labels.shape), labels.shape
     counts, rows, out, coefficients, loss = (torch.zeros(shape, device=device) for shape in shapes)
     yield ops.bal_count_edges, (labels, counts, 5, 255)
-    yield ops.bal_blur, (counts, op.blur_factors("linear", 3, 1.0, labels.device), rows, out)
+    yield ops.bal_blur, (counts, blur_factors("linear", 3, 1.0, labels.device), rows, out)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         z = logits.detach().contiguous(memory_format=memory_format)
         yield ops.bal_softmax_loss, (z, labels, out, None, coefficients, loss, totals, 0.1, 255)

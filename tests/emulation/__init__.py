@@ -16,8 +16,8 @@ from unittest import mock
 
 import torch
 
-from segops import _library
 from segops.backend import REASONS
+from segops.ops.common import library
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent.parent
@@ -150,6 +150,6 @@ def why_not(device_type, device_index, dtype):
 def register():
     """Makes segops know the backend. It is built when it is first used."""
     sources = sorted((ROOT / "csrc").glob("*/*_cuda.cu"))
-    _library.KERNELS["emulated"] = Library("emulated", sources, schema_of)
-    _library.DEVICE_TYPES["emulated"] = "cuda"
+    library.KERNELS["emulated"] = Library("emulated", sources, schema_of)
+    library.DEVICE_TYPES["emulated"] = "cuda"
     REASONS["emulated"] = why_not

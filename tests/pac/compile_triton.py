@@ -1,6 +1,6 @@
 """Compiles the shift kernels; run by tests/test_triton.py."""
 
-from segops.pac import triton_kernels
+from segops.ops.pac import triton_kernels
 from tests.compile_triton import compile_for
 
 TILE = {"PIXELS": 16, "CHANNELS": 128}

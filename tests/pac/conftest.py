@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 import segops
-from segops.pac import reference
+from segops.ops.pac import reference
 
 from ..accuracy import assert_close
 from ..contract import results

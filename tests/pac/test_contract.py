@@ -84,7 +84,7 @@ class TestPyramidAtrousConv2d(Contract):
         (lambda: pac(X, W, rates=(1, 0)), ValueError, r"rates must be positive ints; got \(1, 0\)"),
         (lambda: pac(X, W, rates=(1.5,)), TypeError, "rates must be positive ints; got 1.5"),
         (lambda: pac(X, W, rates=3), TypeError, "rates must be a tuple or list of positive ints; got int"),
-        (lambda: pac(X, W, merge="mean"), ValueError, "merge must be 'sum' or 'concat'; got 'mean'"),
+        (lambda: pac(X, W, merge="mean"), ValueError, "merge must be 'concat' or 'sum'; got 'mean'"),
         (lambda: pac(X.long(), W), TypeError, r"input must be float32, .* got torch\.int64"),
         (lambda: pac(X, W.double()), TypeError, r"weight must have input's dtype torch\.float32; got torch\.float64"),
         (lambda: pac(X, W, B.half()), TypeError, r"bias must have input's dtype torch\.float32; got torch\.float16"),

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import segops
-from segops._library import kernels
-from segops.pac import factorised, op, reference
+from segops.ops.pac import factorised, op, reference
 
 from ..accuracy import relative_error
 from ..contract import results
@@ -146,13 +145,13 @@ def test_gradcheck_of_the_public_function(merge):
 def test_shift_kernels_are_adjoint(target, merge):
     """<gather(P), Y> = <P, scatter(Y)> with opposite signs, exactly what makes one the other's derivative. In integers."""
     device, backend = target
-    rates, groups, run = (1, 2, 5), 3 if merge == "concat" else 1, kernels("pac", backend)
+    rates, groups = (1, 2, 5), 3 if merge == "concat" else 1
     planes = torch.randint(-8, 9, (2, 7, 6, 9, 5)).float().to(device)
     grad = torch.randint(-8, 9, (2, 7, 6, groups, 5)).float().to(device)
     gathered, scattered = torch.full_like(grad, torch.nan), torch.full((14, 6, 9, 5), torch.nan, device=device)
     for sign in (1, -1):
-        run.pac_shift_gather(planes, None, gathered, (3, 3), rates, sign)
-        run.pac_shift_scatter(grad, scattered, 0, (3, 3), rates, -sign)
+        factorised.shift_gather(planes, None, gathered, (3, 3), rates, sign, backend=backend)
+        factorised.shift_scatter(grad, scattered, 0, (3, 3), rates, -sign, backend=backend)
         assert (gathered * grad).sum() == (planes.view_as(scattered) * scattered).sum() != 0
 
 
@@ -160,10 +159,10 @@ def test_shift_kernels_are_adjoint(target, merge):
 def test_kernels_take_any_address_and_stride(target, groups):
     """Eight channels, which 16 bytes divide; tensors that begin or go on where they do not, strips, and slices of channels."""
     device, backend = target
-    run, rates = kernels("pac", backend), (1, 2, 3, 4)
+    rates = (1, 2, 3, 4)
     planes, bias = torch.randn(2, 3, 4, 9, 8, device=device), torch.randn(8, device=device)
     out, source = torch.empty(2, 3, 4, groups, 8, device=device), torch.randn(2, 3, 4, groups, 8, device=device)
-    run.pac_shift_gather(planes, bias, out, (3, 3), rates, 1)
+    factorised.shift_gather(planes, bias, out, (3, 3), rates, 1, backend=backend)
     expected = out.clone()
     for planes_, bias_, out_ in (
         (shifted(planes), bias, out),
@@ -173,10 +172,10 @@ def test_kernels_take_any_address_and_stride(target, groups):
         (planes, bias, spread(out, 4)),
         (planes, bias, spread(out.flatten(3)).unflatten(3, (groups, 8))),
     ):
-        run.pac_shift_gather(planes_, bias_, out_, (3, 3), rates, 1)
+        factorised.shift_gather(planes_, bias_, out_, (3, 3), rates, 1, backend=backend)
         assert torch.equal(out_, expected)
     scattered = torch.empty(6, 4, 9, 8, device=device)
-    run.pac_shift_scatter(source, scattered, 0, (3, 3), rates, 1)
+    factorised.shift_scatter(source, scattered, 0, (3, 3), rates, 1, backend=backend)
     expected = scattered.clone()
     for source_, out_, first in (
         (shifted(source), scattered, 0),
@@ -184,7 +183,7 @@ def test_kernels_take_any_address_and_stride(target, groups):
         (source, torch.empty(3, 4, 9, 8, device=device), 2),
         (source, shifted(torch.empty(2, 4, 9, 8, device=device)), 4),
     ):
-        run.pac_shift_scatter(source_, out_, first, (3, 3), rates, 1)
+        factorised.shift_scatter(source_, out_, first, (3, 3), rates, 1, backend=backend)
         assert torch.equal(out_, expected[first : first + len(out_)])
 
 

@@ -1,6 +1,6 @@
 """Compiles the kernels of the gate and of pooling; run by tests/test_triton.py."""
 
-from segops.pag import triton_kernels
+from segops.ops.pag import triton_kernels
 from tests.compile_triton import compile_for
 
 VIEW, SIZE = ("i64",) * 4, ("i32",) * 2

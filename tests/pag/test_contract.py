@@ -5,7 +5,7 @@ import functools
 import torch
 
 import segops
-from segops.pag import op
+from segops.ops.pag.windows import offset_layout
 
 from ..contract import Contract, Export, Use
 from .conftest import Case, Pooling, draw
@@ -118,8 +118,9 @@ def opcheck_of_gate(case):
             yield torch.ops.segops.pag, (decoder, some, case.merge, *settings)
         with torch.no_grad():
             out, offsets = torch.ops.segops.pag(decoder, on, case.merge, *settings)
-        part, held = out[:, -on[-1].shape[1] :], op.round_up(op.offset_bytes(on[-1].shape, decoder.shape))
-        yield torch.ops.segops.pag_grad, (part, offsets[-held:], on[-1].shape[2:], *settings)
+        (*_, place), _ = offset_layout([each.shape for each in on], decoder.shape)
+        part = out[:, -on[-1].shape[1] :]
+        yield torch.ops.segops.pag_grad, (part, offsets.narrow(0, *place), on[-1].shape[2:], *settings)
 
     return arguments
 
@@ -312,9 +313,9 @@ class TestPartialAttentionGate(Contract):
         (lambda: unpool(D, K, 2, ()), ValueError, r"output_size must be \(H, W\), or \(N, C, H, W\) with pooled's \(2, 3\); got \(\)"),
         (lambda: unpool(D, K, 2, (3, 8, 10)), ValueError, r"output_size must be \(H, W\), .* got \(3, 8, 10\)"),
         (lambda: unpool(D, K, 2, (2, 4, 8, 10)), ValueError, r"output_size must be \(H, W\), .* pooled's \(2, 3\); got \(2, 4, 8, 10\)"),
-        (lambda: unpool(D, K, 2, (9, 10)), ValueError, r"output_size must be what windows of \(2, 2\) cut into \(4, 5\); got \(9, 10\)"),
-        (lambda: unpool(D, K, 2, (6, 10)), ValueError, r"output_size must be what windows of \(2, 2\) cut into \(4, 5\); got \(6, 10\)"),
-        (lambda: unpool(D, K, (3, 2), E.shape), ValueError, r"output_size must be what windows of \(3, 2\) cut into \(4, 5\); got \(2, 3, 8, 10\)"),
+        (lambda: unpool(D, K, 2, (9, 10)), ValueError, r"output_size must be in \[7, 8\] x \[9, 10\] for pooled size \(4, 5\) and kernel_size \(2, 2\); got \(9, 10\)"),
+        (lambda: unpool(D, K, 2, (6, 10)), ValueError, r"output_size must be in \[7, 8\] x \[9, 10\] for pooled size \(4, 5\) and kernel_size \(2, 2\); got \(6, 10\)"),
+        (lambda: unpool(D, K, (3, 2), E.shape), ValueError, r"output_size must be in \[10, 12\] x \[9, 10\] for pooled size \(4, 5\) .* \(3, 2\); got \(2, 3, 8, 10\)"),
         (lambda: segops.nn.PartialAttentionGate("max"), ValueError, "merge must be 'concat' or 'sum'; got 'max'"),
         (lambda: segops.nn.PartialAttentionGate(merge=0), ValueError, "merge must be 'concat' or 'sum'; got 0"),
         (lambda: segops.nn.PartialAttentionGate("sum")(D, [E[:, :1]]), ValueError, r"encoders\[0\] must have decoder's 3 channels"),
@@ -333,8 +334,8 @@ class TestPartialAttentionGate(Contract):
             (lambda d, e, k: pool(e, (2, 1.5)), TypeError, r"kernel_size must be an int or a pair of ints; got \(2, 1\.5\)"),
             (lambda d, e, k: unpool(d, k.int(), 2, (8, 10)), TypeError, r"offsets must be uint8; got torch\.int32"),
             (lambda d, e, k: unpool(d, k[:1], 2, (8, 10)), ValueError, r"offsets must have pooled's shape \(2, 3, 4, 5\); got \(1, 3, 4, 5\)"),
-            (lambda d, e, k: unpool(d, k, 2, (9, 10)), ValueError, r"output_size must be what windows .* \(4, 5\); got \(9, 10\)"),
+            (lambda d, e, k: unpool(d, k, 2, (9, 10)), ValueError, r"output_size must be in \[7, 8\] x \[9, 10\] for pooled size \(4, 5\) .* got \(9, 10\)"),
             (lambda d, e, k: unpool(d, k, 2, (8, 10.0)), TypeError, r"output_size must be ints \(H, W\), .* got \(8, 10\.0\)"),
-            (lambda d, e, k: unpool(d, k, 3, e.shape), ValueError, r"output_size must be what windows of \(3, 3\) cut into \(4, 5\); got \(2, 3, 8, 10\)"),
+            (lambda d, e, k: unpool(d, k, 3, e.shape), ValueError, r"output_size must be in \[10, 12\] x \[13, 15\] for pooled size \(4, 5\) .* got \(2, 3, 8, 10\)"),
         ],
     )  # fmt: skip

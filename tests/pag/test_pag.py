@@ -10,8 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import segops
-from segops._library import kernels
-from segops.pag import op, reference
+from segops.ops.pag import op, reference
+from segops.ops.pag.windows import longest_window
 
 from ..accuracy import assert_close
 from ..contract import names_of
@@ -90,7 +90,7 @@ def test_longest_window():
     for out in range(1, 25):
         for size in range(out, 90):
             lengths = [len(literal_window(j, size, out)) for j in range(out)]
-            assert op.longest_window(size, out) == max(lengths), (size, out)
+            assert longest_window(size, out) == max(lengths), (size, out)
 
 
 # The gate.
@@ -675,7 +675,7 @@ def test_all_bytes_of_the_offsets_are_determined(target, merge, monkeypatch):
 def test_kernels_take_any_address_and_stride(target, channels_last):
     """Maps that 16 bytes divide, each of which begins or goes on where they do not."""
     device, backend = target
-    run, inner = kernels("pag", backend), 1 if channels_last else 3
+    inner = 1 if channels_last else 3
     small, large = (draw_integers((1, 4, *size), torch.float32, device, 0, channels_last) for size in ((2, 8), (4, 16)))
 
     def elsewhere(map):
@@ -685,27 +685,27 @@ def test_kernels_take_any_address_and_stride(target, channels_last):
         maps, held = [small, large], small.numel()
         out = draw((1, 8 if concat else 4, 2, 8), torch.float32, device, 1, channels_last)
         offsets = torch.empty(held, dtype=torch.uint8, device=device)
-        run.pag_pool(maps, out, offsets, [], concat, channels_last)
+        op.pool(maps, out, offsets, [], concat, channels_last, backend=backend)
         expected = out.clone(), offsets.clone()
         variants = [([map, large], out, offsets) for map in elsewhere(small)]
         variants += [([small, map], out, offsets) for map in elsewhere(large)]
         variants += [(maps, each, offsets) for each in elsewhere(out)] + [(maps, out, shifted(offsets))]
         for maps_, out_, offsets_ in variants if target != INTERPRETED else variants[1::4]:
-            run.pag_pool(maps_, out_, offsets_, [], concat, channels_last)
+            op.pool(maps_, out_, offsets_, [], concat, channels_last, backend=backend)
             assert torch.equal(out_, expected[0]) and torch.equal(offsets_, expected[1])
     scattered, gathered = torch.empty_like(large), torch.empty_like(small)
-    run.pag_scatter(small, offsets, scattered, [2, 2], channels_last)
-    run.pag_gather(large, offsets, gathered, [2, 2], channels_last)
+    op.scatter(small, offsets, scattered, [2, 2], channels_last, backend=backend)
+    op.gather(large, offsets, gathered, [2, 2], channels_last, backend=backend)
     expected = scattered.clone(), gathered.clone()
     variants = [(each, offsets, scattered) for each in elsewhere(small)]
     variants += [(small, offsets, each) for each in elsewhere(scattered)] + [(small, shifted(offsets), scattered)]
     for pooled, offsets_, out in variants if target != INTERPRETED else variants[1::4]:
-        run.pag_scatter(pooled, offsets_, out, [2, 2], channels_last)
+        op.scatter(pooled, offsets_, out, [2, 2], channels_last, backend=backend)
         assert torch.equal(out, expected[0])
     variants = [(each, offsets, gathered) for each in elsewhere(large)]
     variants += [(large, offsets, each) for each in elsewhere(gathered)] + [(large, shifted(offsets), gathered)]
     for map, offsets_, out in variants if target != INTERPRETED else variants[1::4]:
-        run.pag_gather(map, offsets_, out, [2, 2], channels_last)
+        op.gather(map, offsets_, out, [2, 2], channels_last, backend=backend)
         assert torch.equal(out, expected[1])
 
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from .._checks import check_logits, positive_pair
-from .._library import LIBRARY, device_type, kernels, transformed
-from ..backend import select
+from ...backend import select
+from ..common.checks import check_logits, positive_pair
+from ..common.library import device_type, kernel, op, under_functorch
 from . import reference
 
 
@@ -23,38 +23,32 @@ def upsample_argmax(logits, size):
         (N, H, W) int64, without gradient. Deterministic.
 
     Raises:
-        TypeError: logits that are no floating-point tensor, a size that is no int or pair of ints.
+        TypeError: logits that are not a floating-point tensor, a size that is not an int or a pair of ints.
         ValueError: wrong rank, no classes, an empty height or width, a size that is not positive.
         RuntimeError: a forced backend that cannot run here (see `segops.backend`).
     """
     check_logits(logits)
     size = positive_pair("size", size)
     backend = select("upsample_argmax", logits)
-    if backend == "reference" or transformed():
+    if backend == "reference" or under_functorch():
         return reference.upsample_argmax(logits.detach(), size)
-    return torch.ops.segops.upsample_argmax(logits.detach(), size, backend)
+    return argmax(logits.detach(), size, backend)
 
 
-LIBRARY.define("upsample_argmax(Tensor logits, SymInt[] size, str backend) -> Tensor")
-# The kernel, which csrc/argmax/argmax.h describes.
-LIBRARY.define("argmax_upsample(Tensor logits, Tensor(a!) best, Tensor(b!) out) -> ()")
+# csrc/argmax/argmax.h says what it computes.
+argmax_upsample = kernel("argmax_upsample(Tensor logits, Tensor(a!) best, Tensor(b!) out) -> ()")
 
 
-def _empty_upsample_argmax(logits, size, backend):
-    return torch.empty((logits.shape[0], *size), dtype=torch.int64, device=logits.device)
+@op("upsample_argmax(Tensor logits, SymInt[] size, str backend) -> Tensor")
+class argmax:
+    def empty(logits, size, **_):
+        return torch.empty((logits.shape[0], *size), dtype=torch.int64, device=logits.device)
 
-
-def _upsample_argmax(logits, size, backend):
-    out = _empty_upsample_argmax(logits, size, backend)
-    if out.numel():
+    def fill(out, logits, backend, **_):
+        if out.numel() == 0:
+            return
         n, _, h, w = logits.shape
         best = torch.empty((n, h, w), dtype=torch.int32, device=logits.device)
         if device_type(logits, backend) == "cpu":  # whose kernels compute in the dtype of what they are given
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        kernels("argmax", backend).argmax_upsample(logits, best, out)
-    return out
-
-
-LIBRARY.impl("upsample_argmax", _upsample_argmax, "CompositeExplicitAutograd")
-torch.library.register_fake("segops::upsample_argmax", _empty_upsample_argmax, lib=LIBRARY)
-torch.library.register_fake("segops::argmax_upsample", lambda *args: None, lib=LIBRARY)
+        argmax_upsample(logits, best, out, backend=backend)

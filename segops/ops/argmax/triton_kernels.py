@@ -4,16 +4,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ..bal.triton_kernels import _source
+from ..common.triton_resize import source
 
 PIXELS_PER_PROGRAM = 256
 
 
 @triton.jit
-def _see(value, most, index, c):
+def _see(value, largest, index, c):
     """The larger of value, of class c, and what came before; a NaN is larger than any number, and the first stays."""
-    takes = (value > most) | ((value != value) & (most == most))
-    return tl.where(takes, value, most), tl.where(takes, c, index)
+    takes = (value > largest) | ((value != value) & (largest == largest))
+    return tl.where(takes, value, largest), tl.where(takes, c, index)
 
 
 @triton.jit
@@ -24,11 +24,11 @@ def _best(
     mask = at < positions
     from_ = logits + at // w // h * stride_n + at // w % h * stride_y + at % w * stride_x
     step = tl.full((), stride_c, tl.int64)
-    most = tl.load(from_, mask=mask, other=0.0).to(tl.float32)
+    largest = tl.load(from_, mask=mask, other=0.0).to(tl.float32)
     index = tl.zeros((PIXELS,), tl.int32)
     for c in range(1, CLASSES):
-        most, index = _see(tl.load(from_ + c * step, mask=mask, other=0.0).to(tl.float32), most, index, c)
-    tl.store(best + at, tl.where(most < float("inf"), index, ~index), mask=mask)
+        largest, index = _see(tl.load(from_ + c * step, mask=mask, other=0.0).to(tl.float32), largest, index, c)
+    tl.store(best + at, tl.where(largest < float("inf"), index, ~index), mask=mask)
 
 
 @triton.jit
@@ -56,8 +56,8 @@ def _upsample(
     mask = at < pixels
     if RESIZED:
         n = at // width // height
-        y_low, y_high, wy = _source(at // width % height, h, height)
-        x_low, x_high, wx = _source(at % width, w, width)
+        y_low, y_high, wy = source(at // width % height, h, height)
+        x_low, x_high, wx = source(at % width, w, width)
         above, below = best + (n * h + y_low) * w, best + (n * h + y_high) * w
         index = tl.load(above + x_low, mask=mask, other=0)
         differ = (index < 0) | (index != tl.load(above + x_high, mask=mask, other=0))
@@ -73,10 +73,10 @@ def _upsample(
             )
             needed = mask & differ
             step = tl.full((), stride_c, tl.int64)
-            most = _logit(a, b, c, d, 0, needed, wy, wx)
+            largest = _logit(a, b, c, d, 0, needed, wy, wx)
             own = tl.zeros((PIXELS,), tl.int32)
             for k in range(1, CLASSES):
-                most, own = _see(_logit(a, b, c, d, k * step, needed, wy, wx), most, own, k)
+                largest, own = _see(_logit(a, b, c, d, k * step, needed, wy, wx), largest, own, k)
             index = tl.where(differ, own, index)
     else:
         index = tl.load(best + at, mask=mask, other=0)

@@ -1,12 +1,12 @@
-"""The kernels of the boundary-aware loss in Triton; csrc/bal/bal.h gives their arguments and mathematics.
-
-Positions of a resize are kept as integers, in units of 1 / (2 * out) of a source pixel, so that they are exact. The gradient gathers
+"""The kernels of the boundary-aware loss in Triton; csrc/bal/bal.h gives their arguments and mathematics. The gradient gathers
 per logit: every softmax in its footprint is computed again from its coefficients, and nothing is added to memory.
 """
 
 import torch
 import triton
 import triton.language as tl
+
+from ..common.triton_resize import first_output, share_of, source
 
 PIXELS_PER_PROGRAM = 128
 COLUMNS_PER_PROGRAM = 16
@@ -19,28 +19,6 @@ def _class_of(labels, at, mask, classes, ignore_index):
     label = tl.load(labels + at, mask=mask, other=0).to(tl.int64)
     inside = (label >= 0) & (label < classes)
     return tl.where(label == ignore_index, -1, tl.where(inside, label, -2))
-
-
-@triton.jit
-def _source(i, size_in, size_out):
-    """(low, high, weight): output i of a bilinear resize is (1 - weight) * source[low] + weight * source[high]."""
-    at = tl.maximum((2 * i + 1) * size_in - size_out, 0)
-    low = tl.minimum(at // (2 * size_out), size_in - 1)
-    weight = tl.where(low == size_in - 1, 0.0, (at % (2 * size_out)).to(tl.float32) / (2 * size_out))
-    return low, tl.minimum(low + 1, size_in - 1), weight
-
-
-@triton.jit
-def _first_output(j, size_in, size_out):
-    """The first output of a bilinear resize whose `low` is at least j."""
-    first = ((2 * j + 1) * size_out + size_in - 1) // (2 * size_in)
-    return tl.where(j <= 0, 0, tl.where(j >= size_in, size_out, first))
-
-
-@triton.jit
-def _share(j, low, high, weight):
-    """How much of an output comes from source j."""
-    return tl.where(low == j, 1 - weight, 0.0) + tl.where((high == j) & (high != low), weight, 0.0)
 
 
 @triton.jit
@@ -115,8 +93,8 @@ def _blur_y(rows, factors, out, elements, h, w, SIZE: tl.constexpr, ELEMENTS: tl
 @triton.jit
 def _weight_of_pixel(pixel_weight, image, y, x, mask, height, width, weight_h, weight_w, RESIZED: tl.constexpr):
     if RESIZED:
-        y_low, y_high, wy = _source(y, weight_h, height)
-        x_low, x_high, wx = _source(x, weight_w, width)
+        y_low, y_high, wy = source(y, weight_h, height)
+        x_low, x_high, wx = source(x, weight_w, width)
         map = pixel_weight + image * weight_h * weight_w
         upper, lower = map + y_low * weight_w, map + y_high * weight_w
         above = (1 - wx) * tl.load(upper + x_low, mask=mask, other=0.0) + wx * tl.load(upper + x_high, mask=mask, other=0.0)
@@ -158,11 +136,11 @@ def _softmax_loss(
     y_low, y_high, wy = y, y, 0.0
     x_low, x_high, wx = x, x, 0.0
     if RESIZED:
-        y_low, y_high, wy = _source(y, h, height)
-        x_low, x_high, wx = _source(x, w, width)
+        y_low, y_high, wy = source(y, h, height)
+        x_low, x_high, wx = source(x, w, width)
     upper, lower = logits + image * stride_n + y_low * stride_y, logits + image * stride_n + y_high * stride_y
 
-    most = tl.full(
+    max_logit = tl.full(
         (PIXELS,), -3.4028234663852886e38, tl.float32
     )  # not infinity: a class may be masked by a logit of minus infinity
     rest = tl.zeros((PIXELS,), tl.float32)
@@ -175,34 +153,34 @@ def _softmax_loss(
             upper + x_low * stride_x, upper + x_high * stride_x, lower + x_low * stride_x, lower + x_high * stride_x,
             c * step, mask, wy, wx, RESIZED,
         )  # fmt: skip
-        e = tl.exp(-tl.abs(z - most))
+        e = tl.exp(-tl.abs(z - max_logit))
         counted = tl.where(target == c, 0.0, 1.0)
-        rest = tl.where(z > most, rest * e + counted, rest + counted * e)
-        previous = most
-        most = tl.maximum(most, z)
+        rest = tl.where(z > max_logit, rest * e + counted, rest + counted * e)
+        previous = max_logit
+        max_logit = tl.maximum(max_logit, z)
         at_target = tl.where(target == c, z, at_target)
         if SMOOTHED:
             weight = 1.0
             if class_weight is not None:
                 weight = tl.load(class_weight + c)
-            smooth += weight * (most - z)  # sum of class weights times most - z, so far
-            smooth += tl.where(c > 0, weight_sum * (most - previous), 0.0)
+            smooth += weight * (max_logit - z)  # sum of class weights times max_logit - z, so far
+            smooth += tl.where(c > 0, weight_sum * (max_logit - previous), 0.0)
             weight_sum += weight
-    total = rest + tl.exp(at_target - most)
+    total = rest + tl.exp(at_target - max_logit)
     own = keep + tl.zeros((PIXELS,), tl.float32)
     if class_weight is not None:
         own *= tl.load(class_weight + tl.maximum(target, 0), mask=mask, other=0.0)
     weight = tl.full((PIXELS,), 1.0, tl.float32)
     if pixel_weight is not None:
         weight = _weight_of_pixel(pixel_weight, image, y, x, mask, height, width, weight_h, weight_w, WEIGHT_RESIZED)
-    value = own * (tl.log(total) + (most - at_target))
+    value = own * (tl.log(total) + (max_logit - at_target))
     if SMOOTHED:
         value += share * (weight_sum * tl.log(total) + smooth)
         tl.store(coefficients + 3 * pixels + index, _settled(weight * share, target), mask=mask)
     all_smooth = share * weight_sum
     at_label = (all_smooth * (total - rest) - own * rest) / total
     value = _settled(weight * value, target)
-    tl.store(coefficients + index, most, mask=mask)
+    tl.store(coefficients + index, max_logit, mask=mask)
     tl.store(coefficients + pixels + index, _settled(weight * (own + all_smooth) / total, target), mask=mask)
     tl.store(coefficients + 2 * pixels + index, _settled(weight * at_label, target), mask=mask)
     if loss is not None:
@@ -226,8 +204,8 @@ def _softmax_grad(
     height, width = tl.full((), label_height, tl.int64), tl.full((), label_width, tl.int64)
     y_begin, y_end, x_begin, x_end = k, k + 1, j, j + 1
     if RESIZED:
-        y_begin, y_end = _first_output(k - 1, h, height), _first_output(k + 1, h, height)
-        x_begin, x_end = _first_output(j - 1, w, width), _first_output(j + 1, w, width)
+        y_begin, y_end = first_output(k - 1, h, height), first_output(k + 1, h, height)
+        x_begin, x_end = first_output(j - 1, w, width), first_output(j + 1, w, width)
     class_weights = tl.full((CLASSES,), 1.0, tl.float32)
     if SMOOTHED:
         if class_weight is not None:
@@ -238,8 +216,8 @@ def _softmax_grad(
         y = y_begin + dy
         y_low, y_high, wy, share_y = k, k, 0.0, 1.0
         if RESIZED:
-            y_low, y_high, wy = _source(y, h, height)
-            share_y = _share(k, y_low, y_high, wy)
+            y_low, y_high, wy = source(y, h, height)
+            share_y = share_of(k, y_low, y_high, wy)
             wy = wy[None, :]
         upper, lower = logits + image * stride_n + y_low * stride_y, logits + image * stride_n + y_high * stride_y
         for dx in range(TAPS_X):
@@ -247,25 +225,27 @@ def _softmax_grad(
             mask = own_column & (y < y_end) & (x < x_end)
             x_low, x_high, wx, part = j, j, 0.0, 1.0
             if RESIZED:
-                x_low, x_high, wx = _source(x, w, width)
-                part = share_y * _share(j, x_low, x_high, wx)
+                x_low, x_high, wx = source(x, w, width)
+                part = share_y * share_of(j, x_low, x_high, wx)
                 wx = wx[None, :]
             at = (image * height + y) * width + x
             target = _class_of(labels, at, mask, classes, ignore_index)
             # Whatever comes in at an ignored pixel, NaN perhaps, goes nowhere.
             incoming = tl.where(target == -1, 0.0, tl.load(grad + at * grad_stride, mask=mask, other=0.0))
-            most = tl.load(coefficients + at, mask=mask, other=0.0)
-            all = incoming * tl.load(coefficients + pixels + at, mask=mask, other=0.0)
+            max_logit = tl.load(coefficients + at, mask=mask, other=0.0)
+            grad_scale = incoming * tl.load(coefficients + pixels + at, mask=mask, other=0.0)
             at_label = incoming * tl.load(coefficients + 2 * pixels + at, mask=mask, other=0.0)
             both = own_class[:, None] & mask[None, :]
             z = _logit(
                 (upper + x_low * stride_x)[None, :], (upper + x_high * stride_x)[None, :], (lower + x_low * stride_x)[None, :],
                 (lower + x_high * stride_x)[None, :], c[:, None] * stride_c, both, wy, wx, RESIZED,
             )  # fmt: skip
-            value = tl.where(c[:, None] == target[None, :], at_label[None, :], all[None, :] * tl.exp(z - most[None, :]))
+            value = tl.where(
+                c[:, None] == target[None, :], at_label[None, :], grad_scale[None, :] * tl.exp(z - max_logit[None, :])
+            )
             if SMOOTHED:
-                each = incoming * tl.load(coefficients + 3 * pixels + at, mask=mask, other=0.0)
-                value -= each[None, :] * class_weights[:, None]
+                smoothing = incoming * tl.load(coefficients + 3 * pixels + at, mask=mask, other=0.0)
+                value -= smoothing[None, :] * class_weights[:, None]
             if RESIZED:
                 value *= part[None, :]
             total += tl.where(both, value, 0.0)

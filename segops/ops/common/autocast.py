@@ -13,18 +13,19 @@ def autocast_dtype(tensor):
 
 
 def cast(*arguments, to):
-    """The arguments, where autocast is on for the first one's device floating-point tensors in dtype `to`(autocast's, those tensors).
+    """The arguments; where autocast is on for the first one's device, floating-point tensors in the dtype `to`(autocast's, theirs).
 
     Any argument may be of the wrong type: that is for the checks that follow to say.
     """
-    if not isinstance(arguments[0], torch.Tensor):
-        return arguments
-    dtype = autocast_dtype(arguments[0])
+    dtype = autocast_dtype(arguments[0]) if _is_floating(arguments[0]) else None
     if dtype is None:
         return arguments
-    floating = [each for each in arguments if isinstance(each, torch.Tensor) and each.is_floating_point()]
-    dtype = to(dtype, floating)
-    return tuple(each.to(dtype) if any(each is one for one in floating) else each for each in arguments)
+    dtype = to(dtype, [each.dtype for each in arguments if _is_floating(each)])
+    return tuple(each.to(dtype) if _is_floating(each) else each for each in arguments)
+
+
+def _is_floating(argument):
+    return isinstance(argument, torch.Tensor) and argument.is_floating_point()
 
 
 def full_precision(tensor):

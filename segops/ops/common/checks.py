@@ -1,5 +1,7 @@
 """Checks that several ops share: an error names the argument, what it got and what it needs."""
 
+import sys
+
 import torch
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -37,3 +39,19 @@ def positive_pair(name, value):
     if sides[0] < 1 or sides[1] < 1:  # not min(): it would compare the two, and an exported program would keep their order
         raise ValueError(f"{name} must be positive; got {value!r}")
     return list(sides)
+
+
+def check_int(name, value, lowest=-(2**63), highest=2**63 - 1):
+    if not is_int(value):
+        raise TypeError(f"{name} must be an int; got {value!r}")
+    if value < lowest:
+        raise ValueError(f"{name} must be at least {lowest}; got {value}")
+    if value > highest:
+        raise ValueError(f"{name} must be at most {highest}; got {value}")
+
+
+def check_number(name, value):
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    if not -sys.float_info.max <= value <= sys.float_info.max:
+        raise ValueError(f"{name} must be finite; got {value}")

@@ -1,26 +1,28 @@
 """An op, and a kernel, each in one declaration: torch.library's namespace `segops`.
 
-    @op("scale(Tensor input, float factor, str backend) -> Tensor")
-    class scale:
-        def empty(input, **_):
-            return torch.empty_like(input)
+@op("scale(Tensor input, float factor, str backend) -> Tensor")
+class scale:
+    def empty(input, **_):
+        return torch.empty_like(input)
 
-        def fill(out, input, factor, backend):
-            scale_kernel(input, factor, out, backend=backend)
+    def fill(out, input, factor, backend):
+        scale_kernel(input, factor, out, backend=backend)
 
-        def setup_context(ctx, out, factor, backend, **_):
-            ctx.settings = factor, backend
+    def setup_context(ctx, out, factor, backend, **_):
+        ctx.settings = factor, backend
 
-        def backward(ctx, grad):
-            return (scale(grad, *ctx.settings),)
+    def backward(ctx, grad):
+        return (scale(grad, *ctx.settings),)
 
-    scale_kernel = kernel("scale_kernel(Tensor input, float factor, Tensor(a!) out) -> ()")
+scale_kernel = kernel("scale_kernel(Tensor input, float factor, Tensor(a!) out) -> ()")
 """
 
 import importlib
 
 import torch
 from torch.autograd import forward_ad
+
+from .autocast import full_precision
 
 LIBRARY = torch.library.Library("segops", "FRAGMENT")
 
@@ -34,7 +36,7 @@ def op(schema):
     """Declares an op by a class of plain functions, which take the schema's arguments by name:
 
         empty(...)                       the results, not filled yet: what tracing sees is what running allocates
-        fill(out, ...)                   computes them, on the backend that the schema's argument of that name says
+        fill(out, ...)                   computes them, outside autocast, on the backend that the argument of that name says
         setup_context(ctx, out, ...)     as of `torch.autograd.Function`: what backward needs
         backward(ctx, *grads)            the gradients of the first arguments, a tuple; the others have none
 
@@ -52,7 +54,8 @@ def op(schema):
         def run(*arguments):
             arguments = named(arguments)
             out = functions.empty(**arguments)
-            functions.fill(out, **arguments)
+            with full_precision(arguments[names[0]]):
+                functions.fill(out, **arguments)
             return out
 
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")

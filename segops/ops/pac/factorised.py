@@ -16,10 +16,18 @@ image. They have the products' dtype: float16 sums of shifted inputs overflow wh
 import torch
 import torch.nn.functional as F
 
-from .._library import device_type, kernels
+from ..common.library import device_type, kernel
 
 WORKSPACE = {"cpu": 4 << 20, "cuda": 256 << 20}
 LARGEST_WORKSPACE = {"cpu": 32 << 20, "cuda": 1 << 30}
+
+# csrc/pac/pac.h says what they compute.
+shift_gather = kernel(
+    "pac_shift_gather(Tensor planes, Tensor? bias, Tensor(a!) out, int[] kernel_size, int[] rates, int sign) -> ()"
+)
+shift_scatter = kernel(
+    "pac_shift_scatter(Tensor source, Tensor(a!) out, int first_row, int[] kernel_size, int[] rates, int sign) -> ()"
+)
 
 
 def forward(input, weight, bias, rates, merge, out, backend):
@@ -92,7 +100,7 @@ def _convolve(source, weight, bias, rates, sign, out, backend):
         for i in range(0, n, images):
             part = source[i : i + images]
             planes = _linear(part.flatten(0, 3), flat).view(*part.shape[:3], kh * kw, -1)
-            kernels("pac", backend).pac_shift_gather(planes, b, out[i : i + images, ..., c : c + block], (kh, kw), rates, sign)
+            shift_gather(planes, b, out[i : i + images, ..., c : c + block], (kh, kw), rates, sign, backend=backend)
 
 
 def _scattered(source, kernel_size, rates, sign, backend):
@@ -105,7 +113,7 @@ def _scattered(source, kernel_size, rates, sign, backend):
     buffer = source.new_empty((rows, w, taps, channels))
     for first in range(0, n * h, rows):
         strip = buffer[: n * h - first]
-        kernels("pac", backend).pac_shift_scatter(source, strip, first, kernel_size, rates, sign)
+        shift_scatter(source, strip, first, kernel_size, rates, sign, backend=backend)
         yield slice(first * w, (first + len(strip)) * w), strip.view(-1, taps * channels)
 
 

@@ -8,10 +8,13 @@ import functools
 
 import torch
 
-from .._checks import check_floating, check_merge, is_int, positive_pair
-from .._library import LIBRARY, autocast_dtype, format_of, is_channels_last, kernels, memory_format, transformed
-from ..backend import select
+from ...backend import select
+from ..common.autocast import cast
+from ..common.checks import check_floating, check_merge, is_int, positive_pair
+from ..common.layout import format_of, is_channels_last, memory_format
+from ..common.library import kernel, no_double_backward, op, under_functorch
 from . import reference
+from .windows import has_windows_above, offset_layout
 
 MAX_MAPS = 32  # kMaxMaps in csrc/pag/pag_cuda.cu
 
@@ -45,7 +48,7 @@ def partial_attention_gate(decoder, encoders, *, merge="concat"):
     specialise on which maps are on, which are pooled, and which have windows of more than 256 elements.
 
     Raises:
-        TypeError: a map that is no floating-point tensor, encoders that are no list or tuple, mixed dtypes.
+        TypeError: a map that is not a floating-point tensor, encoders that are not a list or tuple, mixed dtypes.
         ValueError: wrong rank, no channels, an empty height or width, mixed batches or devices, unknown merge, a map that is on and has not
             C channels under "sum".
         RuntimeError: a forced backend that cannot run here (see `segops.backend`); double backward.
@@ -53,14 +56,14 @@ def partial_attention_gate(decoder, encoders, *, merge="concat"):
     check_merge(merge)
     if not isinstance(encoders, (list, tuple)):
         raise TypeError(f"encoders must be a list or tuple of torch.Tensor; got {type(encoders).__name__}")
-    decoder, *encoders = _autocast(decoder, *encoders)
+    decoder, *encoders = cast(decoder, *encoders, to=_widest)
     encoders = _switched_on(decoder, encoders, merge)
     backend = select("partial_attention_gate", decoder)
-    if transformed():
+    if under_functorch():
         return reference.partial_attention_gate(decoder, encoders, merge)
     if backend == "reference" or len(encoders) >= MAX_MAPS or _has_huge_windows(decoder, encoders):
         return _laid_out(reference.partial_attention_gate(decoder, encoders, merge), decoder)
-    return torch.ops.segops.pag(decoder, encoders, merge, is_channels_last(decoder), backend)[0]
+    return pag(decoder, encoders, merge, is_channels_last(decoder), backend)[0]
 
 
 def max_pool2d_with_offsets(input, kernel_size):
@@ -82,19 +85,19 @@ def max_pool2d_with_offsets(input, kernel_size):
     bound, as PyTorch's own pooling does: more than one window, `Dim("h", min=kernel_size + 1)`, or `Dim.AUTO`.
 
     Raises:
-        TypeError: input that is no floating-point tensor, kernel_size that is no int or pair of ints.
+        TypeError: input that is not a floating-point tensor, kernel_size that is not an int or a pair of ints.
         ValueError: wrong rank, no channels, an empty height or width, kernel_size not positive or of more than 256 elements.
         RuntimeError: a forced backend that cannot run here (see `segops.backend`).
     """
     kernel_size = _check_kernel(kernel_size)
     _check_map("input", input)
     backend = select("max_pool2d_with_offsets", input)
-    if transformed():
+    if under_functorch():
         return reference.max_pool2d_with_offsets(input, kernel_size)
     if backend == "reference":
         pooled, offsets = reference.max_pool2d_with_offsets(input, kernel_size)
         return _laid_out(pooled, input), _laid_out(offsets, input)
-    return torch.ops.segops.pag_max_pool(input, kernel_size, is_channels_last(input), backend)
+    return pag_max_pool(input, kernel_size, is_channels_last(input), backend)
 
 
 def max_unpool2d_with_offsets(pooled, offsets, kernel_size, output_size):
@@ -115,7 +118,7 @@ def max_unpool2d_with_offsets(pooled, offsets, kernel_size, output_size):
     Under `torch.func` transforms and forward-mode differentiation PyTorch's ops run.
 
     Raises:
-        TypeError: pooled that is no floating-point tensor, offsets that are no uint8 tensor, sizes that are no ints.
+        TypeError: pooled that is not a floating-point tensor, offsets that are not uint8, sizes that are not ints.
         ValueError: wrong rank or shape, mixed devices, kernel_size not positive or of more than 256 elements, an
             output_size that does not fit.
         RuntimeError: a forced backend that cannot run here (see `segops.backend`).
@@ -124,11 +127,11 @@ def max_unpool2d_with_offsets(pooled, offsets, kernel_size, output_size):
     _check_map("pooled", pooled)
     size = _check_unpooling(pooled, offsets, kernel_size, output_size)
     backend = select("max_unpool2d_with_offsets", pooled)
-    if transformed():
+    if under_functorch():
         return reference.max_unpool2d_with_offsets(pooled, offsets, kernel_size, size)
     if backend == "reference":
         return _laid_out(reference.max_unpool2d_with_offsets(pooled, offsets, kernel_size, size), pooled)
-    return torch.ops.segops.pag_max_unpool(pooled, offsets, kernel_size, size, is_channels_last(pooled), backend)
+    return pag_max_unpool(pooled, offsets, kernel_size, size, is_channels_last(pooled), backend)
 
 
 def _laid_out(result, like):
@@ -139,13 +142,8 @@ def _has_huge_windows(decoder, encoders):
     return any(has_windows_above(65536, each.shape, decoder.shape) for each in encoders)  # which two bytes do not number
 
 
-def _autocast(*maps):
-    """The floating-point maps in the widest of their dtypes where autocast is on for the first one's device."""
-    floating = [isinstance(each, torch.Tensor) and each.is_floating_point() for each in maps]
-    if not floating[0] or autocast_dtype(maps[0]) is None:
-        return maps
-    widest = functools.reduce(torch.promote_types, (each.dtype for each, cast in zip(maps, floating, strict=True) if cast))
-    return tuple(each.to(widest) if cast else each for each, cast in zip(maps, floating, strict=True))
+def _widest(_, dtypes):
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def _check_map(name, tensor):
@@ -206,30 +204,146 @@ def _check_unpooling(pooled, offsets, kernel_size, output_size):
         raise ValueError(
             f"output_size must be (H, W), or (N, C, H, W) with pooled's {tuple(pooled.shape[:2])}; got {tuple(output_size)}"
         )
-    for side, windows, kernel in zip(size, pooled.shape[2:], kernel_size, strict=True):
-        if -(-side // kernel) != windows:  # with inequalities, export would not see that it always holds
+    for side, count, step in zip(size, pooled.shape[2:], kernel_size, strict=True):
+        if -(-side // step) != count:  # with inequalities, export would not see that it always holds
+            fitting = " x ".join(f"[{k * (n - 1) + 1}, {k * n}]" for n, k in zip(pooled.shape[2:], kernel_size, strict=True))
             raise ValueError(
-                f"output_size must be what windows of {tuple(kernel_size)} cut into {tuple(pooled.shape[2:])}; got {tuple(output_size)}"
+                f"output_size must be in {fitting} for pooled size {tuple(pooled.shape[2:])} and kernel_size {tuple(kernel_size)}; "
+                f"got {tuple(output_size)}"
             )
     return size
 
 
-# `channels_last` is how an op reads and writes its maps, and its offsets: backward must know without looking at strides.
-# pag -> the merged maps; the offsets of all pooled maps, in order, each map's from a multiple of 16 bytes on
-LIBRARY.define("pag(Tensor decoder, Tensor[] encoders, str merge, bool channels_last, str backend) -> (Tensor, Tensor)")
-LIBRARY.define("pag_grad(Tensor grad, Tensor offsets, SymInt[] size, bool channels_last, str backend) -> Tensor")
-# The other three are linear, once where the maxima lie is known: unpool and gather are each other's derivative.
-LIBRARY.define("pag_max_pool(Tensor input, int[] kernel_size, bool channels_last, str backend) -> (Tensor, Tensor)")
-LIBRARY.define(
-    "pag_max_unpool(Tensor pooled, Tensor offsets, int[] kernel_size, SymInt[] size, bool channels_last, str backend) -> Tensor"
-)
-LIBRARY.define("pag_max_gather(Tensor input, Tensor offsets, int[] kernel_size, bool channels_last, str backend) -> Tensor")
-# The kernels, which csrc/pag/pag.h describes.
-LIBRARY.define(
+# csrc/pag/pag.h says what they compute.
+pool = kernel(
     "pag_pool(Tensor[] maps, Tensor(a!) out, Tensor(b!) offsets, int[] kernel_size, bool concat, bool channels_last) -> ()"
 )
-LIBRARY.define("pag_scatter(Tensor pooled, Tensor offsets, Tensor(a!) out, int[] kernel_size, bool channels_last) -> ()")
-LIBRARY.define("pag_gather(Tensor input, Tensor offsets, Tensor(a!) out, int[] kernel_size, bool channels_last) -> ()")
+scatter = kernel("pag_scatter(Tensor pooled, Tensor offsets, Tensor(a!) out, int[] kernel_size, bool channels_last) -> ()")
+gather = kernel("pag_gather(Tensor input, Tensor offsets, Tensor(a!) out, int[] kernel_size, bool channels_last) -> ()")
+
+
+# `channels_last` is how an op reads and writes its maps, and its offsets: backward must know without looking at strides.
+@op("pag(Tensor decoder, Tensor[] encoders, str merge, bool channels_last, str backend) -> (Tensor, Tensor)")
+class pag:
+    """The merged maps, and the offsets of all pooled ones."""
+
+    def empty(decoder, encoders, merge, channels_last, **_):
+        n, c, h, w = decoder.shape
+        channels = c + sum(each.shape[1] for each in encoders) if merge == "concat" else c
+        _, nbytes = offset_layout([each.shape for each in encoders], decoder.shape)
+        return _empty((n, channels, h, w), decoder, channels_last), torch.empty(
+            nbytes, dtype=torch.uint8, device=decoder.device
+        )
+
+    def fill(out, decoder, encoders, merge, channels_last, backend):
+        out, offsets = out
+        if out.numel() == 0:
+            return
+        maps = [_readable(each, channels_last) for each in (decoder, *encoders)]
+        pool(maps, out, offsets, [], merge == "concat", channels_last, backend=backend)
+        layout, _ = offset_layout([each.shape for each in encoders], decoder.shape)
+        for begin, nbytes in filter(None, layout):
+            if nbytes % 16:
+                offsets[begin + nbytes :][: -nbytes % 16] = 0  # what comes out of an op is never by chance
+
+    def setup_context(ctx, out, decoder, encoders, merge, channels_last, backend):
+        _, offsets = out
+        ctx.shapes = [each.shape for each in (decoder, *encoders)]
+        ctx.merge, ctx.settings = merge, (channels_last, backend)
+        ctx.save_for_backward(offsets)
+        ctx.mark_non_differentiable(offsets)
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx, grad, _):
+        if grad is None:
+            return None, [None] * (len(ctx.shapes) - 1)
+        (offsets,) = ctx.saved_tensors
+        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
+        layout, _ = offset_layout(ctx.shapes, ctx.shapes[0])
+        grads, channel = [], 0
+        for shape, need, place in zip(ctx.shapes, needed, layout, strict=True):
+            part = None
+            if need:
+                part = grad.narrow(1, channel, shape[1]) if ctx.merge == "concat" else grad
+                if place is not None:
+                    part = pag_grad(part, offsets.narrow(0, *place), shape[2:], *ctx.settings)
+            grads.append(part)
+            channel += shape[1]
+        return grads[0], grads[1:]
+
+
+@op("pag_grad(Tensor grad, Tensor offsets, SymInt[] size, bool channels_last, str backend) -> Tensor")
+class pag_grad:
+    def empty(grad, size, channels_last, **_):
+        return _empty((*grad.shape[:2], *size), grad, channels_last)
+
+    def fill(out, grad, offsets, channels_last, backend, **_):
+        if out.numel():
+            scatter(_readable(grad, channels_last), offsets, out, [], channels_last, backend=backend)
+
+    backward = no_double_backward("partial_attention_gate")
+
+
+# The other three are linear, once where the maxima lie is known: unpool and gather are each other's derivative.
+@op("pag_max_pool(Tensor input, int[] kernel_size, bool channels_last, str backend) -> (Tensor, Tensor)")
+class pag_max_pool:
+    def empty(input, kernel_size, channels_last, **_):
+        n, c, *size = input.shape
+        shape = (n, c, *(-(-side // step) for side, step in zip(size, kernel_size, strict=True)))
+        return _empty(shape, input, channels_last), _empty(shape, input, channels_last, torch.uint8)
+
+    def fill(out, input, kernel_size, channels_last, backend):
+        pooled, offsets = out
+        if pooled.numel():
+            pool([_readable(input, channels_last)], pooled, offsets, kernel_size, True, channels_last, backend=backend)
+
+    def setup_context(ctx, out, input, kernel_size, channels_last, backend):
+        _, offsets = out
+        ctx.settings = kernel_size, input.shape[2:], channels_last, backend
+        ctx.save_for_backward(offsets)
+        ctx.mark_non_differentiable(offsets)
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx, grad, _):
+        return (None if grad is None else pag_max_unpool(grad, *ctx.saved_tensors, *ctx.settings),)
+
+
+@op(
+    "pag_max_unpool(Tensor pooled, Tensor offsets, int[] kernel_size, SymInt[] size, bool channels_last, str backend) -> Tensor"
+)
+class pag_max_unpool:
+    def empty(pooled, size, channels_last, **_):
+        return _empty((*pooled.shape[:2], *size), pooled, channels_last)
+
+    def fill(out, pooled, offsets, kernel_size, channels_last, backend, **_):
+        if out.numel():
+            offsets = _dense(offsets, channels_last)
+            scatter(_readable(pooled, channels_last), offsets, out, kernel_size, channels_last, backend=backend)
+
+    def setup_context(ctx, out, offsets, kernel_size, channels_last, backend, **_):
+        ctx.settings = kernel_size, channels_last, backend
+        ctx.save_for_backward(offsets)
+
+    def backward(ctx, grad):
+        return (pag_max_gather(grad, *ctx.saved_tensors, *ctx.settings),)
+
+
+@op("pag_max_gather(Tensor input, Tensor offsets, int[] kernel_size, bool channels_last, str backend) -> Tensor")
+class pag_max_gather:
+    def empty(input, offsets, channels_last, **_):
+        return _empty(offsets.shape, input, channels_last)
+
+    def fill(out, input, offsets, kernel_size, channels_last, backend):
+        if out.numel():
+            offsets = _dense(offsets, channels_last)
+            gather(_readable(input, channels_last), offsets, out, kernel_size, channels_last, backend=backend)
+
+    def setup_context(ctx, out, input, offsets, kernel_size, channels_last, backend):
+        ctx.settings = kernel_size, input.shape[2:], channels_last, backend
+        ctx.save_for_backward(offsets)
+
+    def backward(ctx, grad):
+        return (pag_max_unpool(grad, *ctx.saved_tensors, *ctx.settings),)
 
 
 def _empty(shape, like, channels_last, dtype=None):
@@ -244,194 +358,3 @@ def _readable(tensor, channels_last):
 
 def _dense(tensor, channels_last):
     return tensor.contiguous(memory_format=format_of(channels_last))
-
-
-def longest_window(size, out):
-    """The largest ceil((j + 1) * size / out) - floor(j * size / out): size / out, or between integers the next one or the one after it."""
-    rest = size % out
-    if rest == 0:
-        return size // out
-    return size // out + (1 if out % rest == 0 else 2)
-
-
-def has_windows_above(elements, shape, out_shape):
-    """Whether any window has more elements than that where a map is pooled to out_shape."""
-    if (shape[2] // out_shape[2] + 2) * (shape[3] // out_shape[3] + 2) <= elements:  # simple enough to trace with dynamic sizes
-        return False
-    return longest_window(shape[2], out_shape[2]) * longest_window(shape[3], out_shape[3]) > elements
-
-
-def is_pooled(shape, out_shape):
-    return shape[2] != out_shape[2] or shape[3] != out_shape[3]
-
-
-def offset_bytes(shape, out_shape):
-    """Bytes that the offsets of a map pooled to out_shape take."""
-    return shape[0] * shape[1] * out_shape[2] * out_shape[3] * (2 if has_windows_above(256, shape, out_shape) else 1)
-
-
-def round_up(bytes):
-    return -(-bytes // 16) * 16
-
-
-def _empty_pag(decoder, encoders, merge, channels_last, backend):
-    n, c, h, w = decoder.shape
-    channels = c + sum(each.shape[1] for each in encoders) if merge == "concat" else c
-    held = sum(round_up(offset_bytes(each.shape, decoder.shape)) for each in encoders if is_pooled(each.shape, decoder.shape))
-    return _empty((n, channels, h, w), decoder, channels_last), torch.empty(held, dtype=torch.uint8, device=decoder.device)
-
-
-def _pag(decoder, encoders, merge, channels_last, backend):
-    out, offsets = _empty_pag(decoder, encoders, merge, channels_last, backend)
-    if out.numel():
-        maps = [_readable(each, channels_last) for each in (decoder, *encoders)]
-        kernels("pag", backend).pag_pool(maps, out, offsets, [], merge == "concat", channels_last)
-        begin = 0
-        for each in encoders:
-            if is_pooled(each.shape, decoder.shape):
-                held = offset_bytes(each.shape, decoder.shape)
-                if held % 16:
-                    offsets[begin + held : begin + round_up(held)] = 0  # what comes out of an op is never by chance
-                begin += round_up(held)
-    return out, offsets
-
-
-def _empty_pag_grad(grad, offsets, size, channels_last, backend):
-    return _empty((*grad.shape[:2], *size), grad, channels_last)
-
-
-def _pag_grad(grad, offsets, size, channels_last, backend):
-    out = _empty_pag_grad(grad, offsets, size, channels_last, backend)
-    if out.numel():
-        kernels("pag", backend).pag_scatter(_readable(grad, channels_last), offsets, out, [], channels_last)
-    return out
-
-
-def _empty_max_pool(input, kernel_size, channels_last, backend):
-    n, c, *size = input.shape
-    shape = (n, c, *(-(-side // kernel) for side, kernel in zip(size, kernel_size, strict=True)))
-    return _empty(shape, input, channels_last), _empty(shape, input, channels_last, torch.uint8)
-
-
-def _max_pool(input, kernel_size, channels_last, backend):
-    pooled, offsets = _empty_max_pool(input, kernel_size, channels_last, backend)
-    if pooled.numel():
-        kernels("pag", backend).pag_pool([_readable(input, channels_last)], pooled, offsets, kernel_size, True, channels_last)
-    return pooled, offsets
-
-
-def _empty_max_unpool(pooled, offsets, kernel_size, size, channels_last, backend):
-    return _empty((*pooled.shape[:2], *size), pooled, channels_last)
-
-
-def _max_unpool(pooled, offsets, kernel_size, size, channels_last, backend):
-    out = _empty_max_unpool(pooled, offsets, kernel_size, size, channels_last, backend)
-    if out.numel():
-        offsets = _dense(offsets, channels_last)
-        kernels("pag", backend).pag_scatter(_readable(pooled, channels_last), offsets, out, kernel_size, channels_last)
-    return out
-
-
-def _empty_max_gather(input, offsets, kernel_size, channels_last, backend):
-    return _empty(offsets.shape, input, channels_last)
-
-
-def _max_gather(input, offsets, kernel_size, channels_last, backend):
-    out = _empty_max_gather(input, offsets, kernel_size, channels_last, backend)
-    if out.numel():
-        offsets = _dense(offsets, channels_last)
-        kernels("pag", backend).pag_gather(_readable(input, channels_last), offsets, out, kernel_size, channels_last)
-    return out
-
-
-LIBRARY.impl("pag", _pag, "CompositeExplicitAutograd")
-LIBRARY.impl("pag_grad", _pag_grad, "CompositeExplicitAutograd")
-LIBRARY.impl("pag_max_pool", _max_pool, "CompositeExplicitAutograd")
-LIBRARY.impl("pag_max_unpool", _max_unpool, "CompositeExplicitAutograd")
-LIBRARY.impl("pag_max_gather", _max_gather, "CompositeExplicitAutograd")
-torch.library.register_fake("segops::pag", _empty_pag, lib=LIBRARY)
-torch.library.register_fake("segops::pag_grad", _empty_pag_grad, lib=LIBRARY)
-torch.library.register_fake("segops::pag_max_pool", _empty_max_pool, lib=LIBRARY)
-torch.library.register_fake("segops::pag_max_unpool", _empty_max_unpool, lib=LIBRARY)
-torch.library.register_fake("segops::pag_max_gather", _empty_max_gather, lib=LIBRARY)
-for _kernel in ("pag_pool", "pag_scatter", "pag_gather"):
-    torch.library.register_fake(f"segops::{_kernel}", lambda *args: None, lib=LIBRARY)
-
-
-def _setup_pag(ctx, inputs, output):
-    decoder, encoders, *ctx.settings = inputs
-    _, offsets = output
-    ctx.shapes = [each.shape for each in (decoder, *encoders)]
-    ctx.save_for_backward(offsets)
-    ctx.mark_non_differentiable(offsets)
-    ctx.set_materialize_grads(False)
-
-
-def _backward_pag(ctx, grad, _):
-    if grad is None:
-        return None, [None] * (len(ctx.shapes) - 1), None, None, None
-    (offsets,) = ctx.saved_tensors
-    merge, *settings = ctx.settings
-    decoder_shape = ctx.shapes[0]
-    needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
-    grads, channel, offset = [], 0, 0
-    for shape, need in zip(ctx.shapes, needed, strict=True):
-        part = None
-        if need:
-            part = grad.narrow(1, channel, shape[1]) if merge == "concat" else grad
-        if is_pooled(shape, decoder_shape):
-            held = offset_bytes(shape, decoder_shape)
-            if need:
-                part = torch.ops.segops.pag_grad(part, offsets.narrow(0, offset, held), shape[2:], *settings)
-            offset += round_up(held)
-        grads.append(part)
-        channel += shape[1]
-    return grads[0], grads[1:], None, None, None
-
-
-def _refuse_double_backward(ctx, *_):
-    raise RuntimeError("segops.partial_attention_gate: double backward not supported (the reference backend has it)")
-
-
-def _setup_max_pool(ctx, inputs, output):
-    input, *ctx.settings = inputs
-    _, offsets = output
-    ctx.size = input.shape[2:]
-    ctx.save_for_backward(offsets)
-    ctx.mark_non_differentiable(offsets)
-    ctx.set_materialize_grads(False)
-
-
-def _backward_max_pool(ctx, grad, _):
-    if grad is None:
-        return None, None, None, None
-    kernel_size, *settings = ctx.settings
-    return torch.ops.segops.pag_max_unpool(grad, *ctx.saved_tensors, kernel_size, ctx.size, *settings), None, None, None
-
-
-def _setup_max_unpool(ctx, inputs, output):
-    _, offsets, kernel_size, _, *settings = inputs
-    ctx.settings = kernel_size, *settings
-    ctx.save_for_backward(offsets)
-
-
-def _backward_max_unpool(ctx, grad):
-    return torch.ops.segops.pag_max_gather(grad, *ctx.saved_tensors, *ctx.settings), *(None,) * 5
-
-
-def _setup_max_gather(ctx, inputs, output):
-    input, offsets, *ctx.settings = inputs
-    ctx.size = input.shape[2:]
-    ctx.save_for_backward(offsets)
-
-
-def _backward_max_gather(ctx, grad):
-    kernel_size, *settings = ctx.settings
-    return torch.ops.segops.pag_max_unpool(grad, *ctx.saved_tensors, kernel_size, ctx.size, *settings), *(None,) * 4
-
-
-torch.library.register_autograd("segops::pag", _backward_pag, setup_context=_setup_pag, lib=LIBRARY)
-torch.library.register_autograd("segops::pag_grad", _refuse_double_backward, lib=LIBRARY)
-torch.library.register_autograd("segops::pag_max_pool", _backward_max_pool, setup_context=_setup_max_pool, lib=LIBRARY)
-torch.library.register_autograd("segops::pag_max_unpool", _backward_max_unpool, setup_context=_setup_max_unpool, lib=LIBRARY)
-torch.library.register_autograd("segops::pag_max_gather", _backward_max_gather, setup_context=_setup_max_gather, lib=LIBRARY)

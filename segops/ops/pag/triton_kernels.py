@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .op import is_pooled, longest_window, offset_bytes, round_up
+from .windows import longest_window, offset_layout
 
 ELEMENTS_PER_PROGRAM = 512
 
@@ -96,14 +96,14 @@ def _scatter(
     for k in range(HOLDERS[0] * HOLDERS[1]):
         window_y = _first(y, height, windows_y, KERNEL[0]) + k // HOLDERS[1]
         window_x = _first(x, width, windows_x, KERNEL[1]) + k % HOLDERS[1]
-        held = (window_y <= _last(y, height, windows_y, KERNEL[0])) & (window_x <= _last(x, width, windows_x, KERNEL[1]))
+        inside = (window_y <= _last(y, height, windows_y, KERNEL[0])) & (window_x <= _last(x, width, windows_x, KERNEL[1]))
         if CHANNELS_LAST:
             window = ((n * windows_y + window_y) * windows_x + window_x) * channels + c
         else:
             window = ((n * channels + c) * windows_y + window_y) * windows_x + window_x
         dy, dx = y - _begin(window_y, height, windows_y, KERNEL[0]), x - _begin(window_x, width, windows_x, KERNEL[1])
-        at = tl.load(offsets + window, mask=valid & held, other=0).to(tl.int32)
-        wanted = valid & held & (at == dy * LONGEST[1] + dx)
+        at = tl.load(offsets + window, mask=valid & inside, other=0).to(tl.int32)
+        wanted = valid & inside & (at == dy * LONGEST[1] + dx)
         there = n * pooled_view[0] + c * pooled_view[1] + window_y * pooled_view[2] + window_x * pooled_view[3]
         total += tl.load(pooled + there, mask=wanted, other=0.0).to(tl.float32)
     to = out + n * out_view[0] + c * out_view[1] + y * out_view[2] + x * out_view[3]
@@ -149,17 +149,14 @@ def _launch(kernel, out, *arguments, **constants):
 def pag_pool(maps, out, offsets, kernel_size, concat, channels_last):
     size = tuple(out.shape[2:])
     windows = [_windows(tuple(each.shape[2:]), size, kernel_size) for each in maps]
-    held, begin = [], 0
-    for each, (_, longest) in zip(maps, windows, strict=True):
-        if kernel_size:
-            held.append(offsets)
-            continue
-        if not is_pooled(each.shape, out.shape):
-            held.append(None)
-            continue
-        bytes = offset_bytes(each.shape, out.shape)
-        held.append(_typed(offsets[begin : begin + bytes], longest))
-        begin += round_up(bytes)
+    if kernel_size:
+        places = [offsets]
+    else:
+        layout, _ = offset_layout([each.shape for each in maps], out.shape)
+        places = [
+            None if place is None else _typed(offsets.narrow(0, *place), longest)
+            for place, (_, longest) in zip(layout, windows, strict=True)
+        ]
     # Under concat each map has a stretch of the output to itself; a sum is of all maps at once.
     groups = [[m] for m in range(len(maps))] if concat else [range(len(maps))]
     channel = 0
@@ -168,10 +165,10 @@ def pag_pool(maps, out, offsets, kernel_size, concat, channels_last):
         channel += to.shape[1]
         _launch(
             _pool, to, tuple(maps[m] for m in group), tuple(tuple(maps[m].stride()) for m in group),
-            tuple(tuple(maps[m].shape[2:]) for m in group), tuple(out if held[m] is None else held[m] for m in group),
+            tuple(tuple(maps[m].shape[2:]) for m in group), tuple(out if places[m] is None else places[m] for m in group),
             to, to.stride(), to.shape[1], *size,
             KERNELS=tuple(windows[m][0] for m in group), LONGEST=tuple(windows[m][1] for m in group),
-            REMEMBERS=tuple(held[m] is not None for m in group), CHANNELS_LAST=channels_last,
+            REMEMBERS=tuple(places[m] is not None for m in group), CHANNELS_LAST=channels_last,
         )  # fmt: skip
 
 

@@ -1,0 +1,201 @@
+"""The gaussian edge map: the public function, its settings, and the op `segops::bal_edge` behind it."""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ...backend import select
+from ..common.checks import check_int, check_number
+from ..common.library import kernel, op, under_functorch
+from . import reference
+from .labels import check_labels, check_result, classes_of
+
+
+def gaussian_edge(
+    labels,
+    num_classes,
+    *,
+    kernel="gaussian",
+    kernel_size=35,
+    sigma=3.0,
+    beta=0.5,
+    downsample=4,
+    normalize=None,
+    ignore_index=255,
+):
+    """The gaussian edge map of a label map: large along the boundaries of classes, largest where several meet.
+
+    Yu, "Semantic Image Segmentation with Pyramid Atrous Convolution and Boundary-aware Loss", Eq. 1 to 3, 5 and 6::
+
+        l_i = [labels == i]                                         a plane per class; ignored pixels belong to none
+        E   = sum over i of [|l_i(y, x) - l_i(y, x + 1) / 2 - l_i(y + 1, x) / 2| > 0]     the last row and column repeat
+        E   = bilinear resize of E, antialiased, to (ceil(H / downsample), ceil(W / downsample))
+        f   = exp(-((x - xc)^2 + (y - yc)^2) / (kernel_size * sigma))      "gaussian", Eq. 5
+              kernel_size - (|x - xc| + |y - yc|)                          "linear", Eq. 6
+              min-max normalised to [0, 1]
+        E_G = bilinear resize of (E * f, zero padding) to (H, W), plus beta
+
+    Args:
+        labels: (N, H, W), int64, int32 or uint8, any strides.
+        num_classes: labels 0 .. num_classes - 1 are classes.
+        kernel: "gaussian" (default) or "linear".
+        kernel_size: odd int >= 1, in pixels of the downsampled map; default 35. 1 does not blur.
+        sigma: of the gaussian, > 0; default 3.0.
+        beta: weight of pixels far from any boundary; default 0.5.
+        downsample: int >= 1, default 4. The blur reaches kernel_size // 2 * downsample pixels.
+        normalize: None (default), the paper's map, whose scale depends on the image; "max": each image's blurred map
+            (E * f, at its downsampled size) is divided by its own maximum before beta is added, E_G is in [beta, 1 + beta];
+            "mean": each image's E_G is divided by its own mean over all pixels, so that a loss weighted by it keeps its scale.
+            An image without edges is beta throughout under "max", 1 throughout under "mean".
+        ignore_index: label of pixels that belong to no class, any int; default 255. Their borders are edges.
+
+    Returns:
+        (N, H, W) float32, without gradient. Deterministic.
+
+    Antialiasing is our reading of the paper's "bilinearly downsampling": without it edges vanish at some offsets.
+
+    Raises:
+        TypeError: labels that are not an integer tensor, settings of the wrong type.
+        ValueError: wrong rank, an empty height or width, even or non-positive kernel_size, sigma <= 0 or so large that the kernel is constant,
+            downsample < 1, unknown kernel or normalize.
+        IndexError: on the CPU, a label outside [0, num_classes) that is not ignore_index; on CUDA such a pixel is treated
+            as ignored, unless the environment has SEGOPS_CHECK_LABELS=1.
+        RuntimeError: a forced backend that cannot run here (see `segops.backend`).
+    """
+    check_labels(labels)
+    check_int("num_classes", num_classes, 1, 2**31 - 1)
+    settings = EdgeSettings(kernel, kernel_size, sigma, beta, downsample, normalize, ignore_index)
+    backend = select("gaussian_edge", labels)
+    if backend == "reference" or under_functorch():
+        return reference.gaussian_edge(classes_of(labels, num_classes, ignore_index), num_classes, settings)
+    return edge_map(labels, num_classes, *settings.arguments(), ignore_index, backend)
+
+
+@dataclass(frozen=True)
+class EdgeSettings:
+    """The settings of `segops.gaussian_edge`, which raise its errors."""
+
+    kernel: str
+    kernel_size: int
+    sigma: float
+    beta: float
+    downsample: int
+    normalize: str | None
+    ignore_index: int
+
+    SCHEMA = "str kernel, int kernel_size, float sigma, float beta, int downsample, str? normalize"
+
+    def __post_init__(self):
+        kernel, kernel_size, sigma = self.kernel, self.kernel_size, self.sigma
+        if kernel not in ("gaussian", "linear"):
+            raise ValueError(f"kernel must be 'gaussian' or 'linear'; got {kernel!r}")
+        check_int("kernel_size", kernel_size, 1)
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd; got {kernel_size}")
+        check_number("sigma", sigma)
+        if sigma <= 0:
+            raise ValueError(f"sigma must be positive; got {sigma}")
+        if kernel == "gaussian" and kernel_size > 1 and math.exp(-2 * (kernel_size // 2) ** 2 / (kernel_size * sigma)) == 1:
+            raise ValueError(f"sigma must be small enough that the kernel is not constant; got {sigma} with size {kernel_size}")
+        check_number("beta", self.beta)
+        check_int("downsample", self.downsample, 1)
+        if self.normalize not in (None, "max", "mean"):
+            raise ValueError(f"normalize must be None, 'max' or 'mean'; got {self.normalize!r}")
+        check_int("ignore_index", self.ignore_index)
+        object.__setattr__(self, "sigma", float(sigma))
+        object.__setattr__(self, "beta", float(self.beta))
+
+    def arguments(self):
+        """Those of SCHEMA."""
+        return self.kernel, self.kernel_size, self.sigma, self.beta, self.downsample, self.normalize
+
+
+# csrc/bal/bal.h says what they compute.
+count_edges = kernel("bal_count_edges(Tensor labels, Tensor(a!) out, SymInt num_classes, int ignore_index) -> ()")
+blur = kernel("bal_blur(Tensor edges, Tensor factors, Tensor(a!) rows, Tensor(b!) out) -> ()")
+
+
+@op(f"bal_edge(Tensor labels, SymInt num_classes, {EdgeSettings.SCHEMA}, int ignore_index, str backend) -> Tensor")
+class edge_map:
+    def empty(labels, **_):
+        return torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
+
+    def fill(out, labels, num_classes, backend, **settings):
+        edge = small_edge(labels, num_classes, EdgeSettings(**settings), backend)
+        if settings["downsample"] == 1:
+            out.copy_(edge)
+        else:
+            torch.ops.aten.upsample_bilinear2d.out(edge[:, None], labels.shape[1:], False, out=out[:, None])
+
+
+def small_edge(labels, num_classes, settings, backend):
+    """E_G before its last upsampling, (N, ceil(H / downsample), ceil(W / downsample)). Upsampling keeps beta, and the mean is of
+    what is upsampled."""
+    n, h, w = labels.shape
+    shape = n, -(-h // settings.downsample), -(-w // settings.downsample)
+    edge = torch.empty(shape, dtype=torch.float32, device=labels.device)
+    if edge.numel() == 0:
+        return edge
+    count_edges(labels.contiguous(), edge, num_classes, settings.ignore_index, backend=backend)
+    check_result(edge, labels, num_classes, settings.ignore_index, backend)
+    if settings.kernel_size > 1:
+        counts, edge, rows = edge, torch.empty_like(edge), edge.new_empty((2, *edge.shape))
+        factors = blur_factors(settings.kernel, settings.kernel_size, settings.sigma, edge.device)
+        blur(counts, factors, rows, edge, backend=backend)
+    if settings.normalize == "max":
+        peak = edge.amax((1, 2), keepdim=True)
+        edge /= peak.where(peak > 0, 1)
+    edge += settings.beta
+    if settings.normalize == "mean":
+        upsampled = F.interpolate(edge[:, None], labels.shape[1:], mode="bilinear", align_corners=False)[:, 0]
+        mean = upsampled.mean((1, 2), keepdim=True)
+        edge = (edge / mean).where(mean != 0, 1)
+    return edge
+
+
+_BLUR_FACTORS = {}
+
+
+def blur_factors(kernel, kernel_size, sigma, device):
+    """(u1, v1, u2, v2), each of kernel_size, with blur_kernel = u1 v1^T + u2 v2^T: both kernels have rank two.
+
+    Made once for each device: also in a CUDA graph's capture, where they are kept from later calls.
+    """
+    settings = kernel, kernel_size, sigma, device
+    if settings in _BLUR_FACTORS:
+        return _BLUR_FACTORS[settings]
+    if device.type != "cuda":
+        return _BLUR_FACTORS.setdefault(settings, _make_blur_factors(*settings))
+    if torch.cuda.is_current_stream_capturing():
+        return _make_blur_factors(*settings)  # memory of the graph's, which nobody writes before it runs
+    # Warming up for a graph, torch.compile has this thread's allocations come from the graph's memory: another thread's do not.
+    with ThreadPoolExecutor(1) as thread:
+        return _BLUR_FACTORS.setdefault(settings, thread.submit(_make_blur_factors_now, *settings).result())
+
+
+def _make_blur_factors_now(*settings):
+    factors = _make_blur_factors(*settings)
+    torch.cuda.current_stream(factors.device).synchronize()  # once: calls may come on any stream
+    return factors
+
+
+def _make_blur_factors(kernel, kernel_size, sigma, device):
+    """Computed where they are used: nothing is copied, which a capture would not allow.
+
+    None is negative, so that the two separable passes lose nothing to cancellation. With g the gaussian on an axis, q its
+    least value and p = g - q, the product g g' less its own least value q^2 is p g' + q p'.
+    """
+    distance = torch.arange(kernel_size, dtype=torch.float64, device=device) - kernel_size // 2
+    ones = torch.ones_like(distance)
+    if kernel == "gaussian":
+        exponent = -(distance**2) / (kernel_size * sigma)
+        g, p = exponent.exp(), exponent.expm1() - exponent[0].expm1()
+        spread = -(2 * exponent[0]).expm1()  # 1 - q^2
+        factors = p / spread, g, g[0] / spread * ones, p
+    else:
+        slope = 0.5 - distance.abs() / (kernel_size - 1)
+        factors = slope, ones, ones, slope
+    return torch.stack(factors).float()

@@ -1,0 +1,29 @@
+"""Bilinear resizing with align_corners=False, in Triton: csrc/common/resize.h gives the mathematics.
+
+Positions are integers, in units of 1 / (2 * out) of a source pixel, so that they are exact.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def source(i, size_in, size_out):
+    """(low, high, weight): output i of a bilinear resize is (1 - weight) * source[low] + weight * source[high]."""
+    at = tl.maximum((2 * i + 1) * size_in - size_out, 0)
+    low = tl.minimum(at // (2 * size_out), size_in - 1)
+    weight = tl.where(low == size_in - 1, 0.0, (at % (2 * size_out)).to(tl.float32) / (2 * size_out))
+    return low, tl.minimum(low + 1, size_in - 1), weight
+
+
+@triton.jit
+def first_output(j, size_in, size_out):
+    """The first output of a bilinear resize whose `low` is at least j."""
+    first = ((2 * j + 1) * size_out + size_in - 1) // (2 * size_in)
+    return tl.where(j <= 0, 0, tl.where(j >= size_in, size_out, first))
+
+
+@triton.jit
+def share_of(j, low, high, weight):
+    """How much of an output comes from source j."""
+    return tl.where(low == j, 1 - weight, 0.0) + tl.where((high == j) & (high != low), weight, 0.0)
