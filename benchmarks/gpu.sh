@@ -15,7 +15,7 @@
 #   --commit HASH      the commit that is measured; by default what git says
 #   --out FOLDER       default benchmarks/results/gpu
 #   --device cpu       rehearse without a GPU: small shapes, five times the seconds; default cuda
-#   --only OP          argmax, bal, pac or pag alone
+#   --only OP          one op alone, as pac
 #   --no-build         do not build first: segops is installed already
 #
 # Runs the python3 on PATH, which needs a CUDA build of torch, setuptools >= 77, pybind11, ninja and
@@ -68,7 +68,9 @@ work=$scratch/$stage
 mkdir "$work"
 names=() failed=() stopped=0
 : > "$work/steps.txt"
-trap stopped=1 INT TERM # ends the current step; the table and the tar are still written
+# Ends the current step; the table and the tar are still written. It kills by itself: between the look at
+# `stopped` and `wait` nobody else would.
+trap 'stopped=1; [[ -z ${!:-} ]] || kill -INT $! 2> /dev/null' INT TERM
 
 export PYTHONUNBUFFERED=1 MAX_JOBS="${MAX_JOBS:-$(nproc)}"
 [[ -z $commit ]] || export SEGOPS_COMMIT=$commit
@@ -156,7 +158,10 @@ case $stage in
     if [[ -n $only ]]; then
       tests tests 75 "tests/$only"
     else
-      tests tests 75 tests/argmax tests/bal tests/pac tests/pag
+      ops=(benchmarks/bench_*.py)
+      ops=("${ops[@]#benchmarks/bench_}")
+      ops=("${ops[@]%.py}")
+      tests tests 75 "${ops[@]/#/tests/}"
       tests tests-models 40 tests/models
     fi
     suite racecheck 25 smoke --backend native --tool racecheck --tiny
