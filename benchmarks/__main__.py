@@ -11,9 +11,9 @@ except ImportError as error:
     raise ImportError("the benchmarks need pytest-benchmark: pip install 'segops[bench]'") from error
 
 from . import measure, report
+from .suites import OPS
 
 HERE = Path(__file__).parent
-OPS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
 
 
 def add_arguments(parser):

@@ -1,14 +1,18 @@
 """Pyramid atrous convolution against plain PyTorch. Run through `python -m benchmarks`, or pytest --benchmark-only."""
 
+import functools
 import itertools
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import segops
+from segops.ops.pac import reference
 
-from . import baselines, measure
+from . import measure, trials
 from .measure import DEVICE, FORMATS
 
 RATES = (1, 3, 5, 7, 9)
@@ -75,8 +79,7 @@ CASES = CUDA_CASES if DEVICE == "cuda" else [
     *CPU_CASES, *(Case(c.shape, c.channels, c.rates, c.merge, bars=(("forward", 0.95), ("full", 0.95))) for c in SWEEP)
 ]  # fmt: skip
 
-# What benchmarks/gpu.sh times; on a CPU, where it is rehearsed, the smallest case.
-HEADLINE = [CUDA_CASES[0], CUDA_CASES[7]] if DEVICE == "cuda" else [Case((1, 16, 9, 9), 8)]
+HEADLINE = measure.Headline([CUDA_CASES[0], CUDA_CASES[7]] if DEVICE == "cuda" else [Case((1, 16, 9, 9), 8)], slow=True)
 
 
 def implementations(case):
@@ -84,6 +87,28 @@ def implementations(case):
     return measure.on_backends(
         lambda input, weight: segops.pyramid_atrous_conv2d(input, weight, rates=case.rates, merge=case.merge)
     )
+
+
+def plain(rates, merge):
+    """{name: function} of what a user would write without segops: plain PyTorch in the memory format of its arguments, the same factorisation by hand, on a GPU also torch.compile."""
+
+    def eager(input, weight):
+        return reference.pyramid_atrous_conv2d(input, weight, None, rates, merge)
+
+    def handwritten(input, weight):
+        """The factorisation in PyTorch's own ops: one product with all taps, then padded slices added up."""
+        (_, _, h, w), c_out = input.shape, weight.shape[0]
+        reach = max(rates)
+        taps = weight.permute(2, 3, 0, 1).reshape(9 * c_out, -1, 1, 1)
+        planes = F.pad(F.conv2d(input, taps), (reach,) * 4).unflatten(1, (9, c_out))
+        branches = []
+        for rate in rates:
+            shifts = [(reach + rate * dy, reach + rate * dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+            slices = [planes[:, t, :, y : y + h, x : x + w] for t, (y, x) in enumerate(shifts)]
+            branches.append(functools.reduce(torch.add, slices))
+        return functools.reduce(torch.add, branches) if merge == "sum" else torch.cat(branches, 1)
+
+    return measure.with_compile(eager) | {"handwritten": handwritten}
 
 
 def arguments(case, memory_format, seed=0):
@@ -102,11 +127,11 @@ def gate(case):
     small = replace(case, shape=(1, *case.shape[1:]))
     tensors = arguments(small, torch.contiguous_format)
     precise = [t.detach().double().requires_grad_() for t in tensors]
-    eager = baselines.pac(case.rates, case.merge, "cpu")["eager"]
-    truth, plain = (measure.outputs_and_gradients(eager, t) for t in (precise, tensors))
+    eager = plain(case.rates, case.merge)["eager"]
+    truth, expected = (measure.outputs_and_gradients(eager, t) for t in (precise, tensors))
     return max(
         measure.error_over_bound(
-            measure.outputs_and_gradients(function, arguments(small, memory_format)), plain, truth, case.tf32
+            measure.outputs_and_gradients(function, arguments(small, memory_format)), expected, truth, case.tf32
         )
         for function, memory_format in itertools.product(implementations(case).values(), FORMATS.values())
     )
@@ -114,7 +139,7 @@ def gate(case):
 
 def functions(case):
     """{name: function} of segops and its baselines."""
-    return {**implementations(case), **baselines.pac(case.rates, case.merge, DEVICE)}
+    return {**implementations(case), **plain(case.rates, case.merge)}
 
 
 def calls(case, kind, functions):
@@ -136,6 +161,24 @@ def floor(case, kind):
         planes = 2 * n * h * w * 9 * min(c_in, case.channels) * torch.empty((), dtype=case.dtype).element_size()
         milliseconds += planes / measure.copy_rate(DEVICE) * 1e3
     return (1 if kind == "forward" else 3) * milliseconds
+
+
+# What benchmarks/gpu.sh tries first: functions of a `trials.Setup` that return the error over its bound.
+
+
+def pac_trial(widening, merge, setup):
+    n, c, h, w = setup.shape
+    c_in, c_out = (c, 2 * c) if widening else (2 * c, c)
+    bias = torch.linspace(-1, 1, c_out).to(setup.dtype).requires_grad_()
+    tensors = [setup.map(n, c_in, h, w), setup.map(c_out, c_in, 3, 3, scale=(9 * c_in) ** -0.5), bias]
+    return trials.error(lambda input, weight, bias: segops.pyramid_atrous_conv2d(input, weight, bias, merge=merge), tensors)
+
+
+TRIALS = {
+    "sum": partial(pac_trial, False, "sum"),
+    "sum, more filters than channels": partial(pac_trial, True, "sum"),
+    "concat": partial(pac_trial, True, "concat"),
+}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

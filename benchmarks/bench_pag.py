@@ -1,17 +1,20 @@
 """The partial-attention gate, and pooling with unpooling, against plain PyTorch. Run through `python -m benchmarks`, or pytest
 --benchmark-only."""
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import segops
 from segops.ops.pag import reference
 
-from . import baselines, measure
+from . import measure, trials
 from .measure import DEVICE, FORMATS
 
 
@@ -64,9 +67,9 @@ CUDA_CASES = [
     )
 ]
 CASES = CUDA_CASES if DEVICE == "cuda" else CPU_CASES
-# What benchmarks/gpu.sh times, gates first; on a CPU, where it is rehearsed, the smallest cases.
+# What is rehearsed on a CPU: a gate first.
 SMALL = [Case(((2, 3, 4, 5), (2, 4, 8, 10))), Case(((2, 3, 7, 8),), kernel_size=2)]
-HEADLINE = [*CUDA_CASES[:3], CUDA_CASES[6]] if DEVICE == "cuda" else SMALL
+HEADLINE = measure.Headline([*CUDA_CASES[:3], CUDA_CASES[6]] if DEVICE == "cuda" else SMALL, few=(0, -1))
 
 
 def implementations(case):
@@ -82,11 +85,41 @@ def implementations(case):
     return measure.on_backends(attend if case.kernel_size is None else pool_and_unpool)
 
 
+def plain_gate(merge):
+    """The partial-attention gate: a pooling for each map that is larger than the decoder's, then cat, or a sum."""
+
+    def eager(decoder, *encoders):
+        pooled = [_pooled(encoder, decoder.shape[2:]) for encoder in encoders]
+        return torch.cat([decoder, *pooled], 1) if merge == "concat" else functools.reduce(torch.add, pooled, decoder)
+
+    return measure.with_compile(eager)
+
+
+def plain_unpool(kernel_size):
+    """Pooling, and unpooling to where the maxima lay: with indices of eight bytes."""
+
+    def eager(input):
+        pooled, indices = F.max_pool2d(input, kernel_size, ceil_mode=True, return_indices=True)
+        return F.max_unpool2d(pooled, indices, kernel_size, output_size=input.shape[2:])
+
+    return measure.with_compile(eager)
+
+
+def _pooled(encoder, size):
+    """The map max-pooled to the size, by the fastest of PyTorch's ways."""
+    (height, width), (h, w) = encoder.shape[2:], size
+    if (height, width) == (h, w):
+        return encoder
+    if height % h or width % w:
+        return F.adaptive_max_pool2d(encoder, size)
+    return F.max_pool2d(encoder, (height // h, width // w))
+
+
 def plain(case):
     """{name: function} of the baselines."""
     if case.kernel_size is None:
-        return baselines.pag(case.merge, DEVICE)
-    return baselines.pag_unpool(case.kernel_size, DEVICE)
+        return plain_gate(case.merge)
+    return plain_unpool(case.kernel_size)
 
 
 def arguments(case, seed=0):
@@ -171,6 +204,50 @@ def bars(case, kind, baselines, best):
     if case.bar is None or kind == "forward":
         return {}
     return {name: (case.bar if name == best else None, None, KEPT if name == "eager" else None) for name in baselines}
+
+
+# What benchmarks/gpu.sh tries first: functions of a `trials.Setup` that return the error over its bound.
+
+
+def gate_trial(merge, adaptive, setup):
+    n, c, h, w = setup.shape
+    if adaptive:
+        sizes = [(h, w), (2 * h + 1, 3 * w - 1), (h + 2, w + 1)]
+    else:
+        sizes = [(h, w), (2 * h, 4 * w), (h, w), (h // 2, w // 2)]  # the last one is off
+    maps = [setup.map(n, c, *size) for size in sizes]
+    if not adaptive:
+        maps[-1].requires_grad_(False)
+    return trials.error(lambda decoder, *encoders: segops.partial_attention_gate(decoder, encoders, merge=merge), maps)
+
+
+def pool_trial(kernel_size, setup):
+    n, c, h, w = setup.shape
+    tensors = [setup.map(n, c, 2 * h + 1, 2 * w - 1)]
+    return max(
+        trials.error(lambda input: segops.max_pool2d_with_offsets(input, kernel_size)[0], tensors),
+        trials.mismatch(lambda input: segops.max_pool2d_with_offsets(input, kernel_size)[1], tensors),
+    )
+
+
+def unpool_trial(kernel_size, setup):
+    n, c, h, w = setup.shape
+    size = 2 * h + 1, 2 * w - 1
+    with segops.backend("reference"):
+        pooled, offsets = segops.max_pool2d_with_offsets(setup.map(n, c, *size).detach(), kernel_size)
+    tensors = [pooled.requires_grad_(), offsets]
+    return trials.error(lambda pooled, offsets: segops.max_unpool2d_with_offsets(pooled, offsets, kernel_size, size), tensors)
+
+
+TRIALS = {
+    "gate concat": partial(gate_trial, "concat", False),
+    "gate sum": partial(gate_trial, "sum", False),
+    "gate concat, adaptive windows": partial(gate_trial, "concat", True),
+    "gate sum, adaptive windows": partial(gate_trial, "sum", True),
+    "pool 2": partial(pool_trial, 2),
+    "pool 3x2": partial(pool_trial, (3, 2)),
+    "unpool 2": partial(unpool_trial, 2),
+}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

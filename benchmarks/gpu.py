@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import report
+from .suites import OPS
 
 MARK = "\x1e"  # begins a message from child to parent
 SUITES = {  # name: module, function of the options that gives its cases
@@ -372,7 +373,7 @@ def main():
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default cuda")
     parser.add_argument("--backend", choices=("native", "triton"), help="of segops; default as SEGOPS_BACKEND says")
     parser.add_argument("--tool", choices=(*SANITIZERS, "ncu"), help="what to run the cases under")
-    parser.add_argument("--only", metavar="OP", help="the cases of this op alone: argmax, bal, pac or pag")
+    parser.add_argument("--only", metavar="OP", choices=OPS, help="the cases of this op alone")
     parser.add_argument("--tiny", action="store_true", help="the smallest shapes")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the cases, default 1")
     for name, kind in (("--child", {"action": "store_true"}), ("--worker", {"type": int}), ("--start", {"type": int})):

@@ -68,8 +68,8 @@ work=$scratch/$stage
 mkdir "$work"
 names=() failed=() stopped=0
 : > "$work/steps.txt"
-# Ends the current step; the table and the tar are still written. It kills by itself: between the look at
-# `stopped` and `wait` nobody else would.
+# Ends the current step; the table and the tar are still written. It kills by itself, as nobody else would
+# between the look at `stopped` and `wait`.
 trap 'stopped=1; [[ -z ${!:-} ]] || kill -INT $! 2> /dev/null' INT TERM
 
 export PYTHONUNBUFFERED=1 MAX_JOBS="${MAX_JOBS:-$(nproc)}"
@@ -100,8 +100,12 @@ step() { # step NAME SECONDS COMMAND...: runs it for at most that long, or as lo
     set +m
     ((!stopped)) && wait "$running" || status=$?
     if ((stopped)); then
-      kill -INT "$running" 2> /dev/null
-      wait "$running"
+      while kill -INT "$running" 2> /dev/null; do # once more if it was still a copy of this shell, which loses signals
+        for ((i = 0; i < 100; ++i)); do
+          sleep 0.1
+          kill -0 "$running" 2> /dev/null || break
+        done
+      done
       verdict='FAILED: stopped'
     elif ((status == 0)); then
       verdict=passed

@@ -13,7 +13,7 @@ import torchvision
 import segops
 from segops.backend import requested
 
-from . import baselines, bench_bal, measure
+from . import bench_bal, measure
 from .gpu import Case
 from .measure import DEVICE
 
@@ -39,7 +39,7 @@ def deeplabv3():
     model = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=CLASSES)
 
     def loss(images, labels):
-        return F.cross_entropy(model(images)["out"], labels, ignore_index=baselines.VOID)
+        return F.cross_entropy(model(images)["out"], labels, ignore_index=bench_bal.VOID)
 
     return model, loss
 

@@ -8,6 +8,7 @@ import random
 import statistics
 import subprocess
 import time
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -22,6 +23,17 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 SECONDS = {"cpu": 1.0, "cuda": 0.3}  # that a function is timed for; a GPU varies less
 PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices of `product_rate`
 COPY_SIZE = {"cpu": 2**26, "cuda": 2**28}  # elements that `copy_rate` copies
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What benchmarks/gpu.sh times of an op; on a CPU, where it is rehearsed, something small."""
+
+    cases: list
+    few: tuple = (0,)  # of the cases, those that stand for the op where one takes long
+    eager: str = "eager"  # the best baseline without torch.compile
+    kinds: tuple = ("forward", "full")
+    slow: bool = False  # cuDNN's autotuning takes seconds: such ops come last
 
 
 def synchronise():
@@ -53,6 +65,14 @@ def on_backends(function):
     if DEVICE == "cuda" and requested() == "auto":
         return {"segops": function, "segops triton": on_triton}
     return {"segops": function}
+
+
+def with_compile(eager):
+    """{name: function} of a baseline, on a GPU also as torch.compile has it: a CPU calls the same ops, and compiles for half a minute."""
+    baselines = {"eager": eager}
+    if DEVICE == "cuda":
+        baselines["compile"] = torch.compile(eager, dynamic=False)
+    return baselines
 
 
 def timed_call(function, tensors, kind):

@@ -17,15 +17,21 @@
 import importlib
 from importlib.metadata import version
 
-from . import nn
-from .backend import backend
-from .ops.argmax.op import upsample_argmax
-from .ops.bal.edge import gaussian_edge
-from .ops.bal.op import boundary_aware_loss, upsample_cross_entropy
-from .ops.pac.op import pyramid_atrous_conv2d
-from .ops.pag.op import max_pool2d_with_offsets, max_unpool2d_with_offsets, partial_attention_gate
+from . import nn as nn
+from .backend import backend as backend
+from .ops.argmax.op import upsample_argmax as upsample_argmax
+from .ops.bal.edge import gaussian_edge as gaussian_edge
+from .ops.bal.op import boundary_aware_loss as boundary_aware_loss
+from .ops.bal.op import upsample_cross_entropy as upsample_cross_entropy
+from .ops.pac.op import pyramid_atrous_conv2d as pyramid_atrous_conv2d
+from .ops.pag.op import max_pool2d_with_offsets as max_pool2d_with_offsets
+from .ops.pag.op import max_unpool2d_with_offsets as max_unpool2d_with_offsets
+from .ops.pag.op import partial_attention_gate as partial_attention_gate
 
 __version__ = version("segops")
+
+_OPS = [name for name, value in globals().items() if getattr(value, "__module__", "").startswith("segops.ops.")]
+__all__ = ["__version__", "backend", "nn", *_OPS]
 
 
 def __getattr__(name):
@@ -33,18 +39,3 @@ def __getattr__(name):
     if name in ("models", "train"):
         return importlib.import_module(f"segops.{name}")
     raise AttributeError(f"module 'segops' has no attribute {name!r}")
-
-
-__all__ = [
-    "__version__",
-    "backend",
-    "boundary_aware_loss",
-    "gaussian_edge",
-    "max_pool2d_with_offsets",
-    "max_unpool2d_with_offsets",
-    "nn",
-    "partial_attention_gate",
-    "pyramid_atrous_conv2d",
-    "upsample_argmax",
-    "upsample_cross_entropy",
-]

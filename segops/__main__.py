@@ -12,9 +12,6 @@ import segops
 
 from .backend import ORDER, build_info, requested, why_not
 
-# The public functions that are ops.
-OPS = [name for name in segops.__all__ if getattr(getattr(segops, name), "__module__", "").startswith("segops.ops.")]
-
 
 def describe_build(info):
     """A binary's build_info() as lines, or why there is none."""
@@ -45,7 +42,7 @@ def info():
         able = [name for name in ORDER if reasons[name] is None]
         chosen = able[0] if requested() == "auto" else requested()
         print(label)
-        for op in OPS:
+        for op in segops._OPS:
             print(f"    {op}: {chosen}" + ("" if chosen in able else f" CANNOT RUN: {reasons[chosen]}"))
         for name in ORDER:
             print(f"    {name:<10} {reasons[name] or 'available'}")

@@ -1,6 +1,7 @@
-"""Compiling Triton kernels to machine code for GPUs that need not be here. In processes of their own, tests/OP/compile_triton.py:
-the interpreter, under which the other tests run, replaces parts of Triton."""
+"""Compiling Triton kernels to machine code for GPUs that need not be here: `python -m tests.compile_triton MODULE CLASS`, a contract.
+In a process of its own: the interpreter, under which the other tests run, replaces parts of Triton."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -19,9 +20,15 @@ def compile_for(kernel, capability, types, constants):
     print(kernel.__name__, capability, len(compiled.asm["cubin"]), "bytes,", compiled.metadata.shared, "shared")
 
 
-def assert_compiles(script):
-    """Runs a script that calls `compile_for` and then prints "compiled"."""
+def assert_compiles(contract):
+    """That what the contract's COMPILATIONS yields compiles."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", script]
+    command = [sys.executable, "-m", __name__, contract.__module__, contract.__name__]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == 0 and "compiled" in done.stdout, done.stdout
+    assert done.returncode == 0 and " bytes, " in done.stdout, done.stdout
+
+
+if __name__ == "__main__":
+    _, module, name = sys.argv
+    for kernel, capability, types, constants in getattr(importlib.import_module(module), name).COMPILATIONS():
+        compile_for(kernel, capability, types, constants)

@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 import segops
 
 from .accuracy import relative_error
+from .compile_triton import assert_compiles
 from .layouts import guarded, in_format, views
-from .targets import CUDA, INTERPRETED, fast_implementations, fast_targets, native_and_reference, on_a_gpu, on_native
+from .targets import CUDA, INTERPRETED, TRITON, fast_implementations, fast_targets, native_and_reference, on_a_gpu, on_native
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,9 @@ class Contract:
     EXPORTS: dict[str, Export]
     OPCHECKS: dict[str, Callable]  # (device, backend): yields an op of segops and its arguments
     KERNELS: Callable  # (device): yields a kernel and its arguments
+    COMPILATIONS: (
+        Callable  # (): yields a Triton kernel and how it is compiled for a GPU, as `compile_triton.compile_for` takes it
+    )
     ERRORS: list  # of (call, error, message)
     COMPILED_ERRORS: tuple  # tensors, and such a list of calls that take them
 
@@ -155,6 +159,12 @@ class Contract:
     def test_opcheck_of_the_kernels(self, device):
         for kernel, arguments in type(self).KERNELS(device):
             torch.library.opcheck(kernel, arguments)
+
+    @TRITON
+    def test_triton_kernels_compile(self):
+        """For GPUs, also on a machine that has none."""
+        pytest.importorskip("triton")
+        assert_compiles(type(self))
 
     @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
     @on_native

@@ -6,6 +6,7 @@ import segops
 from segops.ops.bal.edge import blur_factors
 
 from ..contract import Contract, Export, Use
+from .compile_triton import compilations
 from .conftest import draw_labels
 
 SIZES = (((2, 5, 2, 3), (5, 7)), ((3, 5, 3, 4), (8, 6)), ((1, 5, 4, 5), (4, 5)))
@@ -134,6 +135,7 @@ class TestBoundaryAwareLoss(Contract):
         "uint8, per pixel": opcheck_of(torch.uint8, True),
     }
     KERNELS = kernels
+    COMPILATIONS = compilations
     ERRORS = [
         (lambda: edge(L.float(), 5), TypeError, r"labels must be int64, int32 or uint8; got torch\.float32"),
         (lambda: edge(L.bool(), 5), TypeError, r"labels must be int64, int32 or uint8; got torch\.bool"),

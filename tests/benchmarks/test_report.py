@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import segops
-from benchmarks import baselines, bench_argmax, bench_bal, bench_pac, bench_pag, measure, report
+from benchmarks import bench_argmax, bench_bal, bench_pac, bench_pag, measure, report
 
 PAC = bench_pac.Case((1, 64, 9, 9), 64)
 BAL = bench_bal.Case((1, 5, 9, 11), (40, 43))
@@ -116,11 +116,11 @@ def test_switches_of_the_timed_gates_are_on(case):
 
 
 @pytest.mark.parametrize("case", BALS, ids=str)
-@pytest.mark.parametrize("name", baselines.bal(measure.DEVICE))
+@pytest.mark.parametrize("name", bench_bal.plain())
 def test_baselines_compute_the_loss(case, name):
     logits, labels = bench_bal.arguments(case)
     truth = measure.outputs_and_gradients(bench_bal.float64_loss, (logits.detach().double().requires_grad_(), labels))
-    values = measure.outputs_and_gradients(baselines.bal(measure.DEVICE)[name], (logits, labels))
+    values = measure.outputs_and_gradients(bench_bal.plain()[name], (logits, labels))
     for value, expected in zip(values, truth, strict=True):
         assert measure.relative_error(value, expected) < (1e-5 if value.dtype == torch.float32 else 4e-3)
 
@@ -129,7 +129,7 @@ def test_label_maps():
     labels = bench_bal.label_maps(2, 21, (129, 200), seed=0)
     assert torch.equal(labels, bench_bal.label_maps(2, 21, (129, 200), seed=0))
     assert not torch.equal(labels, bench_bal.label_maps(2, 21, (129, 200), seed=1))
-    void = labels == baselines.VOID
+    void = labels == bench_bal.VOID
     assert labels.shape == (2, 129, 200) and labels[~void].max() < 21 and 0.01 < void.double().mean() < 0.3
 
 
@@ -154,8 +154,8 @@ def test_kept_memory():
     with torch.no_grad():
         assert measure.kept_memory(lambda x: x.exp().sin(), [x]) == 0
     # An index takes eight bytes.
-    assert measure.kept_memory(baselines.pag("concat", "cpu")["eager"], bench_pag.arguments(PAG)) == 8 * 2 * 4 * 4 * 5
-    assert measure.kept_memory(baselines.pag_unpool(2, "cpu")["eager"], bench_pag.arguments(UNPOOL)) == 8 * 2 * 3 * 4 * 4
+    assert measure.kept_memory(bench_pag.plain_gate("concat")["eager"], bench_pag.arguments(PAG)) == 8 * 2 * 4 * 4 * 5
+    assert measure.kept_memory(bench_pag.plain_unpool(2)["eager"], bench_pag.arguments(UNPOOL)) == 8 * 2 * 3 * 4 * 4
 
 
 def test_bars_hold_beside_the_best_baseline_and_eager():

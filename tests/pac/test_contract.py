@@ -5,6 +5,7 @@ import torch
 import segops
 
 from ..contract import Contract, Export, Use
+from .compile_triton import compilations
 from .conftest import Case
 
 X, W, B = torch.randn(2, 24, 9, 10), torch.randn(20, 24, 3, 3), torch.randn(20)
@@ -73,6 +74,7 @@ class TestPyramidAtrousConv2d(Contract):
         "concat": opcheck_of(True, 20, "concat"),
     }
     KERNELS = kernels
+    COMPILATIONS = compilations
     ERRORS = [
         (lambda: pac(X[0], W), ValueError, r"input must have shape \(N, Cin, H, W\); got \(24, 9, 10\)"),
         (lambda: pac(X, W[0]), ValueError, r"weight must have shape .* got \(24, 3, 3\)"),

@@ -1,7 +1,4 @@
-"""Compiles the kernels of the gate and of pooling; run by tests/test_triton.py."""
-
-from segops.ops.pag import triton_kernels
-from tests.compile_triton import compile_for
+"""What is compiled of the kernels of the gate and of pooling."""
 
 VIEW, SIZE = ("i64",) * 4, ("i32",) * 2
 
@@ -23,23 +20,28 @@ def of_maps(kernels, longest, value="fp32", offset="u8"):
 
 # Kernels that divide, an adaptive one (0) with its longest windows, one whose offsets take two bytes.
 EXACT, ADAPTIVE, LARGE = ((2, 4), (2, 4)), ((0, 2), (3, 2)), ((20, 20), (20, 20))
-for channels_last in (False, True):
-    layout = {"CHANNELS_LAST": channels_last}
-    for capability, value in ((80, "fp32"), (90, "fp32"), (90, "bf16"), (90, "fp16")):
-        for kernels, longest in (EXACT, ADAPTIVE):
-            given, constants = of_maps((kernels,), (longest,), value)
-            compile_for(triton_kernels._pool, capability, given, constants | layout)
-            holders = tuple(1 if kernel else 2 for kernel in kernels)
-            constants = {"KERNEL": kernels, "LONGEST": longest, "HOLDERS": holders, "ELEMENTS": 512} | layout
-            compile_for(triton_kernels._scatter, capability, types(value), constants)
-            compile_for(triton_kernels._gather, capability, types(value), constants)
-    given, constants = of_maps(((1, 1), *(kernels for kernels, _ in (EXACT, ADAPTIVE))), ((1, 1), (2, 4), (3, 2)))
-    compile_for(triton_kernels._pool, 90, given, constants | layout)  # a sum
-    given, constants = of_maps(LARGE[:1], LARGE[1:], offset="u16")
-    compile_for(triton_kernels._pool, 90, given, constants | layout)
-    constants = {"KERNEL": LARGE[0], "LONGEST": LARGE[1], "HOLDERS": (1, 1), "ELEMENTS": 512} | layout
-    # Triton turns an argument that is 1 into a constant.
-    narrow = {"channels": 1, "height": 1, "width": 1, "windows_y": 1, "windows_x": 1, "input_height": 1, "input_width": 1}
-    compile_for(triton_kernels._scatter, 90, types(offset="u16"), constants | narrow)
-    compile_for(triton_kernels._gather, 90, types(offset="u16"), constants | narrow)
-print("compiled")
+
+
+def compilations():
+    """(kernel, capability, types, constants) for `tests.compile_triton.compile_for`."""
+    from segops.ops.pag import triton_kernels
+
+    for channels_last in (False, True):
+        layout = {"CHANNELS_LAST": channels_last}
+        for capability, value in ((80, "fp32"), (90, "fp32"), (90, "bf16"), (90, "fp16")):
+            for kernels, longest in (EXACT, ADAPTIVE):
+                given, constants = of_maps((kernels,), (longest,), value)
+                yield triton_kernels._pool, capability, given, constants | layout
+                holders = tuple(1 if kernel else 2 for kernel in kernels)
+                constants = {"KERNEL": kernels, "LONGEST": longest, "HOLDERS": holders, "ELEMENTS": 512} | layout
+                yield triton_kernels._scatter, capability, types(value), constants
+                yield triton_kernels._gather, capability, types(value), constants
+        given, constants = of_maps(((1, 1), *(kernels for kernels, _ in (EXACT, ADAPTIVE))), ((1, 1), (2, 4), (3, 2)))
+        yield triton_kernels._pool, 90, given, constants | layout  # a sum
+        given, constants = of_maps(LARGE[:1], LARGE[1:], offset="u16")
+        yield triton_kernels._pool, 90, given, constants | layout
+        constants = {"KERNEL": LARGE[0], "LONGEST": LARGE[1], "HOLDERS": (1, 1), "ELEMENTS": 512} | layout
+        # Triton turns an argument that is 1 into a constant.
+        narrow = {"channels": 1, "height": 1, "width": 1, "windows_y": 1, "windows_x": 1, "input_height": 1, "input_width": 1}
+        yield triton_kernels._scatter, 90, types(offset="u16"), constants | narrow
+        yield triton_kernels._gather, 90, types(offset="u16"), constants | narrow

@@ -8,6 +8,7 @@ import segops
 from segops.ops.pag.windows import offset_layout
 
 from ..contract import Contract, Export, Use
+from .compile_triton import compilations
 from .conftest import Case, Pooling, draw
 
 
@@ -253,6 +254,7 @@ class TestPartialAttentionGate(Contract):
         "pooling by 3x2, channels_last": opcheck_of_pooling((3, 2), True),
     }
     KERNELS = kernels
+    COMPILATIONS = compilations
     ERRORS = [
         (lambda: gates(D, [E], merge="mean"), ValueError, "merge must be 'concat' or 'sum'; got 'mean'"),
         (lambda: gates(D, [E], merge=None), ValueError, "merge must be 'concat' or 'sum'; got None"),

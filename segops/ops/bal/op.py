@@ -253,8 +253,6 @@ class cross_entropy_grad:
         return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device, memory_format=memory_format(logits))
 
     def fill(out, grad, logits, labels, class_weight, coefficients, ignore_index, backend):
-        if labels.numel() == 0:
-            return
         wide = _logits(logits, backend)
         written = out if out.dtype == wide.dtype else torch.empty_like(out, dtype=wide.dtype)
         softmax_grad(

@@ -36,7 +36,8 @@ def op(schema):
     """Declares an op by a class of plain functions, which take the schema's arguments by name:
 
         empty(...)                       the results, not filled yet: what tracing sees is what running allocates
-        fill(out, ...)                   computes them, outside autocast, on the backend that the argument of that name says
+        fill(out, ...)                   computes them, unless they are empty, on the backend that the argument of that name says;
+                                         autocast is off there
         setup_context(ctx, out, ...)     as of `torch.autograd.Function`: what backward needs
         backward(ctx, *grads)            the gradients of the first arguments, a tuple; the others have none
 
@@ -54,8 +55,9 @@ def op(schema):
         def run(*arguments):
             arguments = named(arguments)
             out = functions.empty(**arguments)
-            with full_precision(arguments[names[0]]):
-                functions.fill(out, **arguments)
+            if any(each.numel() for each in (out if isinstance(out, tuple) else (out,))):
+                with full_precision(arguments[names[0]]):
+                    functions.fill(out, **arguments)
             return out
 
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")

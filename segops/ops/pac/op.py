@@ -215,8 +215,8 @@ def _groups(rates, merge):
 
 
 def _is_zero(out, *factors):
-    """Whether there is nothing to sum up; then `out`, which may have elements all the same, is filled with zeros."""
-    if out.numel() and all(factor.numel() for factor in factors):
-        return False
-    out.zero_()
-    return True
+    """Whether there is nothing to sum up; then `out` is filled with zeros."""
+    empty = any(factor.numel() == 0 for factor in factors)
+    if empty:
+        out.zero_()
+    return empty

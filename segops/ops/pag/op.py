@@ -237,8 +237,6 @@ class pag:
 
     def fill(out, decoder, encoders, merge, channels_last, backend):
         out, offsets = out
-        if out.numel() == 0:
-            return
         maps = [_readable(each, channels_last) for each in (decoder, *encoders)]
         pool(maps, out, offsets, [], merge == "concat", channels_last, backend=backend)
         layout, _ = offset_layout([each.shape for each in encoders], decoder.shape)
@@ -278,8 +276,7 @@ class pag_grad:
         return _empty((*grad.shape[:2], *size), grad, channels_last)
 
     def fill(out, grad, offsets, channels_last, backend, **_):
-        if out.numel():
-            scatter(_readable(grad, channels_last), offsets, out, [], channels_last, backend=backend)
+        scatter(_readable(grad, channels_last), offsets, out, [], channels_last, backend=backend)
 
     backward = no_double_backward("partial_attention_gate")
 
@@ -294,8 +291,7 @@ class pag_max_pool:
 
     def fill(out, input, kernel_size, channels_last, backend):
         pooled, offsets = out
-        if pooled.numel():
-            pool([_readable(input, channels_last)], pooled, offsets, kernel_size, True, channels_last, backend=backend)
+        pool([_readable(input, channels_last)], pooled, offsets, kernel_size, True, channels_last, backend=backend)
 
     def setup_context(ctx, out, input, kernel_size, channels_last, backend):
         _, offsets = out
@@ -316,9 +312,8 @@ class pag_max_unpool:
         return _empty((*pooled.shape[:2], *size), pooled, channels_last)
 
     def fill(out, pooled, offsets, kernel_size, channels_last, backend, **_):
-        if out.numel():
-            offsets = _dense(offsets, channels_last)
-            scatter(_readable(pooled, channels_last), offsets, out, kernel_size, channels_last, backend=backend)
+        offsets = _dense(offsets, channels_last)
+        scatter(_readable(pooled, channels_last), offsets, out, kernel_size, channels_last, backend=backend)
 
     def setup_context(ctx, out, offsets, kernel_size, channels_last, backend, **_):
         ctx.settings = kernel_size, channels_last, backend
@@ -334,9 +329,8 @@ class pag_max_gather:
         return _empty(offsets.shape, input, channels_last)
 
     def fill(out, input, offsets, kernel_size, channels_last, backend):
-        if out.numel():
-            offsets = _dense(offsets, channels_last)
-            gather(_readable(input, channels_last), offsets, out, kernel_size, channels_last, backend=backend)
+        offsets = _dense(offsets, channels_last)
+        gather(_readable(input, channels_last), offsets, out, kernel_size, channels_last, backend=backend)
 
     def setup_context(ctx, out, input, offsets, kernel_size, channels_last, backend):
         ctx.settings = kernel_size, input.shape[2:], channels_last, backend

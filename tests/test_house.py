@@ -1,0 +1,70 @@
+"""The house of CONTRIBUTING.md: an op is one name on every floor, and imports go one way."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+import segops
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {"segops": ROOT / "segops", "segops.models": ROOT / "models", "segops.benchmarks": ROOT / "benchmarks"}
+MODULES = {
+    ".".join([package, *path.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__"): path
+    for package, folder in PACKAGES.items()
+    for path in folder.rglob("*.py")
+}
+OPS = sorted(path.parent.name for path in (ROOT / "segops" / "ops").glob("*/op.py"))
+
+
+def imported(module):
+    """The names that a module imports, `package.name` of `from package import name`, wherever it does."""
+    path = MODULES[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            yield from (".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names)
+
+
+def dependencies(module):
+    for name in imported(module):
+        while name and name not in MODULES:
+            name = name.rpartition(".")[0]
+        if name:
+            yield name
+
+
+def test_no_circle_of_imports():
+    graph = {module: {name for name in dependencies(module) if name != module} for module in MODULES}
+    assert sum(map(len, graph.values())) > len(MODULES)
+    graphlib.TopologicalSorter(graph).prepare()  # which raises CycleError with the circle
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_imports_no_other(op):
+    own = [module for module in MODULES if module.startswith(f"segops.ops.{op}.")]
+    foreign = {name for module in own for name in dependencies(module) if name not in own}
+    assert foreign
+    assert all(name == "segops.backend" or name.startswith("segops.ops.common") for name in foreign), foreign
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_is_one_name_on_every_floor(op):
+    csrc = ROOT / "csrc" / op
+    assert (csrc / f"{op}.h").is_file() and (csrc / f"{op}_cuda.cu").is_file() and [*csrc.glob("*_cpu.cpp")]
+    assert (ROOT / "segops" / "ops" / op / "reference.py").is_file()
+    assert (ROOT / "segops" / "ops" / op / "triton_kernels.py").is_file()
+    assert (ROOT / "tests" / op / f"test_{op}.py").is_file()
+    assert (ROOT / "benchmarks" / f"bench_{op}.py").is_file()
+
+
+def test_models_use_public_names():
+    names = {name for module in MODULES if module.startswith("segops.models.") for name in imported(module)}
+    ours = {name for name in names if name.startswith("segops.") and not name.startswith("segops.models")}
+    modules = {name for name, value in vars(segops.nn).items() if getattr(value, "__module__", "") == "segops.nn"}
+    public = {f"segops.{name}" for name in segops.__all__} | {f"segops.nn.{name}" for name in modules}
+    assert ours and ours <= public, ours - public
