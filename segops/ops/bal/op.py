@@ -211,14 +211,14 @@ def _fill_loss(out, logits, labels, pixel_weight, class_weight, label_smoothing,
 
 def _setup_context(ctx, out, logits, labels, class_weight, ignore_index, backend, **_):
     _, count, coefficients = out
-    ctx.ignore_index, ctx.backend = ignore_index, backend
+    ctx.settings = {"ignore_index": ignore_index, "backend": backend}
     ctx.save_for_backward(logits, labels, class_weight, coefficients)
     ctx.mark_non_differentiable(count, coefficients)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, *_):
-    return (None if grad is None else cross_entropy_grad(grad, *ctx.saved_tensors, ctx.ignore_index, ctx.backend),)
+    return (None if grad is None else cross_entropy_grad(grad, *ctx.saved_tensors, **ctx.settings),)
 
 
 @op(

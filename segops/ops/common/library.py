@@ -41,7 +41,7 @@ def op(schema):
         setup_context(ctx, out, ...)     as of `torch.autograd.Function`: what backward needs
         backward(ctx, *grads)            the gradients of the first arguments, a tuple; the others have none
 
-    Without the last two the op has no gradient. The class becomes the op itself, called with arguments by position.
+    Without the last two the op has no gradient. The class becomes the op itself.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)

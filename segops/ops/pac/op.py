@@ -141,16 +141,16 @@ class pac:
 
     def setup_context(ctx, out, input, weight, rates, merge, backend, **_):
         ctx.save_for_backward(input, weight)
-        ctx.settings = rates, merge, backend
+        ctx.settings = {"rates": rates, "merge": merge, "backend": backend}
 
     def backward(ctx, grad):
         input, weight = ctx.saved_tensors
-        rates, merge, _ = ctx.settings
+        rates, merge = ctx.settings["rates"], ctx.settings["merge"]
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_input = pac_input_grad(grad, weight, is_channels_last(input), *ctx.settings)
+            grad_input = pac_input_grad(grad, weight, is_channels_last(input), **ctx.settings)
         if ctx.needs_input_grad[1]:
-            grad_weight = pac_weight_grad(grad, input, weight.shape[-1], is_channels_last(weight), *ctx.settings)
+            grad_weight = pac_weight_grad(grad, input, weight.shape[-1], is_channels_last(weight), **ctx.settings)
         if ctx.needs_input_grad[2]:
             # Every branch adds the bias: to the one output of "sum", to its own of "concat".
             total = grad.sum((0, 2, 3), dtype=torch.promote_types(grad.dtype, torch.float32))
@@ -172,15 +172,15 @@ class pac_input_grad:
 
     def setup_context(ctx, out, grad, weight, rates, merge, backend, **_):
         ctx.save_for_backward(grad, weight)
-        ctx.settings = rates, merge, backend
+        ctx.settings = {"rates": rates, "merge": merge, "backend": backend}
 
     def backward(ctx, gg):
         grad, weight = ctx.saved_tensors
         grad_grad = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_grad = pac(gg, weight, None, *ctx.settings)
+            grad_grad = pac(gg, weight, None, **ctx.settings)
         if ctx.needs_input_grad[1]:
-            grad_weight = pac_weight_grad(grad, gg, weight.shape[-1], is_channels_last(weight), *ctx.settings)
+            grad_weight = pac_weight_grad(grad, gg, weight.shape[-1], is_channels_last(weight), **ctx.settings)
         return grad_grad, grad_weight
 
 
@@ -198,15 +198,15 @@ class pac_weight_grad:
 
     def setup_context(ctx, out, grad, input, rates, merge, backend, **_):
         ctx.save_for_backward(grad, input)
-        ctx.settings = rates, merge, backend
+        ctx.settings = {"rates": rates, "merge": merge, "backend": backend}
 
     def backward(ctx, gg):
         grad, input = ctx.saved_tensors
         grad_grad = grad_input = None
         if ctx.needs_input_grad[0]:
-            grad_grad = pac(input, gg, None, *ctx.settings)
+            grad_grad = pac(input, gg, None, **ctx.settings)
         if ctx.needs_input_grad[1]:
-            grad_input = pac_input_grad(grad, gg, is_channels_last(input), *ctx.settings)
+            grad_input = pac_input_grad(grad, gg, is_channels_last(input), **ctx.settings)
         return grad_grad, grad_input
 
 

@@ -247,7 +247,7 @@ class pag:
     def setup_context(ctx, out, decoder, encoders, merge, channels_last, backend):
         _, offsets = out
         ctx.shapes = [each.shape for each in (decoder, *encoders)]
-        ctx.merge, ctx.settings = merge, (channels_last, backend)
+        ctx.merge, ctx.settings = merge, {"channels_last": channels_last, "backend": backend}
         ctx.save_for_backward(offsets)
         ctx.mark_non_differentiable(offsets)
         ctx.set_materialize_grads(False)
@@ -264,7 +264,7 @@ class pag:
             if need:
                 part = grad.narrow(1, channel, shape[1]) if ctx.merge == "concat" else grad
                 if place is not None:
-                    part = pag_grad(part, offsets.narrow(0, *place), shape[2:], *ctx.settings)
+                    part = pag_grad(part, offsets.narrow(0, *place), shape[2:], **ctx.settings)
             grads.append(part)
             channel += shape[1]
         return grads[0], grads[1:]
@@ -295,13 +295,13 @@ class pag_max_pool:
 
     def setup_context(ctx, out, input, kernel_size, channels_last, backend):
         _, offsets = out
-        ctx.settings = kernel_size, input.shape[2:], channels_last, backend
+        ctx.settings = {"kernel_size": kernel_size, "size": input.shape[2:], "channels_last": channels_last, "backend": backend}
         ctx.save_for_backward(offsets)
         ctx.mark_non_differentiable(offsets)
         ctx.set_materialize_grads(False)
 
     def backward(ctx, grad, _):
-        return (None if grad is None else pag_max_unpool(grad, *ctx.saved_tensors, *ctx.settings),)
+        return (None if grad is None else pag_max_unpool(grad, *ctx.saved_tensors, **ctx.settings),)
 
 
 @op(
@@ -316,11 +316,11 @@ class pag_max_unpool:
         scatter(_readable(pooled, channels_last), offsets, out, kernel_size, channels_last, backend=backend)
 
     def setup_context(ctx, out, offsets, kernel_size, channels_last, backend, **_):
-        ctx.settings = kernel_size, channels_last, backend
+        ctx.settings = {"kernel_size": kernel_size, "channels_last": channels_last, "backend": backend}
         ctx.save_for_backward(offsets)
 
     def backward(ctx, grad):
-        return (pag_max_gather(grad, *ctx.saved_tensors, *ctx.settings),)
+        return (pag_max_gather(grad, *ctx.saved_tensors, **ctx.settings),)
 
 
 @op("pag_max_gather(Tensor input, Tensor offsets, int[] kernel_size, bool channels_last, str backend) -> Tensor")
@@ -333,11 +333,11 @@ class pag_max_gather:
         gather(_readable(input, channels_last), offsets, out, kernel_size, channels_last, backend=backend)
 
     def setup_context(ctx, out, input, offsets, kernel_size, channels_last, backend):
-        ctx.settings = kernel_size, input.shape[2:], channels_last, backend
+        ctx.settings = {"kernel_size": kernel_size, "size": input.shape[2:], "channels_last": channels_last, "backend": backend}
         ctx.save_for_backward(offsets)
 
     def backward(ctx, grad):
-        return (pag_max_unpool(grad, *ctx.saved_tensors, *ctx.settings),)
+        return (pag_max_unpool(grad, *ctx.saved_tensors, **ctx.settings),)
 
 
 def _empty(shape, like, channels_last, dtype=None):
