@@ -71,19 +71,17 @@ def version_line(command):
     return next((line for line in lines if "release" in line), lines[0])
 
 
+def sources(suffix):
+    return sorted(path.as_posix() for path in Path("csrc").glob(f"*/*{suffix}"))
+
+
 def cpu_extension():
     import pybind11
     from torch.utils.cpp_extension import CppExtension
 
     return CppExtension(
         "segops._C",
-        [
-            "csrc/bind_cpu.cpp",
-            "csrc/argmax/argmax_cpu.cpp",
-            "csrc/bal/bal_cpu.cpp",
-            "csrc/pac/pac_cpu.cpp",
-            "csrc/pag/pag_cpu.cpp",
-        ],
+        ["csrc/bind_cpu.cpp", *sources("_cpu.cpp")],
         include_dirs=[pybind11.get_include()],  # before torch's own copy, which refuses the stable ABI
         define_macros=definitions(version_line(os.environ.get("CXX", "c++")), CXX_FLAGS),
         extra_compile_args={"cxx": CXX_FLAGS},
@@ -103,13 +101,7 @@ def cuda_extension():
     nvcc = version_line(os.path.join(CUDA_HOME, "bin", "nvcc"))
     return CUDAExtension(
         "segops._C_cuda",
-        [
-            "csrc/bind_cuda.cpp",
-            "csrc/argmax/argmax_cuda.cu",
-            "csrc/bal/bal_cuda.cu",
-            "csrc/pac/pac_cuda.cu",
-            "csrc/pag/pag_cuda.cu",
-        ],
+        ["csrc/bind_cuda.cpp", *sources("_cuda.cu")],
         include_dirs=[pybind11.get_include()],
         define_macros=definitions(nvcc, NVCC_FLAGS, SEGOPS_ARCHITECTURES=built_architectures()),
         extra_compile_args={"cxx": [*CXX_FLAGS, "-DUSE_CUDA"], "nvcc": NVCC_FLAGS},

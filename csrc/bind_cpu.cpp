@@ -1,5 +1,5 @@
-// segops._C: the CPU kernels. Schemas live in Python (segops/*/op.py), implementations at the foot of each kernel's file; this
-// one makes a Python module of them.
+// segops._C: the CPU kernels as a Python module. Schemas live in Python (segops/ops), and
+// each kernel's file registers its implementations at its foot.
 
 #include <pybind11/pybind11.h>
 

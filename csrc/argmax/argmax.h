@@ -1,27 +1,29 @@
 // The largest class of logits that are resized bilinearly as they are read (common/resize.h).
 //
-//   best[n, i, j] = argmax_c logits[n, c, i, j], the lowest class on ties; a NaN is larger than any number. Where the largest
-//   is +infinity or NaN, ~argmax: a negative number.
-//   out[n, y, x]  = the same of the means of the four logits that pixel (y, x) lies between; one that weighs nothing is not
-//   looked at
+//   best[n, i, j] = argmax_c logits[n, c, i, j], the lowest class on ties; a NaN is larger than any
+//                   number. Where the largest is +infinity or NaN, ~argmax: a negative number.
+//   out[n, y, x]  = the same of the means of the four logits that pixel (y, x) lies between; one
+//                   that weighs nothing is not looked at
 //
-// An interpolated logit is a mean of its four corners with weights that all classes share: where one class is the largest at
-// all four, it is the largest everywhere between them, and no other class is looked at. Only the cells that a boundary crosses
-// are computed; and those with a negative best, where a class that is infinite with both signs is NaN in between.
+// An interpolated logit is a mean of its four corners with weights that all classes share: where
+// one class is the largest at all four, it is the largest everywhere between them, and no other
+// class is looked at. Only the cells that a boundary crosses are computed; and those with a
+// negative best, where a class that is infinite with both signs is NaN in between. `best` and `out`
+// are written in full.
 #pragma once
 
 #include "../common/resize.h"
 
-namespace segops {
+namespace segops::argmax {
 
-struct ArgmaxShape {
+struct Shape {
   int64_t images, classes, h, w;  // of the logits
   int64_t height, width;          // of out
 
   bool resized() const { return h != height || w != width; }
 };
 
-inline ArgmaxShape check_argmax(const Tensor& logits, const Tensor& best, const Tensor& out) {
+inline Shape check(const Tensor& logits, const Tensor& best, const Tensor& out) {
   STD_TORCH_CHECK(logits.dim() == 4 && logits.numel() > 0, "argmax_upsample: logits must be (N, C, h, w), not empty");
   STD_TORCH_CHECK(logits.size(1) <= 0x7fffffff, "argmax_upsample: too many classes");
   STD_TORCH_CHECK(
@@ -39,8 +41,4 @@ SEGOPS_HOST_DEVICE inline int32_t class_of_best(int32_t best) {
   return best < 0 ? ~best : best;
 }
 
-// The C++ CPU and CUDA kernels share this signature; `best` and `out` are written in full.
-void argmax_upsample_cpu(Tensor logits, Tensor best, Tensor out);
-void argmax_upsample_cuda(Tensor logits, Tensor best, Tensor out);
-
-}  // namespace segops
+}  // namespace segops::argmax

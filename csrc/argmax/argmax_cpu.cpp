@@ -1,21 +1,22 @@
 // argmax.h on the CPU.
 //
-// An item of work is a row of logits and the output rows between it and the next. Along it, cell by cell: a cell whose four
-// corners agree is filled; in others the classes that can win, those whose largest corner reaches the best of the smallest
-// corners, are interpolated, a vector of pixels at a time.
+// An item of work is a row of logits and the output rows between it and the next, cell by cell. A
+// cell whose four corners agree is filled. In another, a class is skipped if its largest corner is
+// below the largest per-class minimum; the rest are interpolated, a vector of pixels at a time.
 
 #include "argmax.h"
 
 #include "../common/cpu.h"
+#include "../common/resize_cpu.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
-namespace segops {
+namespace segops::argmax {
 namespace {
 
-constexpr int kWidest = 16;  // lanes of a vector: what rows are padded to
+constexpr int kPadding = 16;  // rows are padded to whole vectors of the widest
 
 // Whether a takes the place of b, which came before it.
 template <typename T>
@@ -23,55 +24,28 @@ bool larger(T a, T b) {
   return a > b || (a != a && b == b);
 }
 
-// Integers as wide as T, so that comparing them makes masks for vectors of T.
-template <typename T>
-using Class = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
-
-template <typename T, int bytes>
-constexpr int kLanes = bytes / int(sizeof(T));
-
-int64_t padded(int64_t count) {
-  return (count + kWidest - 1) / kWidest * kWidest;
-}
-
-// One axis: output i lies `weight[i]` beyond source low, and outputs first[j] .. first[j + 1] have low == j.
-template <typename T>
-struct Axis {
-  std::vector<T> weight;
-  std::vector<int64_t> first;
-
-  Axis(int64_t in, int64_t out) : weight(out + kWidest), first(in + 1, out) {
-    for (int64_t i = out - 1; i >= 0; --i) {
-      const Source source = bilinear_source(i, in, double(in) / double(out));
-      weight[i] = T(source.weight);
-      first[source.low] = i;
-    }
-    for (int64_t j = in - 1; j >= 0; --j) first[j] = std::min(first[j], first[j + 1]);  // a source that no output has as low
-  }
-};
-
-// best[x] = the largest class of column x of row (classes, padded w), as argmax.h has it.
+// best[x] = the largest class of column x of row (classes, step), as argmax.h has it.
 template <typename T, int bytes>
 SEGOPS_INLINE void best_of_row(const T* row, int64_t classes, int64_t w, int64_t step, int32_t* best) {
   constexpr int lanes = kLanes<T, bytes>;
   using V = Vec<T, lanes>;
   for (int64_t begin = 0; begin < w; begin += lanes) {
-    typename V::type most = V::load(row + begin), nothing = most * 0;  // `nothing` stays 0 while all is finite
-    typename vector_of<Class<T>, lanes>::type index{};
+    typename V::type largest = V::load(row + begin), zero = largest * 0;  // NaN if a value is not finite
+    typename vector_of<Integer<T>, lanes>::type index{};
     for (int64_t c = 1; c < classes; ++c) {
       const typename V::type value = V::load(row + c * step + begin);
-      index = value > most ? index * 0 + Class<T>(c) : index;
-      most = value > most ? value : most;
-      nothing += value * 0;
+      index = value > largest ? index * 0 + Integer<T>(c) : index;
+      largest = value > largest ? value : largest;
+      zero += value * 0;
     }
     const int64_t end = std::min(begin + lanes, w);
     for (int64_t x = begin; x < end; ++x) {
       best[x] = int32_t(index[x - begin]);
-      if (nothing[x - begin] == 0) continue;
-      int64_t largest = 0;
+      if (zero[x - begin] == 0) continue;
+      int64_t k = 0;
       for (int64_t c = 1; c < classes; ++c)
-        if (larger(row[c * step + x], row[largest * step + x])) largest = c;
-      best[x] = int32_t(row[largest * step + x] <= std::numeric_limits<T>::max() ? largest : ~largest);
+        if (larger(row[c * step + x], row[k * step + x])) k = c;
+      best[x] = int32_t(row[k * step + x] <= std::numeric_limits<T>::max() ? k : ~k);
     }
   }
 }
@@ -84,7 +58,7 @@ struct Pixels {
   bool finite = true;
 
   Pixels(int64_t w, int64_t classes)
-      : classes(classes), step(padded(classes)), values(w * step, std::numeric_limits<T>::lowest()) {}
+      : classes(classes), step(round_up(classes, kPadding)), values(w * step, std::numeric_limits<T>::lowest()) {}
   const T* at(int64_t x) const { return values.data() + x * step; }
 };
 
@@ -96,11 +70,11 @@ struct Candidates {
   };
   std::vector<Corners> corners;
   std::vector<int32_t> classes;
-  std::vector<T> most;  // room for the largest corner of every class
+  std::vector<T> maxima;  // room for the largest corner of every class
   int64_t count = 0;
   bool finite = true;
 
-  explicit Candidates(int64_t all) : corners(all), classes(all), most(padded(all)) {}
+  explicit Candidates(int64_t count) : corners(count), classes(count), maxima(round_up(count, kPadding)) {}
 
   // Between columns j and right of two rows.
   template <int bytes>
@@ -114,14 +88,14 @@ struct Candidates {
       const typename V::type upper = p < q ? p : q, lower = r < s ? r : s, least = upper < lower ? upper : lower;
       floors = least > floors ? least : floors;
       const typename V::type top = p > q ? p : q, bottom = r > s ? r : s;
-      V::store(most.data() + k, top > bottom ? top : bottom);
+      V::store(maxima.data() + k, top > bottom ? top : bottom);
     }
     T floor = floors[0];
     for (int i = 1; i < lanes; ++i) floor = std::max(floor, T(floors[i]));
     finite = above.finite && below.finite;
     count = 0;
     for (int64_t k = 0; k < above.classes; ++k) {
-      if (finite && most[k] < floor) continue;
+      if (finite && maxima[k] < floor) continue;
       corners[count] = {a[k], b[k], c[k], d[k]};
       classes[count++] = int32_t(k);
     }
@@ -155,13 +129,13 @@ SEGOPS_INLINE void fill_cell(const Cell<T>& cell, T* tops) {
     const int64_t count = std::min<int64_t>(lanes, cell.n - x);
     for (int64_t y = 0; y < cell.rows; ++y) {
       const T lower = cell.wy[y], upper = 1 - lower;
-      Value most = V::load(tops) * upper + V::load(tops + lanes) * lower;
-      auto index = typename vector_of<Class<T>, lanes>::type{} + Class<T>(candidates.classes[0]);
+      Value largest = V::load(tops) * upper + V::load(tops + lanes) * lower;
+      auto index = typename vector_of<Integer<T>, lanes>::type{} + Integer<T>(candidates.classes[0]);
       const T* at = tops + 2 * lanes;
       for (int64_t k = 1; k < candidates.count; ++k, at += 2 * lanes) {
         const Value value = V::load(at) * upper + V::load(at + lanes) * lower;
-        index = value > most ? index * 0 + Class<T>(candidates.classes[k]) : index;
-        most = value > most ? value : most;
+        index = value > largest ? index * 0 + Integer<T>(candidates.classes[k]) : index;
+        largest = value > largest ? value : largest;
       }
       int64_t* to = cell.out + y * cell.width + x;
       for (int64_t i = 0; i < count; ++i) to[i] = index[i];
@@ -169,21 +143,21 @@ SEGOPS_INLINE void fill_cell(const Cell<T>& cell, T* tops) {
   }
 }
 
-// The same where a corner is infinite or NaN, pixel by pixel: what weighs nothing is not looked at, as zero times infinity is
-// no number.
+// The same where a corner is infinite or NaN, pixel by pixel: what weighs nothing is not looked at,
+// as zero times infinity is NaN.
 template <typename T>
 void fill_special(const Cell<T>& cell) {
   const auto between = [](T low, T high, T weight) { return weight == 0 ? low : (1 - weight) * low + weight * high; };
   for (int64_t y = 0; y < cell.rows; ++y)
     for (int64_t x = 0; x < cell.n; ++x) {
-      T most = 0;
+      T largest = 0;
       int64_t index = -1;
       for (int64_t k = 0; k < cell.candidates.count; ++k) {
         const auto c = cell.candidates.corners[k];
         const T top = between(c.upper_left, c.upper_right, cell.wx[x]);
         const T value = between(top, between(c.lower_left, c.lower_right, cell.wx[x]), cell.wy[y]);
-        if (index >= 0 && !larger(value, most)) continue;
-        most = value;
+        if (index >= 0 && !larger(value, largest)) continue;
+        largest = value;
         index = cell.candidates.classes[k];
       }
       cell.out[y * cell.width + x] = index;
@@ -195,7 +169,7 @@ struct Rows {
   const Pixels<T>&above, &below;
   const int32_t *best_above, *best_below;  // (w)
   int64_t w;
-  const Axis<T>& columns;
+  const ResizeAxis<T>& columns;
   const T* wy;  // of the output rows
   int64_t rows;
   int64_t* out;
@@ -234,7 +208,6 @@ SEGOPS_INLINE void fill_rows(const Rows<T>& r, Candidates<T>& candidates, T* top
   }
 }
 
-// Plain overloads: templates cannot be multiversioned.
 #define SEGOPS_ARGMAX(target, bytes, T)                                                        \
   target void best_of(const T* row, int64_t classes, int64_t w, int64_t step, int32_t* best) { \
     best_of_row<T, bytes>(row, classes, w, step, best);                                        \
@@ -247,11 +220,11 @@ SEGOPS_WIDTHS(SEGOPS_ARGMAX_OF_ALL)
 #undef SEGOPS_ARGMAX_OF_ALL
 #undef SEGOPS_ARGMAX
 
-// Row i of an image's logits as (classes, step); with pixels side by side in memory a copy per class.
+// Row i of an image's logits as (classes, step); where pixels are contiguous a copy per class.
 template <typename T>
-void read_row(const T* image, const Tensor& logits, int64_t i, int64_t step, T* row) {
-  const int64_t classes = logits.size(1), w = logits.size(3), channel = logits.stride(1), pixel = logits.stride(3);
-  const T* from = image + i * logits.stride(2);
+void read_row(const View<const T>& logits, const Shape& s, int64_t image, int64_t i, int64_t step, T* row) {
+  const T* from = logits.at(image, 0, i, 0);
+  const int64_t classes = s.classes, w = s.w, channel = logits.channel, pixel = logits.pixel;
   if (pixel == 1) {
     for (int64_t c = 0; c < classes; ++c) std::copy_n(from + c * channel, w, row + c * step);
   } else {
@@ -261,9 +234,9 @@ void read_row(const T* image, const Tensor& logits, int64_t i, int64_t step, T* 
 }
 
 template <typename T>
-void read_pixels(const T* image, const Tensor& logits, int64_t i, Pixels<T>& row) {
-  const int64_t w = logits.size(3), channel = logits.stride(1), pixel = logits.stride(3);
-  const T* from = image + i * logits.stride(2);
+void read_pixels(const View<const T>& logits, int64_t image, int64_t i, int64_t w, Pixels<T>& row) {
+  const T* from = logits.at(image, 0, i, 0);
+  const int64_t channel = logits.channel, pixel = logits.pixel;
   bool finite = true;
   for (int64_t x = 0; x < w; ++x) {
     T* to = row.values.data() + x * row.step;
@@ -275,45 +248,40 @@ void read_pixels(const T* image, const Tensor& logits, int64_t i, Pixels<T>& row
   row.finite = finite;
 }
 
-}  // namespace
-
-void argmax_upsample_cpu(Tensor logits, Tensor best, Tensor out) {
-  const ArgmaxShape s = check_argmax(logits, best, out);
-  int32_t* bests = static_cast<int32_t*>(best.mutable_data_ptr());
-  int64_t* to = static_cast<int64_t*>(out.mutable_data_ptr());
+void upsample(Tensor logits, Tensor best, Tensor out) {
+  const Shape s = check(logits, best, out);
+  int32_t* bests = data_of<int32_t>(best);
+  int64_t* to = data_of<int64_t>(out);
   dispatch<float, double>(logits, "argmax_upsample", [&](auto type) {
     using T = decltype(type);
-    const T* data = static_cast<const T*>(logits.const_data_ptr());
-    const int64_t step = padded(s.w), grain = std::max<int64_t>(1, 32768 / (s.classes * s.w));
+    const View<const T> view(logits);
+    const int64_t step = round_up(s.w, kPadding), grain = std::max<int64_t>(1, 32768 / (s.classes * s.w));
     torch::stable::parallel_for(0, s.images * s.h, grain, [&](int64_t begin, int64_t end) {
       std::vector<T> row(s.classes * step);
       for (int64_t r = begin; r < end; ++r) {
-        read_row(data + r / s.h * logits.stride(0), logits, r % s.h, step, row.data());
+        read_row(view, s, r / s.h, r % s.h, step, row.data());
         best_of(row.data(), s.classes, s.w, step, bests + r * s.w);
         if (!s.resized()) std::transform(bests + r * s.w, bests + (r + 1) * s.w, to + r * s.w, class_of_best);
       }
     });
     if (!s.resized()) return;
 
-    const Axis<T> rows(s.h, s.height), columns(s.w, s.width);
+    const ResizeAxis<T> rows(s.h, s.height, s.height), columns(s.w, s.width, s.width + kPadding);
     torch::stable::parallel_for(0, s.images * s.h, 1, [&](int64_t begin, int64_t end) {
       Pixels<T> above(s.w, s.classes), below(s.w, s.classes);
-      std::vector<T> tops(2 * s.classes * kWidest);
+      std::vector<T> tops(2 * s.classes * kPadding);
       Candidates<T> candidates(s.classes);
-      int64_t held = -1;  // what `below` holds
+      int64_t row_below = -1;  // what `below` has been read from
       for (int64_t r = begin; r < end; ++r) {
         const int64_t image = r / s.h, i = r % s.h, next = i + 1 < s.h ? r + 1 : r;
         const int64_t first = rows.first[i], count = rows.first[i + 1] - first;
         if (count == 0) continue;
-        const auto read = [&](int64_t which, Pixels<T>& row) {
-          read_pixels(data + image * logits.stride(0), logits, which % s.h, row);
-        };
-        if (held == r)
+        if (row_below == r)
           std::swap(above, below);
         else
-          read(r, above);
-        read(next, below);
-        held = next;
+          read_pixels(view, image, i, s.w, above);
+        read_pixels(view, image, next % s.h, s.w, below);
+        row_below = next;
         fill(
             {above, below, bests + r * s.w, bests + next * s.w, s.w, columns, rows.weight.data() + first, count,
              to + (image * s.height + first) * s.width, s.width},
@@ -324,7 +292,8 @@ void argmax_upsample_cpu(Tensor logits, Tensor best, Tensor out) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(segops, CPU, m) {
-  m.impl("argmax_upsample", TORCH_BOX(&argmax_upsample_cpu));
+  m.impl("argmax_upsample", TORCH_BOX(&upsample));
 }
 
-}  // namespace segops
+}  // namespace
+}  // namespace segops::argmax

@@ -1,26 +1,12 @@
-// argmax.h on CUDA: a thread per logit position, then a thread per pixel, which looks at classes only where its four corners
-// disagree.
+// argmax.h on CUDA: a thread per logit position, then a thread per pixel, which looks at classes
+// only where its four corners disagree.
 
 #include "argmax.h"
 
 #include "../common/cuda.h"
 
-namespace segops {
+namespace segops::argmax {
 namespace {
-
-template <typename T>
-struct Logits {
-  const T* __restrict__ data;
-  int64_t image, channel, row, pixel;  // strides
-
-  explicit Logits(const Tensor& logits)
-      : data(static_cast<const T*>(logits.const_data_ptr())),
-        image(logits.stride(0)),
-        channel(logits.stride(1)),
-        row(logits.stride(2)),
-        pixel(logits.stride(3)) {}
-  __device__ const T* at(int64_t n, int64_t y, int64_t x) const { return data + n * image + y * row + x * pixel; }
-};
 
 // The largest so far and its class; a NaN is larger than any number, and the first stays.
 struct Largest {
@@ -37,10 +23,10 @@ struct Largest {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    best_kernel(const Logits<T> logits, int classes, int64_t h, int64_t w, int* __restrict__ best, int64_t work) {
+    best_kernel(const View<const T> logits, int classes, int64_t h, int64_t w, int* __restrict__ best, int64_t work) {
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= work) return;
-  const T* at = logits.at(index / w / h, index / w % h, index % w);
+  const T* at = logits.at(index / w / h, 0, index / w % h, index % w);
   Largest largest{widen(*at), 0};
   for (int c = 1; c < classes; ++c) largest.see(widen(at[c * logits.channel]), c);
   best[index] = largest.value < INFINITY ? largest.index : ~largest.index;
@@ -48,7 +34,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) upsample_kernel(
-    const Logits<T> logits, const ArgmaxShape s, double scale_y, double scale_x, const int* __restrict__ best,
+    const View<const T> logits, const Shape s, double scale_y, double scale_x, const int* __restrict__ best,
     int64_t* __restrict__ out, int64_t work) {
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= work) return;
@@ -62,8 +48,8 @@ __global__ void __launch_bounds__(kThreads) upsample_kernel(
     return;
   }
   const float wy = float(y.weight), wx = float(x.weight);
-  const T *a = logits.at(n, y.low, x.low), *b = logits.at(n, y.low, x.high);
-  const T *c = logits.at(n, y.high, x.low), *d = logits.at(n, y.high, x.high);
+  const T *a = logits.at(n, 0, y.low, x.low), *b = logits.at(n, 0, y.low, x.high);
+  const T *c = logits.at(n, 0, y.high, x.low), *d = logits.at(n, 0, y.high, x.high);
   // A logit that weighs nothing is not looked at: zero times infinity is no number.
   const auto between = [](float low, float high, float weight) {
     return weight == 0 ? low : (1 - weight) * low + weight * high;
@@ -84,17 +70,15 @@ __global__ void __launch_bounds__(kThreads)
   if (index < work) out[index] = class_of_best(best[index]);
 }
 
-}  // namespace
-
-void argmax_upsample_cuda(Tensor logits, Tensor best, Tensor out) {
-  const ArgmaxShape s = check_argmax(logits, best, out);
+void upsample(Tensor logits, Tensor best, Tensor out) {
+  const Shape s = check(logits, best, out);
   const CurrentStream stream(logits);
-  int* bests = static_cast<int*>(best.mutable_data_ptr());
-  int64_t* to = static_cast<int64_t*>(out.mutable_data_ptr());
+  int* bests = data_of<int>(best);
+  int64_t* to = data_of<int64_t>(out);
   const int64_t positions = best.numel(), pixels = out.numel();
   dispatch_cuda(logits, "argmax_upsample", [&](auto type) {
     using T = decltype(type);
-    const Logits<T> from(logits);
+    const View<const T> from(logits);
     launch(best_kernel<T>, blocks_for(positions), kThreads, 0, stream, from, int(s.classes), s.h, s.w, bests, positions);
     if (s.resized())
       launch(
@@ -106,7 +90,8 @@ void argmax_upsample_cuda(Tensor logits, Tensor best, Tensor out) {
 }
 
 SEGOPS_CUDA_KERNELS(m) {
-  m.impl("argmax_upsample", TORCH_BOX(&argmax_upsample_cuda));
+  m.impl("argmax_upsample", TORCH_BOX(&upsample));
 }
 
-}  // namespace segops
+}  // namespace
+}  // namespace segops::argmax

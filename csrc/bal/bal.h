@@ -1,31 +1,40 @@
-// The boundary-aware loss: the edge map of the labels, its blur, and a cross entropy that upsamples logits as it reads them.
+// The boundary-aware loss: the edge map of the labels, its blur, and a cross entropy that upsamples
+// logits as it reads them.
 //
-// Resizing is bilinear with align_corners=False: output i lies at source (i + 0.5) * in / out - 0.5, at least 0.
-// A label is a class in [0, classes), `ignore_index`, or wrong. Sums are taken in float32 at least, in a fixed order.
+// Resizing is bilinear: common/resize.h. A label is a class in [0, classes), `ignore_index`, or
+// wrong. Sums are taken in float32 at least, in a fixed order. Outputs are written in full.
 //
-//   count_edges   E[n, y, x] = distinct classes among the pixel and its right and lower neighbours, 0 where all three agree;
-//                 the last row and column repeat. Resized with antialiasing (a triangle of half width in / out) to out's size.
-//                 On the CPU a wrong label makes NaN; on CUDA it counts as ignored.
-//   blur          out = E convolved with u1 v1^T + u2 v2^T, zero padding; factors = (u1, v1, u2, v2).
-//   softmax_loss  with z the logits of the classes at a label pixel (resized bilinearly unless sizes agree), t its label,
-//                 a_c the class weights (1 without), s the label smoothing, w the pixel's weight (resized likewise):
-//                     most = max_c z_c, rest = sum_{c != t} exp(z_c - most), total = rest + exp(z_t - most)
-//                     l_c  = log(total) + (most - z_c), the cross entropy of class c
-//                     loss = w ((1 - s) a_t l_t + s / classes * sum_c a_c l_c), 0 where ignored, NaN where wrong
-//                 totals = (sum of the losses, number of pixels not ignored). And what the gradient needs of each pixel,
-//                 coefficients = (most, all, target) and, with s > 0, each; all but `most` 0 where ignored, NaN where wrong:
-//                     all    = w ((1 - s) a_t + s / classes * sum_c a_c) / total
-//                     target = all exp(z_t - most) - w (1 - s) a_t, by way of `rest`: where z_t is sure they cancel
-//                     each   = w s / classes
-//   softmax_grad  the gradient for the logits of sum(grad * loss); grad is one number or one per pixel:
-//                     d loss / d z_c = (c == t ? target : all exp(z_c - most)) - each a_c
+//   count_edges   E[n, y, x] = distinct classes among the pixel and its right and lower neighbours,
+//                 0 where all three agree; the last row and column repeat. Resized with
+//                 antialiasing (a triangle of half width in / out) to out's size. On the CPU a
+//                 wrong label makes NaN; on CUDA it counts as ignored.
+//   blur          out = E convolved with u1 v1^T + u2 v2^T, zero padding; factors (u1, v1, u2, v2).
+//   softmax_loss  with z the logits of the classes at a label pixel (resized unless sizes agree), t
+//                 its label, a_c the class weights (1 without), s the label smoothing, w the
+//                 pixel's weight (resized likewise):
+//                     max_logit = max_c z_c, rest = sum_{c != t} exp(z_c - max_logit),
+//                     total     = rest + exp(z_t - max_logit)
+//                     l_c  = log(total) + (max_logit - z_c), the cross entropy of class c
+//                     loss = w ((1 - s) a_t l_t + s / classes * sum_c a_c l_c)
+//                 0 where ignored, NaN where wrong. totals = (sum of the losses, number of pixels
+//                 not ignored). And what the gradient needs of each pixel, coefficients =
+//                 (max_logit, grad_scale, target_grad) and, with s > 0, smoothing; all but
+//                 max_logit are 0 where ignored, NaN where wrong:
+//                     grad_scale  = w ((1 - s) a_t + s / classes * sum_c a_c) / total
+//                     target_grad = grad_scale exp(z_t - max_logit) - w (1 - s) a_t, computed from
+//                                   `rest`, as the two cancel where z_t is by far the largest
+//                     smoothing   = w s / classes
+//   softmax_grad  the gradient for the logits of sum(grad * loss), grad one number or one per
+//                 pixel:
+//                     d loss / d z_c = (c == t ? target_grad : grad_scale exp(z_c - max_logit))
+//                                      - smoothing a_c
 #pragma once
 
 #include "../common/resize.h"
 
 #include <cmath>
 
-namespace segops {
+namespace segops::bal {
 
 enum : int { kIgnored = -1, kWrong = -2 };
 
@@ -36,7 +45,26 @@ SEGOPS_HOST_DEVICE inline int class_of(Label label, int64_t classes, int64_t ign
   return int64_t(label) >= 0 && int64_t(label) < classes ? int(label) : kWrong;
 }
 
-// The taps of one output of an antialiased resize: source[first + k], k < count, weighs triangle(k) / their sum.
+struct Labels {
+  const void* data;
+  int bytes;  // of one label
+  int64_t classes, ignore_index;
+
+  Labels(const Tensor& labels, int64_t classes, int64_t ignore_index, const char* op)
+      : data(labels.const_data_ptr()), classes(classes), ignore_index(ignore_index) {
+    const ScalarType type = labels.scalar_type();
+    bytes = type == ScalarType::Long ? 8 : type == ScalarType::Int ? 4 : 1;
+    STD_TORCH_CHECK(bytes > 1 || type == ScalarType::Byte, op, ": labels must be int64, int32 or uint8");
+  }
+  SEGOPS_HOST_DEVICE int at(int64_t i) const {
+    if (bytes == 8) return class_of(static_cast<const int64_t*>(data)[i], classes, ignore_index);
+    if (bytes == 4) return class_of(static_cast<const int32_t*>(data)[i], classes, ignore_index);
+    return class_of(static_cast<const uint8_t*>(data)[i], classes, ignore_index);
+  }
+};
+
+// The taps of one output of an antialiased resize: source[first + k], k < count, weighs
+// triangle(k), over their sum.
 struct Antialias {
   double scale, start;  // source pixels per output, and from the output's centre to the first tap's
   int64_t first, count;
@@ -82,7 +110,7 @@ inline void check_blur(const Tensor& edges, const Tensor& factors, const Tensor&
   STD_TORCH_CHECK(factors.dim() == 2 && factors.size(0) == 4 && factors.size(1) % 2, "bal_blur: factors must be (4, odd)");
 }
 
-// The checks that softmax_loss and softmax_grad share. The coefficients' dtype is the one that is computed in.
+// The checks that softmax_loss and softmax_grad share. They compute in the coefficients' dtype.
 inline LossShape check_loss(
     const char* op, const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& pixel_weight,
     const std::optional<Tensor>& class_weight, const Tensor& coefficients) {
@@ -138,22 +166,4 @@ inline void check_grad(
       "bal_softmax_grad: out must have logits' shape and dtype");
 }
 
-// The C++ CPU and CUDA kernels share these signatures; what is written is written in full.
-void bal_count_edges_cpu(Tensor labels, Tensor out, int64_t classes, int64_t ignore_index);
-void bal_blur_cpu(Tensor edges, Tensor factors, Tensor rows, Tensor out);
-void bal_softmax_loss_cpu(
-    Tensor logits, Tensor labels, std::optional<Tensor> pixel_weight, std::optional<Tensor> class_weight, Tensor coefficients,
-    std::optional<Tensor> loss, Tensor totals, double label_smoothing, int64_t ignore_index);
-void bal_softmax_grad_cpu(
-    Tensor grad, Tensor logits, Tensor labels, std::optional<Tensor> class_weight, Tensor coefficients, Tensor out,
-    int64_t ignore_index);
-void bal_count_edges_cuda(Tensor labels, Tensor out, int64_t classes, int64_t ignore_index);
-void bal_blur_cuda(Tensor edges, Tensor factors, Tensor rows, Tensor out);
-void bal_softmax_loss_cuda(
-    Tensor logits, Tensor labels, std::optional<Tensor> pixel_weight, std::optional<Tensor> class_weight, Tensor coefficients,
-    std::optional<Tensor> loss, Tensor totals, double label_smoothing, int64_t ignore_index);
-void bal_softmax_grad_cuda(
-    Tensor grad, Tensor logits, Tensor labels, std::optional<Tensor> class_weight, Tensor coefficients, Tensor out,
-    int64_t ignore_index);
-
-}  // namespace segops
+}  // namespace segops::bal

@@ -1,9 +1,10 @@
 // The kernels of the boundary-aware loss on CUDA (bal.h says what they compute).
 //
-// The loss gives a thread a column of four label pixels, which mostly lie between the same four logits of a class: these are
-// read once. The gradient gathers: a block owns a row of logits, a few columns of it and a few classes, its threads walk down
-// the label columns that the row reaches, and their sums are then resized along x in shared memory. A pixel's softmax is
-// computed twice, once for each row of logits it lies between, and nothing is added to memory: no atomics.
+// The loss gives a thread a column of four label pixels, which mostly lie between the same four
+// logits of a class: these are read once. The gradient gathers: a block owns a row of logits, a few
+// columns of it and a few classes, its threads walk down the label columns that the row reaches,
+// and their sums are then resized along x in shared memory. A pixel's softmax is computed twice,
+// once for each row of logits it lies between, and nothing is added to memory: no atomics.
 
 #include "../common/cuda.h"
 #include "bal.h"
@@ -11,31 +12,13 @@
 #include <algorithm>
 #include <cfloat>
 
-namespace segops {
+namespace segops::bal {
 namespace {
 
 constexpr int kRows = 4;     // label rows of a thread in the loss
 constexpr int kClasses = 8;  // classes of a block in the gradient
 
-struct Labels {
-  const void* data;
-  int bytes;  // of one label
-  int64_t classes, ignore_index;
-
-  Labels(const Tensor& labels, int64_t classes, int64_t ignore_index, const char* op)
-      : data(labels.const_data_ptr()), classes(classes), ignore_index(ignore_index) {
-    const ScalarType type = labels.scalar_type();
-    bytes = type == ScalarType::Long ? 8 : type == ScalarType::Int ? 4 : 1;
-    STD_TORCH_CHECK(bytes > 1 || type == ScalarType::Byte, op, ": labels must be int64, int32 or uint8");
-  }
-  __device__ int at(int64_t i) const {
-    if (bytes == 8) return class_of(static_cast<const int64_t*>(data)[i], classes, ignore_index);
-    if (bytes == 4) return class_of(static_cast<const int32_t*>(data)[i], classes, ignore_index);
-    return class_of(static_cast<const uint8_t*>(data)[i], classes, ignore_index);
-  }
-};
-
-// ---- edges ----------------------------------------------------------------------------------------------------------
+// ---- edges --------------------------------------------------------------------------------------
 
 __device__ inline float distinct(int a, int b, int c) {
   if (a == b && a == c) return 0;
@@ -110,14 +93,13 @@ __global__ void __launch_bounds__(kThreads) blur_y_kernel(
   out[index] = sum;
 }
 
-// ---- softmax --------------------------------------------------------------------------------------------------------
+// ---- softmax ------------------------------------------------------------------------------------
 
 template <typename T>
 struct Problem {
   LossShape s;
-  bool smoothed;  // the coefficients hold `each`
-  const T* __restrict__ logits;
-  int64_t stride[4];
+  bool smoothed;  // the coefficients hold `smoothing`
+  View<const T> logits;
   Labels labels;
   const float* __restrict__ pixel_weight;
   const float* __restrict__ class_weight;
@@ -130,11 +112,10 @@ struct Problem {
       const char* op)
       : s(s),
         smoothed(coefficients.size(0) == 4),
-        logits(static_cast<const T*>(logits.const_data_ptr())),
-        stride{logits.stride(0), logits.stride(1), logits.stride(2), logits.stride(3)},
+        logits(logits),
         labels(labels, s.classes, ignore_index, op),
-        pixel_weight(pixel_weight ? static_cast<const float*>(pixel_weight->const_data_ptr()) : nullptr),
-        class_weight(class_weight ? static_cast<const float*>(class_weight->const_data_ptr()) : nullptr),
+        pixel_weight(data_of<const float>(pixel_weight)),
+        class_weight(data_of<const float>(class_weight)),
         keep(float(1 - label_smoothing)),
         share(float(label_smoothing / double(s.classes))),
         scale_y(double(s.h) / double(s.height)),
@@ -142,9 +123,7 @@ struct Problem {
         weight_scale_y(double(s.weight_h) / double(s.height)),
         weight_scale_x(double(s.weight_w) / double(s.width)) {}
 
-  __device__ const T* logit(int64_t image, int64_t c, int64_t y, int64_t x) const {
-    return logits + image * stride[0] + c * stride[1] + y * stride[2] + x * stride[3];
-  }
+  __device__ float logit(int64_t image, int64_t c, int64_t y, int64_t x) const { return widen(*logits.at(image, c, y, x)); }
   __device__ float weight_of_class(int64_t c) const { return class_weight ? class_weight[c] : 1.f; }
   __device__ float weight_of_pixel(int64_t image, int64_t y, int64_t x) const {
     if (!pixel_weight) return 1;
@@ -167,7 +146,7 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(
   float sum = 0;
   int valid = 0;
   if (index < work) {
-    const int64_t x = index % s.width, groups = (s.height + kRows - 1) / kRows;
+    const int64_t x = index % s.width, groups = ceil_div(s.height, kRows);
     const int64_t first = index / s.width % groups * kRows, image = index / s.width / groups;
     const int rows = int(s.height - first < kRows ? s.height - first : kRows);
 
@@ -175,8 +154,8 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(
     if (resized) column = bilinear_source(x, s.w, p.scale_x);
     const float right = float(column.weight), left = 1 - right;
     int64_t low[kRows], high[kRows];
-    float lower[kRows], most[kRows], rest[kRows], at_target[kRows];
-    float smooth[kRows];  // sum_c a_c (most - z_c), so far
+    float lower[kRows], max_logit[kRows], rest[kRows], at_target[kRows];
+    float smooth[kRows];  // sum_c a_c (max_logit - z_c), so far
     int target[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -186,7 +165,7 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(
       high[r] = row.high;
       lower[r] = float(row.weight);
       target[r] = p.labels.at((image * s.height + y) * s.width + x);
-      most[r] = -FLT_MAX;
+      max_logit[r] = -FLT_MAX;
       at_target[r] = -INFINITY;  // for pixels that have no target
       rest[r] = smooth[r] = 0;
     }
@@ -197,21 +176,20 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         if (r == 0 || low[r] != low[r - 1]) {
-          above = widen(*p.logit(image, c, low[r], column.low));
+          above = p.logit(image, c, low[r], column.low);
           if (resized) {
-            above = left * above + right * widen(*p.logit(image, c, low[r], column.high));
-            below =
-                left * widen(*p.logit(image, c, high[r], column.low)) + right * widen(*p.logit(image, c, high[r], column.high));
+            above = left * above + right * p.logit(image, c, low[r], column.high);
+            below = left * p.logit(image, c, high[r], column.low) + right * p.logit(image, c, high[r], column.high);
           }
         }
         const float z = resized ? (1 - lower[r]) * above + lower[r] * below : above;
-        const float e = __expf(-fabsf(z - most[r]));
+        const float e = __expf(-fabsf(z - max_logit[r]));
         const float counted = target[r] == c ? 0.f : 1.f;
-        rest[r] = z > most[r] ? rest[r] * e + counted : rest[r] + counted * e;
-        const float previous = most[r];
-        most[r] = fmaxf(previous, z);
+        rest[r] = z > max_logit[r] ? rest[r] * e + counted : rest[r] + counted * e;
+        const float previous = max_logit[r];
+        max_logit[r] = fmaxf(previous, z);
         if (target[r] == c) at_target[r] = z;
-        if (p.smoothed) smooth[r] += weight * (most[r] - z) + (c > 0 ? class_weight_sum * (most[r] - previous) : 0.f);
+        if (p.smoothed) smooth[r] += weight * (max_logit[r] - z) + (c > 0 ? class_weight_sum * (max_logit[r] - previous) : 0.f);
       }
       class_weight_sum += weight;
     }
@@ -219,24 +197,24 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(
     for (int r = 0; r < kRows; ++r) {
       if (r >= rows) continue;
       const int64_t y = first + r, at = (image * s.height + y) * s.width + x;
-      const float total = rest[r] + __expf(at_target[r] - most[r]), log_total = logf(total);
-      float value = 0, all = 0, at_label = 0, each = 0;
+      const float total = rest[r] + __expf(at_target[r] - max_logit[r]), log_total = logf(total);
+      float value = 0, grad_scale = 0, target_grad = 0, smoothing = 0;
       if (target[r] == kWrong) {
-        value = all = at_label = each = NAN;
+        value = grad_scale = target_grad = smoothing = NAN;
       } else if (target[r] != kIgnored) {
-        const float own = p.keep * p.weight_of_class(target[r]), all_smooth = p.share * class_weight_sum;
+        const float own = p.keep * p.weight_of_class(target[r]), smooth_weight = p.share * class_weight_sum;
         const float weight = p.weight_of_pixel(image, y, x);
-        value = own * (log_total + (most[r] - at_target[r]));
-        if (p.smoothed) value += all_smooth * log_total + p.share * smooth[r];
+        value = own * (log_total + (max_logit[r] - at_target[r]));
+        if (p.smoothed) value += smooth_weight * log_total + p.share * smooth[r];
         value *= weight;
-        all = weight * (own + all_smooth) / total;
-        at_label = weight * ((all_smooth * (total - rest[r]) - own * rest[r]) / total);
-        each = weight * p.share;
+        grad_scale = weight * (own + smooth_weight) / total;
+        target_grad = weight * ((smooth_weight * (total - rest[r]) - own * rest[r]) / total);
+        smoothing = weight * p.share;
       }
-      coefficients[at] = most[r];
-      coefficients[s.pixels() + at] = all;
-      coefficients[2 * s.pixels() + at] = at_label;
-      if (p.smoothed) coefficients[3 * s.pixels() + at] = each;
+      coefficients[at] = max_logit[r];
+      coefficients[s.pixels() + at] = grad_scale;
+      coefficients[2 * s.pixels() + at] = target_grad;
+      if (p.smoothed) coefficients[3 * s.pixels() + at] = smoothing;
       if (loss) loss[at] = value;
       sum += value;
       valid += target[r] != kIgnored;
@@ -256,10 +234,10 @@ __global__ void __launch_bounds__(kThreads) total_kernel(const double* __restric
     losses += partial[2 * i];
     valid += partial[2 * i + 1];
   }
-  const double all_losses = block_sum(losses), all_valid = block_sum(valid);
+  const double total_losses = block_sum(losses), total_valid = block_sum(valid);
   if (threadIdx.x == 0) {
-    totals[0] = all_losses;
-    totals[1] = all_valid;
+    totals[0] = total_losses;
+    totals[1] = total_valid;
   }
 }
 
@@ -268,31 +246,30 @@ struct Gradient {
   const float* __restrict__ grad;
   int64_t grad_stride;  // 0 for one number
   const float* __restrict__ coefficients;
-  T* __restrict__ out;
-  int64_t stride[4];
+  View<T> out;
 };
 
 // The coefficients of a label pixel, times the gradient that comes in.
 struct Pixel {
-  float most, all, target, each;
+  float max_logit, grad_scale, target_grad, smoothing;
   int label;
 
   // The gradient for the logit z of class c.
   __device__ float gradient(float z, int64_t c, float class_weight) const {
-    return (label == c ? target : all * __expf(z - most)) - each * class_weight;
+    return (label == c ? target_grad : grad_scale * __expf(z - max_logit)) - smoothing * class_weight;
   }
 };
 
 template <typename T>
 __device__ inline Pixel read_pixel(const Problem<T>& p, const Gradient<T>& g, int64_t at) {
   Pixel pixel{0, 0, 0, 0, p.labels.at(at)};
-  if (pixel.label == kIgnored) return pixel;  // whatever comes in there, NaN perhaps, goes nowhere
+  if (pixel.label == kIgnored) return pixel;  // what comes in there, NaN perhaps, goes nowhere
   const float grad = g.grad[at * g.grad_stride];
-  const float *all = g.coefficients + p.s.pixels(), *target = all + p.s.pixels();
-  pixel.most = g.coefficients[at];
-  pixel.all = grad * all[at];
-  pixel.target = grad * target[at];
-  if (p.smoothed) pixel.each = grad * target[p.s.pixels() + at];
+  const float *grad_scale = g.coefficients + p.s.pixels(), *target_grad = grad_scale + p.s.pixels();
+  pixel.max_logit = g.coefficients[at];
+  pixel.grad_scale = grad * grad_scale[at];
+  pixel.target_grad = grad * target_grad[at];
+  if (p.smoothed) pixel.smoothing = grad * target_grad[p.s.pixels() + at];
   return pixel;
 }
 
@@ -304,11 +281,11 @@ __global__ void __launch_bounds__(kThreads) grad_kernel(const Problem<T> p, cons
   const LossShape& s = p.s;
   const int64_t x = index % s.width, y = index / s.width % s.height, image = index / s.width / s.height;
   const Pixel pixel = read_pixel(p, g, index);
-  T* out = g.out + image * g.stride[0] + y * g.stride[2] + x * g.stride[3];
+  T* out = g.out.at(image, 0, y, x);
   for (int64_t c = 0; c < s.classes; ++c) {
-    const float z = widen(*p.logit(image, c, y, x));
+    const float z = p.logit(image, c, y, x);
     const float value = pixel.label == kIgnored ? 0.f : pixel.gradient(z, c, p.smoothed ? p.weight_of_class(c) : 0.f);
-    narrow(value, out[c * g.stride[1]]);
+    narrow(value, out[c * g.out.channel]);
   }
 }
 
@@ -329,7 +306,7 @@ __device__ inline float share_of(int64_t j, const Source& source) {
          (source.high == j && source.high != source.low ? float(source.weight) : 0.f);
 }
 
-// The gradient for logits that are resized: a block owns row k, `columns` columns and kClasses classes.
+// The gradient for resized logits: a block owns row k, `columns` columns and kClasses classes.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     resized_grad_kernel(const Problem<T> p, const Gradient<T> g, int columns, int64_t column_tiles, int64_t class_tiles) {
@@ -365,9 +342,9 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int i = 0; i < kClasses; ++i) {
         const int64_t c = first_class + i < s.classes ? first_class + i : s.classes - 1;  // what is too much is not delivered
-        upper[i] = left * widen(*p.logit(image, c, above, column.low)) + right * widen(*p.logit(image, c, above, column.high));
-        middle[i] = left * widen(*p.logit(image, c, k, column.low)) + right * widen(*p.logit(image, c, k, column.high));
-        lower[i] = left * widen(*p.logit(image, c, below, column.low)) + right * widen(*p.logit(image, c, below, column.high));
+        upper[i] = left * p.logit(image, c, above, column.low) + right * p.logit(image, c, above, column.high);
+        middle[i] = left * p.logit(image, c, k, column.low) + right * p.logit(image, c, k, column.high);
+        lower[i] = left * p.logit(image, c, below, column.low) + right * p.logit(image, c, below, column.high);
       }
       for (int64_t y = y_begin; y < y_end; ++y) {
         const Pixel pixel = read_pixel(p, g, (image * s.height + y) * s.width + x);
@@ -395,84 +372,76 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
   }
-  if (owner)
-    narrow(
-        float(gradient),
-        g.out[image * g.stride[0] + (first_class + own_class) * g.stride[1] + k * g.stride[2] + own_column * g.stride[3]]);
+  if (owner) narrow(float(gradient), *g.out.at(image, first_class + own_class, k, own_column));
 }
 
-}  // namespace
-
-void bal_count_edges_cuda(Tensor labels, Tensor out, int64_t classes, int64_t ignore_index) {
+void count_edges(Tensor labels, Tensor out, int64_t classes, int64_t ignore_index) {
   check_count_edges(labels, out);
   const int64_t work = out.numel();
   if (work == 0) return;
   const CurrentStream stream(out);
   const Labels packed(labels, classes, ignore_index, "bal_count_edges");
-  float* to = static_cast<float*>(out.mutable_data_ptr());
+  float* to = data_of<float>(out);
   launch(
       count_edges_kernel, blocks_for(work), kThreads, 0, stream, packed, labels.size(1), labels.size(2), to, out.size(1),
       out.size(2), work);
 }
 
-void bal_blur_cuda(Tensor edges, Tensor factors, Tensor rows, Tensor out) {
+void blur(Tensor edges, Tensor factors, Tensor rows, Tensor out) {
   check_blur(edges, factors, rows, out);
   const int64_t h = edges.size(1), w = edges.size(2), size = factors.size(1), work = edges.numel();
   if (work == 0) return;
   const CurrentStream stream(out);
-  const float* from = static_cast<const float*>(edges.const_data_ptr());
-  const float* factor = static_cast<const float*>(factors.const_data_ptr());
-  float* along_x = static_cast<float*>(rows.mutable_data_ptr());
-  float* to = static_cast<float*>(out.mutable_data_ptr());
+  const float* from = data_of<const float>(edges);
+  const float* factor = data_of<const float>(factors);
+  float* along_x = data_of<float>(rows);
+  float* to = data_of<float>(out);
   launch(blur_x_kernel, blocks_for(work), kThreads, 0, stream, from, factor, size, along_x, w, work);
   launch(blur_y_kernel, blocks_for(work), kThreads, 0, stream, along_x, factor, size, to, h, w, work);
 }
 
-void bal_softmax_loss_cuda(
+void softmax_loss(
     Tensor logits, Tensor labels, std::optional<Tensor> pixel_weight, std::optional<Tensor> class_weight, Tensor coefficients,
     std::optional<Tensor> loss, Tensor totals, double label_smoothing, int64_t ignore_index) {
-  const LossShape s = check_loss("bal_softmax_loss", logits, labels, pixel_weight, class_weight, coefficients);
+  const char* op = "bal_softmax_loss";
+  const LossShape s = check_loss(op, logits, labels, pixel_weight, class_weight, coefficients);
   check_loss_outputs(labels, totals, loss, coefficients, label_smoothing);
   STD_TORCH_CHECK(coefficients.scalar_type() == ScalarType::Float, "bal_softmax_loss: coefficients must be float32 on CUDA");
   const CurrentStream stream(logits);
-  const int64_t work = s.images * ((s.height + kRows - 1) / kRows) * s.width;
+  const int64_t work = s.images * ceil_div(s.height, kRows) * s.width;
   const unsigned blocks = blocks_for(work);
   Tensor partial = torch::stable::new_empty(totals, {2 * int64_t(blocks)});
-  double* pairs = static_cast<double*>(partial.mutable_data_ptr());
-  float* maps = static_cast<float*>(coefficients.mutable_data_ptr());
-  float* losses = loss ? static_cast<float*>(loss->mutable_data_ptr()) : nullptr;
-  dispatch_cuda(logits, "bal_softmax_loss", [&](auto type) {
+  double* pairs = data_of<double>(partial);
+  float* maps = data_of<float>(coefficients);
+  float* losses = data_of<float>(loss);
+  dispatch_cuda(logits, op, [&](auto type) {
     using T = decltype(type);
-    const Problem<T> p(
-        s, logits, labels, pixel_weight, class_weight, coefficients, label_smoothing, ignore_index, "bal_softmax_loss");
+    const Problem<T> p(s, logits, labels, pixel_weight, class_weight, coefficients, label_smoothing, ignore_index, op);
     const auto kernel = s.resized() ? &loss_kernel<T, true> : &loss_kernel<T, false>;
     launch(kernel, blocks, kThreads, 0, stream, p, maps, losses, pairs, work);
   });
-  double* sums = static_cast<double*>(totals.mutable_data_ptr());
+  double* sums = data_of<double>(totals);
   launch(total_kernel, 1, kThreads, 0, stream, pairs, blocks, sums);
 }
 
-void bal_softmax_grad_cuda(
+void softmax_grad(
     Tensor grad, Tensor logits, Tensor labels, std::optional<Tensor> class_weight, Tensor coefficients, Tensor out,
     int64_t ignore_index) {
-  const LossShape s = check_loss("bal_softmax_grad", logits, labels, std::nullopt, class_weight, coefficients);
+  const char* op = "bal_softmax_grad";
+  const LossShape s = check_loss(op, logits, labels, std::nullopt, class_weight, coefficients);
   check_grad(grad, logits, labels, out, coefficients);
   STD_TORCH_CHECK(coefficients.scalar_type() == ScalarType::Float, "bal_softmax_grad: coefficients must be float32 on CUDA");
   const CurrentStream stream(logits);
-  dispatch_cuda(logits, "bal_softmax_grad", [&](auto type) {
+  dispatch_cuda(logits, op, [&](auto type) {
     using T = decltype(type);
-    const Problem<T> p(s, logits, labels, std::nullopt, class_weight, coefficients, 0, ignore_index, "bal_softmax_grad");
-    const Gradient<T> g{
-        static_cast<const float*>(grad.const_data_ptr()),
-        grad.numel() > 1,
-        static_cast<const float*>(coefficients.const_data_ptr()),
-        static_cast<T*>(out.mutable_data_ptr()),
-        {out.stride(0), out.stride(1), out.stride(2), out.stride(3)}};
+    const Problem<T> p(s, logits, labels, std::nullopt, class_weight, coefficients, 0, ignore_index, op);
+    const Gradient<T> g{data_of<const float>(grad), grad.numel() > 1, data_of<const float>(coefficients), View<T>(out)};
     if (s.resized()) {
-      // As many columns as the threads can cover the label columns of, and can own with all the classes.
+      // As many columns as there are threads for the label columns that they reach, and for their
+      // logits in all the classes.
       const int64_t reached = kThreads * s.w / s.width - 1;
       const int columns = int(std::max<int64_t>(1, std::min<int64_t>(reached, kThreads / kClasses)));
-      const int64_t column_tiles = (s.w + columns - 1) / columns, class_tiles = (s.classes + kClasses - 1) / kClasses;
+      const int64_t column_tiles = ceil_div(s.w, columns), class_tiles = ceil_div(s.classes, kClasses);
       const unsigned blocks = blocks_for(s.images * class_tiles * s.h * column_tiles * kThreads);
       launch(resized_grad_kernel<T>, blocks, kThreads, 0, stream, p, g, columns, column_tiles, class_tiles);
     } else {
@@ -483,10 +452,11 @@ void bal_softmax_grad_cuda(
 }
 
 SEGOPS_CUDA_KERNELS(m) {
-  m.impl("bal_count_edges", TORCH_BOX(&bal_count_edges_cuda));
-  m.impl("bal_blur", TORCH_BOX(&bal_blur_cuda));
-  m.impl("bal_softmax_loss", TORCH_BOX(&bal_softmax_loss_cuda));
-  m.impl("bal_softmax_grad", TORCH_BOX(&bal_softmax_grad_cuda));
+  m.impl("bal_count_edges", TORCH_BOX(&count_edges));
+  m.impl("bal_blur", TORCH_BOX(&blur));
+  m.impl("bal_softmax_loss", TORCH_BOX(&softmax_loss));
+  m.impl("bal_softmax_grad", TORCH_BOX(&softmax_grad));
 }
 
-}  // namespace segops
+}  // namespace
+}  // namespace segops::bal

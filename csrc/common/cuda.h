@@ -1,8 +1,8 @@
 // What every .cu file needs: the launch, conversions, 16-byte loads and stores, sums of a block.
 //
-// Kernels use the functions of this file for what C++ does not have: launches, shared memory whose size the launch gives,
-// asynchronous copies. tests/emulation/cuda_on_cpu.h defines the same functions, and what kernels use of CUDA itself, for a
-// C++ compiler, so that the tests can run the kernels on a CPU.
+// Kernels use the functions of this file for what C++ does not have: launches, shared memory whose
+// size the launch gives, asynchronous copies. tests/emulation/cuda_on_cpu.h defines them, and what
+// kernels use of CUDA itself, for a C++ compiler, so that tests can run the kernels on a CPU.
 #pragma once
 
 #include "tensor.h"
@@ -24,7 +24,7 @@
 
 namespace segops {
 
-// Makes the tensor's device current for a scope and stands for the stream that PyTorch has current there.
+// Makes the tensor's device current for a scope; converts to PyTorch's current stream there.
 class CurrentStream {
  public:
   explicit CurrentStream(const Tensor& tensor) : guard_(tensor.get_device_index()) {
@@ -61,7 +61,7 @@ __device__ inline T* dynamic_shared() {
   return reinterpret_cast<T*>(memory);
 }
 
-// Begins to copy 4, 8 or 16 bytes, both ends aligned to as many, into shared memory past the registers.
+// Begins to copy 4, 8 or 16 bytes, both ends aligned to as many, into shared memory.
 template <int bytes>
 __device__ inline void copy_async(void* shared, const void* global) {
   static_assert(bytes == 4 || bytes == 8 || bytes == 16);
@@ -81,7 +81,8 @@ __device__ inline void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
-// Waits until at most the last `pending` groups of this thread are under way. Other threads see a copy after a barrier.
+// Waits until at most the last `pending` groups of this thread are under way. Other threads see a
+// copy after a barrier.
 template <int pending>
 __device__ inline void wait_for_copies() {
 #if __CUDA_ARCH__ >= 800
@@ -99,7 +100,7 @@ constexpr int kThreads = 256;
 
 // Blocks of kThreads threads for so many threads of work.
 inline unsigned blocks_for(int64_t threads) {
-  const int64_t count = (threads + kThreads - 1) / kThreads;
+  const int64_t count = ceil_div(threads, kThreads);
   STD_TORCH_CHECK(count <= 0x7fffffff, "segops: the map is too large for one CUDA launch");
   return unsigned(count);
 }
@@ -124,7 +125,7 @@ __device__ inline void narrow(float x, __nv_bfloat16& y) {
   y = __float2bfloat16(x);
 }
 
-// V elements that are loaded and stored at once; V * sizeof(T) is the alignment that the addresses must have.
+// V elements that are loaded and stored at once, at addresses that are multiples of their size.
 template <typename T, int V>
 struct alignas(sizeof(T) * V) Pack {
   T value[V];

@@ -1,4 +1,5 @@
-// Bilinear resizing with align_corners=False: output i lies at source (i + 0.5) * in / out - 0.5, at least 0.
+// Bilinear resizing with align_corners=False: output i lies at source (i + 0.5) * in / out - 0.5,
+// at least 0.
 #pragma once
 
 #include "tensor.h"

@@ -12,8 +12,8 @@
 
 namespace segops {
 
-// Writes the pairs in ascending order of their keys, integers; those of equal keys keep their order. Scratch memory is taken
-// from PyTorch on `like`'s device. Nothing is synchronised.
+// Writes the pairs in ascending order of their keys, integers; those of equal keys keep their
+// order. Scratch memory is taken from PyTorch on `like`'s device. Nothing is synchronised.
 template <typename Key, typename Value>
 void sort_pairs(
     const Key* keys, Key* sorted_keys, const Value* values, Value* sorted_values, int64_t count, const Tensor& like,

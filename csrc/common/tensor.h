@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 // Before a function that kernels on a GPU call as well.
@@ -22,5 +23,43 @@ namespace segops {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+SEGOPS_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+inline int64_t round_up(int64_t count, int64_t multiple) {
+  return ceil_div(count, multiple) * multiple;
+}
+
+// A tensor's elements, to be read if T is const. Null if there is no tensor.
+template <typename T>
+T* data_of(const Tensor& tensor) {
+  if constexpr (std::is_const_v<T>)
+    return static_cast<T*>(tensor.const_data_ptr());
+  else
+    return static_cast<T*>(tensor.mutable_data_ptr());
+}
+template <typename T>
+T* data_of(const std::optional<Tensor>& tensor) {
+  return tensor ? data_of<T>(*tensor) : nullptr;
+}
+
+// A tensor (N, C, H, W) with any strides, as kernels take it.
+template <typename T>
+struct View {
+  T* data;
+  int64_t image, channel, row, pixel;  // strides
+
+  View() = default;
+  explicit View(const Tensor& tensor)
+      : data(data_of<T>(tensor)),
+        image(tensor.stride(0)),
+        channel(tensor.stride(1)),
+        row(tensor.stride(2)),
+        pixel(tensor.stride(3)) {}
+  SEGOPS_HOST_DEVICE T* at(int64_t n, int64_t c, int64_t y, int64_t x) const {
+    return data + n * image + c * channel + y * row + x * pixel;
+  }
+};
 
 }  // namespace segops

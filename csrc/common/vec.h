@@ -1,6 +1,6 @@
-// Vectors of float or double accumulators, with loads and stores that convert from the storage type. Written with the
-// compiler's vector extension, so that one source serves SSE2, AVX2, AVX-512 and NEON; SEGOPS_MULTIVERSION picks the widest of
-// them when the library is loaded.
+// Vectors of float or double accumulators, with loads and stores that convert from the storage
+// type. Written with the compiler's vector extension, so that one source serves SSE2, AVX2, AVX-512
+// and NEON; SEGOPS_MULTIVERSION picks the widest of them when the library is loaded.
 #pragma once
 
 #include <cmath>
@@ -13,9 +13,11 @@
 #else
 #define SEGOPS_MULTIVERSION
 #endif
-// A function marked SEGOPS_MULTIVERSION is compiled once per instruction set; what it calls must be inlined into it.
-// SEGOPS_WIDTHS(function) defines, through the macro `function(target, bytes)`, one version per instruction set that knows the
-// width of its registers: GCC takes comparisons of wider vectors apart, lane by lane.
+// A function marked SEGOPS_MULTIVERSION is compiled once per instruction set; what it calls must be
+// inlined into it. It must not be a template, which GCC compiles once: hence overloads, one per
+// dtype. SEGOPS_WIDTHS(function) defines, through the macro `function(target, bytes)`, one version
+// per instruction set that knows the width of its registers: GCC takes comparisons of wider vectors
+// apart, lane by lane.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
 #define SEGOPS_WIDTHS(function)                                                                  \
   function(__attribute__((target("avx512f"))), 64) function(__attribute__((target("avx2"))), 32) \
@@ -40,6 +42,18 @@ struct fp16 {
 // What sums of T are taken in.
 template <typename T>
 using accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Integers as wide as these, so that comparing them makes masks for vectors of accumulators.
+template <typename T>
+using Integer = std::conditional_t<std::is_same_v<accumulator<T>, double>, int64_t, int32_t>;
+
+// Accumulators in a register of so many bytes, by default the widest there is.
+template <typename T, int bytes = 64>
+constexpr int kLanes = bytes / sizeof(accumulator<T>);
+
+// An argument that a lambda can take as a template takes a number.
+template <int n>
+constexpr std::integral_constant<int, n> constant;
 
 template <typename T, int lanes>
 struct vector_of {  // a template of its own: GCC drops the attribute where only the size depends on a parameter
@@ -119,7 +133,7 @@ struct Vec<fp16, lanes> {
   }
 };
 
-// One lane of bfloat16 is converted as a scalar: vectors of a single 16-bit element are not portable.
+// One lane of bfloat16 is a scalar: vectors of a single 16-bit element are not portable.
 template <>
 struct Vec<bf16, 1> {
   using type = float;
@@ -138,10 +152,10 @@ struct Vec<bf16, 1> {
   }
 };
 
-// Stores v past the caches, which need not read the memory first; before other threads look, `end_stream()`. Memory that
-// is not aligned to v, and machines that cannot, have an ordinary store.
+// Stores v without the caches, which would read the memory first; an ordinary store where memory is
+// not aligned to v. Before other threads look, call fence_non_temporal().
 template <typename V>
-SEGOPS_INLINE void stream(void* p, V v) {
+SEGOPS_INLINE void store_non_temporal(void* p, V v) {
   if (reinterpret_cast<uintptr_t>(p) % sizeof v == 0) {
 #if defined(__clang__)
     __builtin_nontemporal_store(v, static_cast<V*>(p));
@@ -162,7 +176,7 @@ SEGOPS_INLINE void stream(void* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-SEGOPS_INLINE void end_stream() {
+SEGOPS_INLINE void fence_non_temporal() {
 #if defined(__x86_64__) && defined(__GNUC__)
   asm volatile("sfence" ::: "memory");
 #endif
@@ -205,8 +219,8 @@ SEGOPS_INLINE V pick(V a, V b, I index) {
 #endif
 }
 
-// exp and log of vectors. For float, polynomials (Cephes) good to about 1e-7; arguments of exp must be below 88, those of log
-// normal and positive. NaN stays NaN. For double, the library's, lane by lane.
+// exp and log of vectors. For float, polynomials (Cephes) good to about 1e-7; arguments of exp must
+// be below 88, of log normal and positive. NaN stays NaN. For double, the library's, lane by lane.
 template <typename V>
 SEGOPS_INLINE V exp(V x, float) {
   typedef int32_t Int __attribute__((vector_size(sizeof(V))));

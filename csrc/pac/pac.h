@@ -1,21 +1,22 @@
-// Pyramid atrous convolution: the two adjoint shift kernels that, with one dense product, make the op.
+// Pyramid atrous convolution: two adjoint shift kernels that, with one dense product, make the op.
 //
-// Everything is pixel-major. With t over the kh*kw taps, (dy, dx) the tap's offset from the centre, r over
-// the rates and `sign` +1 or -1:
+// Everything is pixel-major. With t over the kh*kw taps, (dy, dx) the tap's offset from the centre,
+// r over the rates, p = (y + sign*r*dy, x + sign*r*dx) and `sign` +1 or -1:
 //
-//   gather   out[n, y, x, g, c]   = bias[c] * (rates in g) + sum_t sum_{r in g} planes[n, y + sign*r*dy, x + sign*r*dx, t, c]
-//   scatter  out[n, y, x, t, c]   =                          sum_g sum_{r in g} source[n, y + sign*r*dy, x + sign*r*dx, g, c]
+//   gather   out[n, y, x, g, c] = bias[c] * (rates in g) + sum_t sum_{r in g} planes[n, p, t, c]
+//   scatter  out[n, y, x, t, c] =                          sum_g sum_{r in g} source[n, p, g, c]
 //
-// Reads outside the map count as zero. There is either one group that holds all rates (merge="sum") or one
-// group per rate (merge="concat"). gather(+1) and scatter(-1) are adjoint, and so are gather(-1) and
-// scatter(+1): each is the other's derivative. Sums are taken in float32 (float64 for float64) in a fixed order.
+// Reads outside the map count as zero. There is either one group that holds all rates (merge="sum")
+// or one group per rate (merge="concat"). gather(+1) and scatter(-1) are adjoint, and so are
+// gather(-1) and scatter(+1): each is the other's derivative. Sums are taken in float32 (float64
+// for float64) in a fixed order. `out` is written in full.
 #pragma once
 
 #include "../common/tensor.h"
 
-namespace segops {
+namespace segops::pac {
 
-struct ShiftShape {
+struct Shape {
   int64_t images, height, width, groups, channels;
   int64_t kernel_h, kernel_w;
   int64_t sign;
@@ -30,12 +31,13 @@ inline void check_settings(const std::vector<int64_t>& kernel_size, const std::v
 }
 
 // Raises unless the tensors have the shapes and strides below; returns the shape of the work.
-//   gather:  planes (N, H, W, kh*kw, C) contiguous, bias (C) or none, out (N, H, W, G, C) with dense pixels rows and channels
-inline ShiftShape check_gather(
+//   gather:  planes (N, H, W, kh*kw, C) contiguous, bias (C) or none,
+//            out (N, H, W, G, C) with dense images, rows and channels
+inline Shape check_gather(
     const Tensor& planes, const std::optional<Tensor>& bias, const Tensor& out, const std::vector<int64_t>& kernel_size,
     const std::vector<int64_t>& rates, int64_t sign) {
   check_settings(kernel_size, rates, sign);
-  const ShiftShape s{out.size(0), out.size(1), out.size(2), out.size(3), out.size(4), kernel_size[0], kernel_size[1], sign};
+  const Shape s{out.size(0), out.size(1), out.size(2), out.size(3), out.size(4), kernel_size[0], kernel_size[1], sign};
   STD_TORCH_CHECK(
       planes.dim() == 5 && planes.size(0) == s.images && planes.size(1) == s.height && planes.size(2) == s.width &&
           planes.size(3) == s.taps() && planes.size(4) == s.channels && planes.is_contiguous(),
@@ -53,13 +55,14 @@ inline ShiftShape check_gather(
   return s;
 }
 
-//   scatter: source (N, H, W, G, C) contiguous, out (rows, W, kh*kw, C) contiguous: image rows first_row .. first_row + rows
-inline ShiftShape check_scatter(
+//   scatter: source (N, H, W, G, C) contiguous,
+//            out (rows, W, kh*kw, C) contiguous: image rows first_row .. first_row + rows
+inline Shape check_scatter(
     const Tensor& source, const Tensor& out, int64_t first_row, const std::vector<int64_t>& kernel_size,
     const std::vector<int64_t>& rates, int64_t sign) {
   check_settings(kernel_size, rates, sign);
-  const ShiftShape s{source.size(0), source.size(1), source.size(2), source.size(3),
-                     source.size(4), kernel_size[0], kernel_size[1], sign};
+  const Shape s{source.size(0), source.size(1), source.size(2), source.size(3),
+                source.size(4), kernel_size[0], kernel_size[1], sign};
   STD_TORCH_CHECK(source.dim() == 5 && source.is_contiguous(), "pac_shift_scatter: source must be contiguous (N, H, W, G, C)");
   STD_TORCH_CHECK(
       out.dim() == 4 && out.size(1) == s.width && out.size(2) == s.taps() && out.size(3) == s.channels && out.is_contiguous(),
@@ -72,16 +75,4 @@ inline ShiftShape check_scatter(
   return s;
 }
 
-// The C++ CPU and CUDA kernels share these signatures; `out` is written in full.
-void pac_shift_gather_cpu(
-    Tensor planes, std::optional<Tensor> bias, Tensor out, std::vector<int64_t> kernel_size, std::vector<int64_t> rates,
-    int64_t sign);
-void pac_shift_scatter_cpu(
-    Tensor source, Tensor out, int64_t first_row, std::vector<int64_t> kernel_size, std::vector<int64_t> rates, int64_t sign);
-void pac_shift_gather_cuda(
-    Tensor planes, std::optional<Tensor> bias, Tensor out, std::vector<int64_t> kernel_size, std::vector<int64_t> rates,
-    int64_t sign);
-void pac_shift_scatter_cuda(
-    Tensor source, Tensor out, int64_t first_row, std::vector<int64_t> kernel_size, std::vector<int64_t> rates, int64_t sign);
-
-}  // namespace segops
+}  // namespace segops::pac

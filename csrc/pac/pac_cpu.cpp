@@ -1,8 +1,8 @@
 // The shift kernels on the CPU (pac.h says what they compute).
 //
-// Per image row, list the reads of each sum once, as offsets from the current pixel; pixels far enough from
-// the left and right border use the list as it stands, the others drop the reads that fall outside. Channels
-// are then summed 64 at a time in registers.
+// Per image row, the reads of each sum are listed once, as offsets from the current pixel. Pixels
+// far enough from the left and right border use the list as it stands, the others drop the reads
+// that fall outside. Channels are then summed in registers, 64 at a time.
 
 #include "../common/cpu.h"
 #include "pac.h"
@@ -10,11 +10,8 @@
 #include <algorithm>
 #include <cstdlib>
 
-namespace segops {
+namespace segops::pac {
 namespace {
-
-template <int n>
-constexpr std::integral_constant<int, n> size;
 
 struct Read {
   int64_t offset;  // elements from the current pixel's first
@@ -57,17 +54,17 @@ template <typename T>
 SEGOPS_INLINE void sum_pixel(
     const T* source, T* out, const T* bias, int64_t bias_weight, const Sum& sum, const int64_t* offsets, int64_t count,
     int64_t channels) {
-  constexpr int lanes = 64 / sizeof(accumulator<T>);
+  constexpr int lanes = kLanes<T>;
   int64_t c = 0;
   const auto add = [&](auto width, auto vectors) __attribute__((always_inline)) {
     for (; c + width * vectors <= channels; c += width * vectors)
       sum_channels<T, width, vectors>(source + c, out + c, bias ? bias + c : nullptr, bias_weight, sum, offsets, count);
   };
-  add(size<lanes>, size<4>);
-  add(size<lanes>, size<1>);
-  add(size<lanes / 2>, size<1>);
-  add(size<lanes / 4>, size<1>);
-  add(size<1>, size<1>);
+  add(constant<lanes>, constant<4>);
+  add(constant<lanes>, constant<1>);
+  add(constant<lanes / 2>, constant<1>);
+  add(constant<lanes / 4>, constant<1>);
+  add(constant<1>, constant<1>);
 }
 
 template <typename T>
@@ -93,7 +90,6 @@ SEGOPS_INLINE void sum_row(
   }
 }
 
-// One compiled version per instruction set needs plain overloads: templates cannot be multiversioned.
 #define SEGOPS_SUM_ROW(T)                                                                                         \
   SEGOPS_MULTIVERSION void sum_row_multiversion(                                                                  \
       const T* source, int64_t source_stride, T* out, int64_t out_stride, const T* bias, int64_t bias_weight,     \
@@ -105,10 +101,11 @@ SEGOPS_SUM_ROW(double)
 SEGOPS_SUM_ROW(bf16)
 #undef SEGOPS_SUM_ROW
 
-// Adds to `sum` the reads of tap (dy, dx) at `rate` from image row y; `offset` leads to the tap's or group's channels.
-void add_read(
-    Sum& sum, const ShiftShape& s, int64_t y, int64_t dy, int64_t dx, int64_t rate, int64_t source_stride, int64_t offset) {
-  const int64_t shift_y = s.sign * rate * dy, shift_x = s.sign * rate * dx;
+// Adds to `sum` the reads of a tap at `rate` from image row y; `offset` leads to the channels of
+// the tap or the group.
+void add_read(Sum& sum, const Shape& s, int64_t y, int64_t tap, int64_t rate, int64_t source_stride, int64_t offset) {
+  const int64_t shift_y = s.sign * rate * (tap / s.kernel_w - s.kernel_h / 2);
+  const int64_t shift_x = s.sign * rate * (tap % s.kernel_w - s.kernel_w / 2);
   if (y + shift_y < 0 || y + shift_y >= s.height || std::abs(shift_x) >= s.width) return;
   sum.reads.push_back({(shift_y * s.width + shift_x) * source_stride + offset, shift_x});
 }
@@ -116,13 +113,13 @@ void add_read(
 // Runs the sums that list(y) returns over `rows` image rows from `first_row`, in parallel.
 template <typename T, typename List>
 void sum_rows(
-    const T* source, int64_t source_stride, T* out, int64_t out_stride, const T* bias, int64_t bias_weight, const ShiftShape& s,
+    const T* source, int64_t source_stride, T* out, int64_t out_stride, const T* bias, int64_t bias_weight, const Shape& s,
     const std::vector<int64_t>& rates, int64_t first_row, int64_t rows, const List& list) {
   const int64_t reach = *std::max_element(rates.begin(), rates.end()) * (s.kernel_w / 2);
-  const int64_t most_reads = s.taps() * int64_t(rates.size());
-  const int64_t grain = std::max<int64_t>(1, 100000 / std::max<int64_t>(1, s.width * s.channels * most_reads));
+  const int64_t max_reads = s.taps() * int64_t(rates.size());
+  const int64_t grain = std::max<int64_t>(1, 100000 / std::max<int64_t>(1, s.width * s.channels * max_reads));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    std::vector<int64_t> offsets(most_reads);
+    std::vector<int64_t> offsets(max_reads);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t first_pixel = (first_row + row) * s.width;
       sum_row_multiversion(
@@ -132,12 +129,10 @@ void sum_rows(
   });
 }
 
-}  // namespace
-
-void pac_shift_gather_cpu(
+void shift_gather(
     Tensor planes, std::optional<Tensor> bias, Tensor out, std::vector<int64_t> kernel_size, std::vector<int64_t> rates,
     int64_t sign) {
-  const ShiftShape s = check_gather(planes, bias, out, kernel_size, rates, sign);
+  const Shape s = check_gather(planes, bias, out, kernel_size, rates, sign);
   const int64_t source_stride = s.taps() * s.channels, group_stride = out.stride(3);
   const int64_t rates_per_group = int64_t(rates.size()) / s.groups;
 
@@ -149,9 +144,7 @@ void pac_shift_gather_cpu(
       for (int64_t t = 0; t < s.taps(); ++t) {
         if (t == s.taps() / 2) continue;
         for (int64_t r = g * rates_per_group; r < (g + 1) * rates_per_group; ++r)
-          add_read(
-              sum, s, y, t / s.kernel_w - s.kernel_h / 2, t % s.kernel_w - s.kernel_w / 2, rates[r], source_stride,
-              t * s.channels);
+          add_read(sum, s, y, t, rates[r], source_stride, t * s.channels);
       }
       sums.push_back(std::move(sum));
     }
@@ -160,15 +153,14 @@ void pac_shift_gather_cpu(
   dispatch<float, double, bf16>(out, "pac_shift_gather", [&](auto type) {
     using T = decltype(type);
     sum_rows(
-        static_cast<const T*>(planes.const_data_ptr()), source_stride, static_cast<T*>(out.mutable_data_ptr()), out.stride(2),
-        bias ? static_cast<const T*>(bias->const_data_ptr()) : nullptr, rates_per_group, s, rates, 0, s.images * s.height,
-        list);
+        data_of<const T>(planes), source_stride, data_of<T>(out), out.stride(2), data_of<const T>(bias), rates_per_group, s,
+        rates, 0, s.images * s.height, list);
   });
 }
 
-void pac_shift_scatter_cpu(
+void shift_scatter(
     Tensor source, Tensor out, int64_t first_row, std::vector<int64_t> kernel_size, std::vector<int64_t> rates, int64_t sign) {
-  const ShiftShape s = check_scatter(source, out, first_row, kernel_size, rates, sign);
+  const Shape s = check_scatter(source, out, first_row, kernel_size, rates, sign);
   const int64_t source_stride = s.groups * s.channels;
   const int64_t rates_per_group = int64_t(rates.size()) / s.groups;
 
@@ -181,9 +173,7 @@ void pac_shift_scatter_cpu(
       for (int64_t r = 0; r < int64_t(rates.size()); ++r) {
         const int64_t group = r / rates_per_group;
         if (centre && group == 0) continue;  // counted by the centre's weight
-        add_read(
-            sum, s, y, t / s.kernel_w - s.kernel_h / 2, t % s.kernel_w - s.kernel_w / 2, rates[r], source_stride,
-            group * s.channels);
+        add_read(sum, s, y, t, rates[r], source_stride, group * s.channels);
       }
       sums.push_back(std::move(sum));
     }
@@ -192,14 +182,15 @@ void pac_shift_scatter_cpu(
   dispatch<float, double, bf16>(out, "pac_shift_scatter", [&](auto type) {
     using T = decltype(type);
     sum_rows<T>(
-        static_cast<const T*>(source.const_data_ptr()), source_stride, static_cast<T*>(out.mutable_data_ptr()),
-        s.taps() * s.channels, nullptr, 0, s, rates, first_row, out.size(0), list);
+        data_of<const T>(source), source_stride, data_of<T>(out), s.taps() * s.channels, nullptr, 0, s, rates, first_row,
+        out.size(0), list);
   });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(segops, CPU, m) {
-  m.impl("pac_shift_gather", TORCH_BOX(&pac_shift_gather_cpu));
-  m.impl("pac_shift_scatter", TORCH_BOX(&pac_shift_scatter_cpu));
+  m.impl("pac_shift_gather", TORCH_BOX(&shift_gather));
+  m.impl("pac_shift_scatter", TORCH_BOX(&shift_scatter));
 }
 
-}  // namespace segops
+}  // namespace
+}  // namespace segops::pac

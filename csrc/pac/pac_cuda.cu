@@ -1,13 +1,14 @@
 // The shift kernels on CUDA (pac.h says what they compute).
 //
-// A thread owns V adjacent channels of one pixel, 16 bytes wherever alignment allows, and adds up its reads in
-// float32 registers. A warp reads whole contiguous stretches of channels; the reuse between neighbouring pixels,
-// which read the same planes at other shifts, is left to L2. No atomics: every output is written once.
+// A thread owns V adjacent channels of one pixel, 16 bytes wherever alignment allows, and adds up
+// its reads in float32 registers. A warp reads whole contiguous stretches of channels; the reuse
+// between neighbouring pixels, which read the same planes at other shifts, is left to L2. No
+// atomics: every output is written once.
 
 #include "../common/cuda.h"
 #include "pac.h"
 
-namespace segops {
+namespace segops::pac {
 namespace {
 
 constexpr int kMaxRates = 64;
@@ -25,12 +26,13 @@ Rates pack_rates(const std::vector<int64_t>& rates, int64_t groups, const char* 
   return packed;
 }
 
-// The position of one thread's work: V channels from `channel` of group or tap `lane` at pixel (image, y, x).
+// A thread's work: V channels from `channel` of group or tap `lane`, at `pixel`: (y, x) of an
+// image.
 struct Position {
   int64_t channel, lane, pixel, x, y;
 };
 
-__device__ inline Position locate(int64_t index, int64_t channel_packs, int64_t lanes, int pack, const ShiftShape& s) {
+__device__ inline Position locate(int64_t index, int64_t channel_packs, int64_t lanes, int pack, const Shape& s) {
   Position p;
   p.channel = index % channel_packs * pack;
   index /= channel_packs;
@@ -41,14 +43,14 @@ __device__ inline Position locate(int64_t index, int64_t channel_packs, int64_t 
   return p;
 }
 
-__device__ inline bool inside(int64_t y, int64_t x, const ShiftShape& s) {
+__device__ inline bool inside(int64_t y, int64_t x, const Shape& s) {
   return y >= 0 && y < s.height && x >= 0 && x < s.width;
 }
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) gather_kernel(
     const T* __restrict__ planes, const T* __restrict__ bias, T* __restrict__ out, int64_t out_pixel_stride,
-    int64_t out_group_stride, ShiftShape s, Rates rates, int64_t work) {
+    int64_t out_group_stride, Shape s, Rates rates, int64_t work) {
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= work) return;
   const Position p = locate(index, s.channels / V, s.groups, V, s);
@@ -74,8 +76,8 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(
 }
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads) scatter_kernel(
-    const T* __restrict__ source, T* __restrict__ out, ShiftShape s, Rates rates, int64_t first_pixel, int64_t work) {
+__global__ void __launch_bounds__(kThreads)
+    scatter_kernel(const T* __restrict__ source, T* __restrict__ out, Shape s, Rates rates, int64_t first_pixel, int64_t work) {
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= work) return;
   const int64_t taps = s.kernel_h * s.kernel_w;
@@ -107,68 +109,52 @@ bool fits(std::initializer_list<const void*> pointers, std::initializer_list<int
   return true;
 }
 
-template <typename T, int V>
-void launch_gather(
-    const CurrentStream& stream, const T* planes, const T* bias, T* out, int64_t pixel_stride, int64_t group_stride,
-    const ShiftShape& s, const Rates& rates) {
-  const int64_t work = s.images * s.height * s.width * s.groups * (s.channels / V);
-  launch(
-      gather_kernel<T, V>, blocks_for(work), kThreads, 0, stream, planes, bias, out, pixel_stride, group_stride, s, rates,
-      work);
-}
-
-template <typename T, int V>
-void launch_scatter(
-    const CurrentStream& stream, const T* source, T* out, const ShiftShape& s, const Rates& rates, int64_t first_row,
-    int64_t rows) {
-  const int64_t work = rows * s.width * s.kernel_h * s.kernel_w * (s.channels / V);
-  launch(scatter_kernel<T, V>, blocks_for(work), kThreads, 0, stream, source, out, s, rates, first_row * s.width, work);
-}
-
-}  // namespace
-
-void pac_shift_gather_cuda(
+void shift_gather(
     Tensor planes, std::optional<Tensor> bias, Tensor out, std::vector<int64_t> kernel_size, std::vector<int64_t> rates,
     int64_t sign) {
-  const ShiftShape s = check_gather(planes, bias, out, kernel_size, rates, sign);
+  const Shape s = check_gather(planes, bias, out, kernel_size, rates, sign);
   const Rates packed = pack_rates(rates, s.groups, "pac_shift_gather");
   if (out.numel() == 0) return;
   const CurrentStream stream(out);
   dispatch_cuda(out, "pac_shift_gather", [&](auto type) {
     using T = decltype(type);
     constexpr int V = 16 / sizeof(T);
-    const T* from = static_cast<const T*>(planes.const_data_ptr());
-    const T* shift = bias ? static_cast<const T*>(bias->const_data_ptr()) : nullptr;
-    T* to = static_cast<T*>(out.mutable_data_ptr());
+    const T* from = data_of<const T>(planes);
+    const T* shift = data_of<const T>(bias);
+    T* to = data_of<T>(out);
     const int64_t pixel_stride = out.stride(2), group_stride = out.stride(3);
-    if (fits<T, V>({from, shift, to}, {s.channels, pixel_stride, group_stride}))
-      launch_gather<T, V>(stream, from, shift, to, pixel_stride, group_stride, s, packed);
-    else
-      launch_gather<T, 1>(stream, from, shift, to, pixel_stride, group_stride, s, packed);
+    const auto run = [&](auto kernel, int pack) {
+      const int64_t work = s.images * s.height * s.width * s.groups * (s.channels / pack);
+      launch(kernel, blocks_for(work), kThreads, 0, stream, from, shift, to, pixel_stride, group_stride, s, packed, work);
+    };
+    const bool packs = fits<T, V>({from, shift, to}, {s.channels, pixel_stride, group_stride});
+    packs ? run(gather_kernel<T, V>, V) : run(gather_kernel<T, 1>, 1);
   });
 }
 
-void pac_shift_scatter_cuda(
+void shift_scatter(
     Tensor source, Tensor out, int64_t first_row, std::vector<int64_t> kernel_size, std::vector<int64_t> rates, int64_t sign) {
-  const ShiftShape s = check_scatter(source, out, first_row, kernel_size, rates, sign);
+  const Shape s = check_scatter(source, out, first_row, kernel_size, rates, sign);
   const Rates packed = pack_rates(rates, s.groups, "pac_shift_scatter");
   if (out.numel() == 0) return;
   const CurrentStream stream(out);
   dispatch_cuda(out, "pac_shift_scatter", [&](auto type) {
     using T = decltype(type);
     constexpr int V = 16 / sizeof(T);
-    const T* from = static_cast<const T*>(source.const_data_ptr());
-    T* to = static_cast<T*>(out.mutable_data_ptr());
-    if (fits<T, V>({from, to}, {s.channels}))
-      launch_scatter<T, V>(stream, from, to, s, packed, first_row, out.size(0));
-    else
-      launch_scatter<T, 1>(stream, from, to, s, packed, first_row, out.size(0));
+    const T* from = data_of<const T>(source);
+    T* to = data_of<T>(out);
+    const auto run = [&](auto kernel, int pack) {
+      const int64_t work = out.size(0) * s.width * s.taps() * (s.channels / pack);
+      launch(kernel, blocks_for(work), kThreads, 0, stream, from, to, s, packed, first_row * s.width, work);
+    };
+    fits<T, V>({from, to}, {s.channels}) ? run(scatter_kernel<T, V>, V) : run(scatter_kernel<T, 1>, 1);
   });
 }
 
 SEGOPS_CUDA_KERNELS(m) {
-  m.impl("pac_shift_gather", TORCH_BOX(&pac_shift_gather_cuda));
-  m.impl("pac_shift_scatter", TORCH_BOX(&pac_shift_scatter_cuda));
+  m.impl("pac_shift_gather", TORCH_BOX(&shift_gather));
+  m.impl("pac_shift_scatter", TORCH_BOX(&shift_scatter));
 }
 
-}  // namespace segops
+}  // namespace
+}  // namespace segops::pac

@@ -1,27 +1,30 @@
-// Max pooling over windows that cover a map, remembering where each maximum lay; the scatter and the gather that go by that.
+// Max pooling over windows that cover a map, remembering where each maximum lay; the scatter and
+// the gather that go by that.
 //
 // Along an axis of `size` elements, `count` windows:
-//   [j * kernel, min((j + 1) * kernel, size))                       with kernel_size
-//   [floor(j * size / count), ceil((j + 1) * size / count))         without: adaptive, where neighbours may share one element
-// The offset of an element in its window is dy * row + dx, row being the kernel's width, or the longest window's. Offsets take
-// one byte, two where the longest windows have more than 256 elements.
+//   [j * kernel, min((j + 1) * kernel, size))                 with kernel_size
+//   [floor(j * size / count), ceil((j + 1) * size / count))   without, adaptive: may overlap by one
+// The offset of an element in its window is dy * row + dx, row being the kernel's width, or the
+// longest window's. Offsets take one byte, two where the largest window has more than 256 elements.
 //
-//   pool      out = max over each window of each map, into the maps' own channels of out (concat) or summed (then adaptive).
-//             In row-major order an element takes over if it is larger, or NaN: ties go to the first, the last NaN stays.
-//             Maps of out's own size are not pooled, but copied or added; without kernel_size they have no offsets.
-//   scatter   out = 0, and each value of `pooled` added where its offset says. The derivative of pool, and unpooling.
+//   pool      out = max over each window of each map, into the maps' own channels of out (concat)
+//             or summed (then adaptive). In row-major order an element takes over if it is larger,
+//             or NaN: ties go to the first, the last NaN stays. Maps of out's own size are not
+//             pooled, but copied or added; without kernel_size they have no offsets.
+//   scatter   out = 0, and each value of `pooled` added where its offset says. The derivative of
+//             pool, and unpooling.
 //   gather    out = for each window the element where its offset says. The derivative of scatter.
 //
-// Maps are (N, C, H, W) with any strides, but 1 along x or, with channels_last, along the channels. The offsets of a map are
-// (N, C, h, w) in the same order without gaps; those of several maps follow each other, each from a multiple of 16 bytes on.
-// Sums are taken in float32 (float64 for float64) in a fixed order. Offsets that point outside their window are skipped.
+// Maps are (N, C, H, W) with any strides, but 1 along x or, with channels_last, along the channels.
+// The offsets of a map are (N, C, h, w) in the same order without gaps; those of several maps
+// follow each other, each from a multiple of 16 bytes on. Sums are taken in float32 (float64 for
+// float64) in a fixed order. Offsets that point outside their window are skipped. `out` and
+// `offsets` are written in full.
 #pragma once
 
 #include "../common/tensor.h"
 
-#include <algorithm>
-
-namespace segops {
+namespace segops::pag {
 
 // The windows along one axis.
 struct Axis {
@@ -61,8 +64,7 @@ inline Axis axis(int64_t size, int64_t count, int64_t kernel, const char* op) {
   STD_TORCH_CHECK(0 < count && count <= size, op, ": ", size, " elements cannot make ", count, " windows");
   if (kernel == 0 && size % count == 0) kernel = size / count;
   STD_TORCH_CHECK(
-      kernel == 0 || (kernel <= (1 << 20) && (size + kernel - 1) / kernel == count), op, ": ", count, " windows do not cover ",
-      size);
+      kernel == 0 || (kernel <= (1 << 20) && ceil_div(size, kernel) == count), op, ": ", count, " windows do not cover ", size);
   return {int32_t(size), int32_t(count), int32_t(kernel)};
 }
 
@@ -72,10 +74,7 @@ inline Windows windows(const Tensor& map, const Tensor& pooled, const std::vecto
   if (given) STD_TORCH_CHECK(kernel_size[0] > 0 && kernel_size[1] > 0, op, ": kernel_size must be positive");
   Windows result{
       axis(map.size(2), pooled.size(2), given ? kernel_size[0] : 0, op),
-      axis(map.size(3), pooled.size(3), given ? kernel_size[1] : 0, op),
-      0,
-      false,
-  };
+      axis(map.size(3), pooled.size(3), given ? kernel_size[1] : 0, op), 0, false};
   result.row = result.x.longest();
   const int64_t elements = int64_t(result.y.longest()) * result.row;
   STD_TORCH_CHECK(elements <= 65536, op, ": two bytes do not number windows of ", elements, " elements");
@@ -90,7 +89,7 @@ inline void check_map(const Tensor& map, const Tensor& like, bool channels_last,
   STD_TORCH_CHECK(map.stride(dim) == 1 || map.size(dim) == 1, op, ": neighbours must lie side by side");
 }
 
-// Bytes of the offsets of `channels` channels pooled to out's size, before they are rounded up to a multiple of 16.
+// Bytes of the offsets of `channels` channels pooled to out's size, without padding.
 inline int64_t offset_bytes(const Windows& w, const Tensor& out, int64_t channels) {
   return out.size(0) * channels * out.size(2) * out.size(3) * (w.two_bytes ? 2 : 1);
 }
@@ -116,7 +115,7 @@ inline std::vector<Part> check_pool(
     parts.push_back({w, map.size(1), concat ? channels : 0, remembers ? bytes : -1});
     if (remembers) {
       needed = bytes + offset_bytes(w, out, map.size(1));
-      bytes = (needed + 15) / 16 * 16;
+      bytes = round_up(needed, 16);
     }
     channels = concat ? channels + map.size(1) : map.size(1);
     STD_TORCH_CHECK(channels <= out.size(1) && (concat || channels == out.size(1)), op, ": channels do not fit out's");
@@ -142,14 +141,4 @@ inline Windows check_offsets(
   return w;
 }
 
-// The C++ CPU and CUDA kernels share these signatures; `out` and `offsets` are written in full.
-void pag_pool_cpu(
-    std::vector<Tensor> maps, Tensor out, Tensor offsets, std::vector<int64_t> kernel_size, bool concat, bool channels_last);
-void pag_scatter_cpu(Tensor pooled, Tensor offsets, Tensor out, std::vector<int64_t> kernel_size, bool channels_last);
-void pag_gather_cpu(Tensor input, Tensor offsets, Tensor out, std::vector<int64_t> kernel_size, bool channels_last);
-void pag_pool_cuda(
-    std::vector<Tensor> maps, Tensor out, Tensor offsets, std::vector<int64_t> kernel_size, bool concat, bool channels_last);
-void pag_scatter_cuda(Tensor pooled, Tensor offsets, Tensor out, std::vector<int64_t> kernel_size, bool channels_last);
-void pag_gather_cuda(Tensor input, Tensor offsets, Tensor out, std::vector<int64_t> kernel_size, bool channels_last);
-
-}  // namespace segops
+}  // namespace segops::pag

@@ -1,37 +1,22 @@
 // Pooling, scatter and gather on CUDA (pag.h says what they compute).
 //
-// A thread owns 16 bytes of pooled elements where alignment allows, else one element: channels of one pixel with channels_last,
-// else neighbouring windows of a row, whose 1, 2, 4 or 8 elements along x it loads 16 bytes at a time as well. One launch pools
-// all maps. Scatter goes by windows in the same way, each reading its maximum once and writing all of its elements; where
-// windows overlap, or are of another width, it goes by elements, each summing over the windows that hold it. No atomics: every
-// output is written once.
+// A thread owns 16 bytes of pooled elements where alignment allows, else one element: channels of
+// one pixel with channels_last, else neighbouring windows of a row, whose 1, 2, 4 or 8 elements
+// along x it loads 16 bytes at a time as well. One launch pools all maps. Scatter goes by windows
+// in the same way, each reading its maximum once and writing all of its elements; where windows
+// overlap, or are of another width, it goes by elements, each summing over the windows that hold
+// it. No atomics: every output is written once.
 
 #include "../common/cuda.h"
 #include "pag.h"
 
-namespace segops {
+namespace segops::pag {
 namespace {
 
 constexpr int kMaxMaps = 32;
 
-// A map, its gradient, or what is pooled, for kernels: element (n, c, y, x) is data[n * image + c * channel + y * row + x *
-// pixel].
-struct View {
-  void* data;
-  int64_t image, channel, row, pixel;
-
-  template <typename T>
-  __device__ T* at(int64_t n, int64_t c, int64_t y, int64_t x) const {
-    return static_cast<T*>(data) + n * image + c * channel + y * row + x * pixel;
-  }
-};
-
-View view(const Tensor& tensor) {
-  return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
-}
-
-// Whether packs of V elements of T may be accessed, along the channels or along x. (A stride along an axis of one does not
-// count.)
+// Whether packs of V elements of T may be accessed, along the channels or along x. (A stride along
+// an axis of one does not count.)
 template <typename T, int V>
 bool packable(const Tensor& tensor, bool channels_last) {
   const int inner = channels_last ? 1 : 3;
@@ -41,7 +26,7 @@ bool packable(const Tensor& tensor, bool channels_last) {
   return true;
 }
 
-// The windows' width, if kernels know to read windows of that width in packs; else 0.
+// The windows' width, if kernels can read windows of that width in packs; else 0.
 int pack_width(const Windows& w) {
   const int32_t kernel = w.x.kernel;
   const bool whole = kernel && w.x.size % kernel == 0;
@@ -60,8 +45,8 @@ __device__ inline int64_t divide(int64_t index, int64_t divisor, int32_t& rest) 
   return quotient;
 }
 
-// The pooled elements of a thread: V of them from (n, c, y, x), along the channels or along x; `first` is the number of the
-// first in the order of the offsets.
+// The pooled elements of a thread: V of them from (n, c, y, x), along the channels or along x;
+// `first` is the number of the first in the order of the offsets.
 struct Position {
   int64_t n, first;
   int32_t c, y, x;
@@ -88,30 +73,23 @@ __device__ inline Position locate(
 
 template <int V>
 __device__ inline void store_offsets(void* offsets, bool two_bytes, int64_t first, const int (&at)[V]) {
-  if (two_bytes) {
-    Pack<uint16_t, V> pack;
+  const auto store_as = [&](auto* p) {
+    Pack<std::remove_pointer_t<decltype(p)>, V> pack;
 #pragma unroll
-    for (int v = 0; v < V; ++v) pack.value[v] = uint16_t(at[v]);
-    *reinterpret_cast<Pack<uint16_t, V>*>(static_cast<uint16_t*>(offsets) + first) = pack;
-  } else {
-    Pack<uint8_t, V> pack;
-#pragma unroll
-    for (int v = 0; v < V; ++v) pack.value[v] = uint8_t(at[v]);
-    *reinterpret_cast<Pack<uint8_t, V>*>(static_cast<uint8_t*>(offsets) + first) = pack;
-  }
+    for (int v = 0; v < V; ++v) pack.value[v] = at[v];
+    *reinterpret_cast<decltype(pack)*>(p + first) = pack;
+  };
+  two_bytes ? store_as(static_cast<uint16_t*>(offsets)) : store_as(static_cast<uint8_t*>(offsets));
 }
 
 template <int V>
 __device__ inline void load_offsets(const void* offsets, bool two_bytes, int64_t first, int (&at)[V]) {
-  if (two_bytes) {
-    const auto pack = *reinterpret_cast<const Pack<uint16_t, V>*>(static_cast<const uint16_t*>(offsets) + first);
+  const auto load_as = [&](const auto* p) {
+    const auto pack = *reinterpret_cast<const Pack<std::decay_t<decltype(*p)>, V>*>(p + first);
 #pragma unroll
     for (int v = 0; v < V; ++v) at[v] = pack.value[v];
-  } else {
-    const auto pack = *reinterpret_cast<const Pack<uint8_t, V>*>(static_cast<const uint8_t*>(offsets) + first);
-#pragma unroll
-    for (int v = 0; v < V; ++v) at[v] = pack.value[v];
-  }
+  };
+  two_bytes ? load_as(static_cast<const uint16_t*>(offsets)) : load_as(static_cast<const uint8_t*>(offsets));
 }
 
 template <int V>
@@ -128,8 +106,9 @@ struct Largest {
 };
 
 // A map as the pooling kernel sees it.
+template <typename T>
 struct Map {
-  View in;
+  View<const T> in;
   Windows windows;
   int width;      // pack_width
   void* offsets;  // or null
@@ -137,16 +116,17 @@ struct Map {
   int64_t begin;  // the first thread of this map, where each has its own
 };
 
+template <typename T>
 struct Maps {
   int count;
-  Map map[kMaxMaps];
+  Map<T> map[kMaxMaps];
 };
 
 // V neighbouring windows of W elements along x.
 template <typename T, int V, int W>
-__device__ inline void pool_row(const Map& m, const Position& p, int32_t top, int32_t rows, Largest<V>& best) {
+__device__ inline void pool_row(const Map<T>& m, const Position& p, int32_t top, int32_t rows, Largest<V>& best) {
   for (int32_t dy = 0; dy < rows; ++dy) {
-    const T* row = m.in.at<T>(p.n, p.c, top + dy, int64_t(p.x) * W);
+    const T* row = m.in.at(p.n, p.c, top + dy, int64_t(p.x) * W);
     Pack<T, V> pack[W];
 #pragma unroll
     for (int k = 0; k < W; ++k) pack[k] = reinterpret_cast<const Pack<T, V>*>(row)[k];
@@ -159,7 +139,7 @@ __device__ inline void pool_row(const Map& m, const Position& p, int32_t top, in
 }
 
 template <typename T, int V>
-__device__ inline void pool_windows(const Map& m, const Position& p, bool channels_last, Largest<V>& best) {
+__device__ inline void pool_windows(const Map<T>& m, const Position& p, bool channels_last, Largest<V>& best) {
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     best.value[v] = -INFINITY;
@@ -177,63 +157,65 @@ __device__ inline void pool_windows(const Map& m, const Position& p, bool channe
   const int32_t left = w.x.begin(p.x), columns = w.x.end(p.x) - left, row = w.row;
   for (int32_t dy = 0; dy < rows; ++dy) {
     for (int32_t dx = 0; dx < columns; ++dx) {
-      const auto pack = *reinterpret_cast<const Pack<T, V>*>(m.in.at<T>(p.n, p.c, top + dy, left + dx));
+      const auto pack = *reinterpret_cast<const Pack<T, V>*>(m.in.at(p.n, p.c, top + dy, left + dx));
 #pragma unroll
       for (int v = 0; v < V; ++v) best.take(v, widen(pack.value[v]), dy * row + dx);
     }
   }
 }
 
-// Pools all maps, side by side (concat: a thread belongs to one) or summed (a thread goes through all).
+// Pools all maps: side by side (concat), where a thread belongs to one, or summed.
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads)
-    pool_kernel(const Maps maps, View out, int32_t height, int32_t width, bool concat, bool channels_last, int64_t work) {
+    pool_kernel(const Maps<T> maps, View<T> out, int32_t height, int32_t width, bool concat, bool channels_last, int64_t work) {
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= work) return;
   int first = 0;
   if (concat)
     while (first + 1 < maps.count && index >= maps.map[first + 1].begin) ++first;
   const int last = concat ? first + 1 : maps.count;
-  const Map& own = maps.map[first];
+  const Map<T>& own = maps.map[first];
   const Position p = locate(index - own.begin, V, own.channels, height, width, channels_last);
 
   float sum[V];
   for (int i = first; i < last; ++i) {
-    const Map& m = maps.map[i];
+    const Map<T>& m = maps.map[i];
     Largest<V> best;
     pool_windows<T, V>(m, p, channels_last, best);
     if (m.offsets) store_offsets<V>(m.offsets, m.windows.two_bytes, p.first, best.at);
 #pragma unroll
     for (int v = 0; v < V; ++v) sum[v] = i == first ? best.value[v] : sum[v] + best.value[v];
   }
-  store<T, V>(out.at<T>(p.n, own.first_channel + p.c, p.y, p.x), sum);
+  store<T, V>(out.at(p.n, own.first_channel + p.c, p.y, p.x), sum);
 }
 
 // What scatter and gather go by.
+template <typename P, typename M>
 struct Pooled {
-  View pooled, map;
+  View<P> pooled;
+  View<M> map;
   Windows windows;
-  void* offsets;
+  const void* offsets;
   int64_t channels;
   bool channels_last;
 };
 
-// The elements of V windows that do not overlap with others. Along x a window has W, 0 meaning any number.
+// The elements of V windows that do not overlap. Along x a window has W, 0 meaning any number.
 template <typename T, int V, int W>
-__global__ void __launch_bounds__(kThreads) scatter_windows(const Pooled s, int64_t work) {
+__global__ void __launch_bounds__(kThreads) scatter_windows(const Pooled<const T, T> s, int64_t work) {
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= work) return;
   const Windows& w = s.windows;
   const Position p = locate(index, V, s.channels, w.y.count, w.x.count, s.channels_last);
   int at[V];
   load_offsets<V>(s.offsets, w.two_bytes, p.first, at);
-  const auto values = *reinterpret_cast<const Pack<T, V>*>(s.pooled.at<T>(p.n, p.c, p.y, p.x));
+  const auto values = *reinterpret_cast<const Pack<T, V>*>(s.pooled.at(p.n, p.c, p.y, p.x));
   T zero;
   narrow(0.f, zero);
   const int32_t top = w.y.begin(p.y), rows = w.y.end(p.y) - top, left = w.x.begin(p.x);
   if constexpr (W > 0) {
     for (int32_t dy = 0; dy < rows; ++dy) {
-      T* row = s.map.at<T>(p.n, p.c, top + dy, left);
+      T* row = s.map.at(p.n, p.c, top + dy, left);
 #pragma unroll
       for (int k = 0; k < W; ++k) {
         Pack<T, V> pack;
@@ -252,7 +234,7 @@ __global__ void __launch_bounds__(kThreads) scatter_windows(const Pooled s, int6
         Pack<T, V> pack;
 #pragma unroll
         for (int v = 0; v < V; ++v) pack.value[v] = at[v] == dy * row + dx ? values.value[v] : zero;
-        *reinterpret_cast<Pack<T, V>*>(s.map.at<T>(p.n, p.c, top + dy, left + dx)) = pack;
+        *reinterpret_cast<Pack<T, V>*>(s.map.at(p.n, p.c, top + dy, left + dx)) = pack;
       }
     }
   }
@@ -260,7 +242,7 @@ __global__ void __launch_bounds__(kThreads) scatter_windows(const Pooled s, int6
 
 // V channels of one element of the map, or one: the sum over the windows that hold it.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads) scatter_elements(const Pooled s, int64_t work) {
+__global__ void __launch_bounds__(kThreads) scatter_elements(const Pooled<const T, T> s, int64_t work) {
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= work) return;
   const Windows& w = s.windows;
@@ -275,17 +257,17 @@ __global__ void __launch_bounds__(kThreads) scatter_elements(const Pooled s, int
       int at[V];
       load_offsets<V>(s.offsets, w.two_bytes, window, at);
       const int wanted = (p.y - w.y.begin(j)) * row + p.x - w.x.begin(i);
-      const auto values = *reinterpret_cast<const Pack<T, V>*>(s.pooled.at<T>(p.n, p.c, j, i));
+      const auto values = *reinterpret_cast<const Pack<T, V>*>(s.pooled.at(p.n, p.c, j, i));
 #pragma unroll
       for (int v = 0; v < V; ++v)
         if (at[v] == wanted) sum[v] += widen(values.value[v]);
     }
   }
-  store<T, V>(s.map.at<T>(p.n, p.c, p.y, p.x), sum);
+  store<T, V>(s.map.at(p.n, p.c, p.y, p.x), sum);
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) gather_kernel(const Pooled s, int64_t work) {
+__global__ void __launch_bounds__(kThreads) gather_kernel(const Pooled<T, const T> s, int64_t work) {
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= work) return;
   const Windows& w = s.windows;
@@ -295,19 +277,17 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const Pooled s, int64_
   const int32_t y = w.y.begin(p.y) + at[0] / w.row, x = w.x.begin(p.x) + at[0] % w.row;
   T value;
   narrow(0.f, value);
-  if (y < w.y.end(p.y) && x < w.x.end(p.x)) value = *s.map.at<T>(p.n, p.c, y, x);
-  *s.pooled.at<T>(p.n, p.c, p.y, p.x) = value;
+  if (y < w.y.end(p.y) && x < w.x.end(p.x)) value = *s.map.at(p.n, p.c, y, x);
+  *s.pooled.at(p.n, p.c, p.y, p.x) = value;
 }
 
-}  // namespace
-
-void pag_pool_cuda(
+void pool(
     std::vector<Tensor> maps, Tensor out, Tensor offsets, std::vector<int64_t> kernel_size, bool concat, bool channels_last) {
   const std::vector<Part> parts = check_pool(maps, out, offsets, kernel_size, concat, channels_last);
   STD_TORCH_CHECK(maps.size() <= kMaxMaps, "pag_pool: at most ", kMaxMaps, " maps");
   if (out.numel() == 0) return;
   const CurrentStream stream(out);
-  char* held = static_cast<char*>(offsets.mutable_data_ptr());
+  char* offset_data = data_of<char>(offsets);
   const int64_t pixels = out.size(0) * out.size(2) * out.size(3);
   dispatch_cuda(out, "pag_pool", [&](auto type) {
     using T = decltype(type);
@@ -316,35 +296,34 @@ void pag_pool_cuda(
     bool packs = packable<T, V>(out, channels_last);
     for (size_t m = 0; m < maps.size(); ++m) {
       packs = packs && packable<T, V>(maps[m], channels_last) && (channels_last || pack_width(parts[m].windows));
-      if (parts[m].offsets >= 0) packs = packs && reinterpret_cast<uintptr_t>(held) % 16 == 0;
+      if (parts[m].offsets >= 0) packs = packs && reinterpret_cast<uintptr_t>(offset_data) % 16 == 0;
     }
-    Maps packed{int(maps.size()), {}};
+    Maps<T> packed{int(maps.size()), {}};
     int64_t work = 0;
     for (size_t m = 0; m < maps.size(); ++m) {
       const Part& part = parts[m];
-      void* at = part.offsets < 0 ? nullptr : held + part.offsets;
-      packed.map[m] = {view(maps[m]), part.windows,       pack_width(part.windows), at,
-                       part.channels, part.first_channel, concat ? work : 0};
+      void* at = part.offsets < 0 ? nullptr : offset_data + part.offsets;
+      packed.map[m] = {View<const T>(maps[m]), part.windows,       pack_width(part.windows), at,
+                       part.channels,          part.first_channel, concat ? work : 0};
       work = (concat ? work : 0) + pixels * part.channels / (packs ? V : 1);
     }
     launch(
-        packs ? &pool_kernel<T, V> : &pool_kernel<T, 1>, blocks_for(work), kThreads, 0, stream, packed, view(out),
+        packs ? &pool_kernel<T, V> : &pool_kernel<T, 1>, blocks_for(work), kThreads, 0, stream, packed, View<T>(out),
         int32_t(out.size(2)), int32_t(out.size(3)), concat, channels_last, work);
   });
 }
 
-void pag_scatter_cuda(Tensor pooled, Tensor offsets, Tensor out, std::vector<int64_t> kernel_size, bool channels_last) {
+void scatter(Tensor pooled, Tensor offsets, Tensor out, std::vector<int64_t> kernel_size, bool channels_last) {
   const Windows w = check_offsets(pooled, out, offsets, kernel_size, channels_last, "pag_scatter");
   if (out.numel() == 0) return;
   const CurrentStream stream(out);
-  void* held = const_cast<void*>(offsets.const_data_ptr());
-  const Pooled s{view(pooled), view(out), w, held, out.size(1), channels_last};
   const int64_t windows = pooled.numel(), elements = out.numel();
   dispatch_cuda(out, "pag_scatter", [&](auto type) {
     using T = decltype(type);
     constexpr int V = 16 / sizeof(T);
+    const Pooled<const T, T> s{View<const T>(pooled), View<T>(out), w, offsets.const_data_ptr(), out.size(1), channels_last};
     const bool packs = packable<T, V>(pooled, channels_last) && packable<T, V>(out, channels_last) &&
-                       reinterpret_cast<uintptr_t>(held) % 16 == 0;
+                       reinterpret_cast<uintptr_t>(s.offsets) % 16 == 0;
     const int width = packs ? pack_width(w) : 0;
     const auto run = [&](auto kernel, int64_t work) { launch(kernel, blocks_for(work), kThreads, 0, stream, s, work); };
     if (channels_last) {
@@ -366,20 +345,22 @@ void pag_scatter_cuda(Tensor pooled, Tensor offsets, Tensor out, std::vector<int
   });
 }
 
-void pag_gather_cuda(Tensor input, Tensor offsets, Tensor out, std::vector<int64_t> kernel_size, bool channels_last) {
+void gather(Tensor input, Tensor offsets, Tensor out, std::vector<int64_t> kernel_size, bool channels_last) {
   const Windows w = check_offsets(out, input, offsets, kernel_size, channels_last, "pag_gather");
   if (out.numel() == 0) return;
   const CurrentStream stream(out);
-  const Pooled s{view(out), view(input), w, const_cast<void*>(offsets.const_data_ptr()), out.size(1), channels_last};
   dispatch_cuda(out, "pag_gather", [&](auto type) {
-    launch(gather_kernel<decltype(type)>, blocks_for(out.numel()), kThreads, 0, stream, s, out.numel());
+    using T = decltype(type);
+    const Pooled<T, const T> s{View<T>(out), View<const T>(input), w, offsets.const_data_ptr(), out.size(1), channels_last};
+    launch(gather_kernel<T>, blocks_for(out.numel()), kThreads, 0, stream, s, out.numel());
   });
 }
 
 SEGOPS_CUDA_KERNELS(m) {
-  m.impl("pag_pool", TORCH_BOX(&pag_pool_cuda));
-  m.impl("pag_scatter", TORCH_BOX(&pag_scatter_cuda));
-  m.impl("pag_gather", TORCH_BOX(&pag_gather_cuda));
+  m.impl("pag_pool", TORCH_BOX(&pool));
+  m.impl("pag_scatter", TORCH_BOX(&scatter));
+  m.impl("pag_gather", TORCH_BOX(&gather));
 }
 
-}  // namespace segops
+}  // namespace
+}  // namespace segops::pag

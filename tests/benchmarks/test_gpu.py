@@ -34,10 +34,10 @@ exec "$@"
 """
 NCU_CSV = """==PROF== Connected to process 7
 "ID","Process ID","Process Name","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
-"0","7","python3","void segops::<unnamed>::gather_kernel<__nv_bfloat16, (int)8>(const T1 *, T1 *)","S","Duration","us","12.34"
-"0","7","python3","void segops::<unnamed>::gather_kernel<__nv_bfloat16, (int)8>(const T1 *, T1 *)","S","DRAM Throughput","%","56.7"
-"0","7","python3","void segops::<unnamed>::gather_kernel<__nv_bfloat16, (int)8>(const T1 *, T1 *)","L","Registers Per Thread","register/thread","40"
-"1","7","python3","void segops::<unnamed>::gather_kernel<__nv_bfloat16, (int)8>(const T1 *, T1 *)","S","Duration","us","99.99"
+"0","7","python3","void segops::pac::<unnamed>::gather_kernel<__nv_bfloat16, (int)8>(const T1 *, T1 *)","S","Duration","us","12.34"
+"0","7","python3","void segops::pac::<unnamed>::gather_kernel<__nv_bfloat16, (int)8>(const T1 *, T1 *)","S","DRAM Throughput","%","56.7"
+"0","7","python3","void segops::pac::<unnamed>::gather_kernel<__nv_bfloat16, (int)8>(const T1 *, T1 *)","L","Registers Per Thread","register/thread","40"
+"1","7","python3","void segops::pac::<unnamed>::gather_kernel<__nv_bfloat16, (int)8>(const T1 *, T1 *)","S","Duration","us","99.99"
 """
 NCU = f"""#!/usr/bin/env bash
 while [[ $1 != */python* ]]; do
@@ -323,8 +323,8 @@ def test_findings(line, expected):
 @pytest.mark.parametrize(
     "name, expected",
     [
-        ("void segops::(anonymous namespace)::loss_kernel<float, 8>(float const*, long)", "loss_kernel<float, 8>"),
-        ("void segops::<unnamed>::blur_x_kernel(const float *)", "blur_x_kernel"),
+        ("void segops::bal::(anonymous namespace)::loss_kernel<float, 8>(float const*, long)", "loss_kernel<float, 8>"),
+        ("void segops::bal::<unnamed>::blur_x_kernel(const float *)", "blur_x_kernel"),
         ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTN", "nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTN"),
         (
             "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>, std::array<char*, 1ul> >(int)",

@@ -1,0 +1,167 @@
+// softmax_loss on the CPU: the rows of labels one by one, each in blocks of pixels (softmax_cpu.h).
+
+#include "softmax_cpu.h"
+
+namespace segops::bal {
+namespace {
+
+// The pixels' weights along label row y; `row` is room for a row of them before they are resized
+// along x. It is __restrict, or GCC adds a loop for the case of an overlap, which also runs where
+// memory is merely close, and rounds differently.
+template <typename T>
+SEGOPS_INLINE void read_weights(const Problem<T>& p, int64_t image, int64_t y, T* __restrict row, T* out) {
+  if (!p.pixel_weight) {
+    std::fill(out, out + p.s.width, T(1));
+    return;
+  }
+  const T* map = p.pixel_weight + image * p.s.weight_h * p.s.weight_w;
+  const T *top = map + p.weight_rows.low[y] * p.s.weight_w, *bottom = map + p.weight_rows.high[y] * p.s.weight_w;
+  if (p.s.weight_w == p.s.width && p.s.weight_h == p.s.height) {
+    std::copy(top, top + p.s.width, out);
+    return;
+  }
+  const T lower = p.weight_rows.weight[y], upper = 1 - lower;
+  for (int64_t x = 0; x < p.s.weight_w; ++x) row[x] = upper * top[x] + lower * bottom[x];
+  resize_row(row, p.weight_columns, p.s.width, out);
+}
+
+template <typename T>
+struct LossOutput {
+  T* coefficients;
+  T* loss;         // or null
+  double* totals;  // per label row: sum of losses, pixels not ignored
+};
+
+// The label rows of one strip, forward.
+template <typename T>
+SEGOPS_INLINE void loss_strip(const Problem<T>& p, int64_t item, const LossOutput<T>& out) {
+  using V = Vec<T, kLanes<T>>;
+  using I = Vec<Integer<T>, kLanes<T>>;
+  const LossShape& s = p.s;
+  const int64_t image = item / p.strips(), begin = item % p.strips() * p.strip, end = std::min(begin + p.strip, s.h);
+  const int64_t padded = p.padded();
+  Reader<T> reader(p, image);
+  std::vector<T> block(s.classes * kBlock<T>), weights(padded), weight_row(s.weight_w + kWindow<T>),
+      target_weights(padded, T(1));
+  std::vector<Integer<T>> targets(padded, kIgnored);
+
+  for (int64_t y = p.rows.first[begin]; y < p.rows.first[end]; ++y) {
+    reader.seek(p.rows.low[y]);
+    const int64_t row = (image * s.height + y) * s.width;
+    read_classes(p.labels, row, s.width, targets.data());
+    read_weights(p, image, y, weight_row.data(), weights.data());
+    if (p.class_weight)
+      for (int64_t x = 0; x < s.width; ++x) target_weights[x] = targets[x] < 0 ? T(0) : p.class_weight[targets[x]];
+
+    typename V::type sum{};
+    typename I::type ignored{};
+    const auto softmax = [&](auto vector_count, int64_t x) __attribute__((always_inline)) {
+      constexpr int vectors = vector_count, pixels = vectors * kLanes<T>;
+      reader.template read<pixels>(y, x, block.data());
+      typename V::type max_logit[vectors], rest[vectors], at_target[vectors], smooth[vectors];
+      typename I::type target[vectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        max_logit[v] = V::load(&block[v * kLanes<T>]);
+        rest[v] = smooth[v] = typename V::type{};
+        at_target[v] = rest[v] - std::numeric_limits<T>::infinity();  // for pixels that have no target
+        target[v] = I::load(&targets[x + v * kLanes<T>]);
+      }
+      for (int64_t c = 1; c < s.classes; ++c) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+          const auto z = V::load(&block[c * pixels + v * kLanes<T>]);
+          max_logit[v] = z > max_logit[v] ? z : max_logit[v];
+        }
+      }
+      for (int64_t c = 0; c < s.classes; ++c) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+          const auto z = V::load(&block[c * pixels + v * kLanes<T>]);
+          const auto e = exp(z - max_logit[v], T{});
+          rest[v] = target[v] == Integer<T>(c) ? rest[v] : rest[v] + e;
+          at_target[v] = target[v] == Integer<T>(c) ? z : at_target[v];
+        }
+      }
+      if (p.smoothed)
+        for (int64_t c = 0; c < s.classes; ++c) {
+          const T weight = p.class_weight ? p.class_weight[c] : T(1);
+          for (int v = 0; v < vectors; ++v) smooth[v] += weight * (max_logit[v] - V::load(&block[c * pixels + v * kLanes<T>]));
+        }
+      T results[5][pixels];  // loss, then the coefficients
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t at = x + v * kLanes<T>;
+        const auto total = rest[v] + exp(at_target[v] - max_logit[v], T{});
+        const auto log_total = log(total, T{});
+        const auto weight = V::load(&weights[at]), own = p.keep * V::load(&target_weights[at]);
+        const T smooth_weight = p.share * p.class_weight_sum;
+        auto loss = own * (log_total + (max_logit[v] - at_target[v]));
+        if (p.smoothed) loss += smooth_weight * log_total + p.share * smooth[v];
+        const typename V::type zero{}, nan = zero + std::numeric_limits<T>::quiet_NaN();
+        const typename V::type values[] = {
+            weight * loss, weight * (own + smooth_weight) / total,
+            weight * ((smooth_weight * (total - rest[v]) - own * rest[v]) / total), zero + weight * p.share};
+        V::store(results[1] + v * kLanes<T>, max_logit[v]);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          auto value = target[v] == Integer<T>(kIgnored) ? zero : values[i];
+          value = target[v] == Integer<T>(kWrong) ? nan : value;
+          V::store(results[i == 0 ? 0 : i + 1] + v * kLanes<T>, value);
+        }
+        sum += V::load(results[0] + v * kLanes<T>);
+        ignored -= target[v] == Integer<T>(kIgnored);  // a true lane is -1
+      }
+      const int64_t count = std::min<int64_t>(pixels, s.width - x);
+      if (out.loss) std::memcpy(out.loss + row + x, results[0], count * sizeof(T));
+      for (int map = 0; map < (p.smoothed ? 4 : 3); ++map)
+        std::memcpy(out.coefficients + map * s.pixels() + row + x, results[map + 1], count * sizeof(T));
+    };
+    int64_t x = 0;
+    for (; x + kBlock<T> <= s.width; x += kBlock<T>) softmax(constant<4>, x);
+    for (; x < s.width; x += kLanes<T>) softmax(constant<1>, x);
+    double losses = 0;
+    int64_t valid = x;  // lanes: those beyond the row are ignored
+    for (int i = 0; i < kLanes<T>; ++i) {
+      losses += double(sum[i]);
+      valid -= ignored[i];
+    }
+    out.totals[2 * (image * s.height + y)] = losses;
+    out.totals[2 * (image * s.height + y) + 1] = double(valid);
+  }
+}
+
+#define SEGOPS_LOSS_STRIP(T)                                                                                      \
+  SEGOPS_MULTIVERSION void loss_strip_multiversion(const Problem<T>& p, int64_t item, const LossOutput<T>& out) { \
+    loss_strip(p, item, out);                                                                                     \
+  }
+SEGOPS_LOSS_STRIP(float)
+SEGOPS_LOSS_STRIP(double)
+#undef SEGOPS_LOSS_STRIP
+
+void softmax_loss(
+    Tensor logits, Tensor labels, std::optional<Tensor> pixel_weight, std::optional<Tensor> class_weight, Tensor coefficients,
+    std::optional<Tensor> loss, Tensor totals, double label_smoothing, int64_t ignore_index) {
+  const char* op = "bal_softmax_loss";
+  const LossShape s = check_loss(op, logits, labels, pixel_weight, class_weight, coefficients);
+  check_loss_outputs(labels, totals, loss, coefficients, label_smoothing);
+  std::vector<double> row_totals(2 * s.images * s.height);
+  dispatch<float, double>(logits, op, [&](auto type) {
+    using T = decltype(type);
+    const Problem<T> p(s, logits, labels, pixel_weight, class_weight, coefficients, label_smoothing, ignore_index, op);
+    const LossOutput<T> out{data_of<T>(coefficients), data_of<T>(loss), row_totals.data()};
+    torch::stable::parallel_for(0, s.images * p.strips(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) loss_strip_multiversion(p, item, out);
+    });
+  });
+  double* to = data_of<double>(totals);
+  to[0] = to[1] = 0;
+  for (size_t i = 0; i < row_totals.size(); ++i) to[i % 2] += row_totals[i];
+}
+
+STABLE_TORCH_LIBRARY_IMPL(segops, CPU, m) {
+  m.impl("bal_softmax_loss", TORCH_BOX(&softmax_loss));
+}
+
+}  // namespace
+}  // namespace segops::bal
