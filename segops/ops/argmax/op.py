@@ -41,10 +41,10 @@ argmax_upsample = kernel("argmax_upsample(Tensor logits, Tensor(a!) best, Tensor
 
 @op("upsample_argmax(Tensor logits, SymInt[] size, str backend) -> Tensor")
 class argmax:
-    def empty(logits, size, **_):
+    def empty(logits, size):
         return torch.empty((logits.shape[0], *size), dtype=torch.int64, device=logits.device)
 
-    def fill(out, logits, backend, **_):
+    def fill(out, logits, backend):
         n, _, h, w = logits.shape
         best = torch.empty((n, h, w), dtype=torch.int32, device=logits.device)
         if device_type(logits, backend) == "cpu":  # whose kernels compute in the dtype of what they are given

@@ -120,7 +120,7 @@ blur = kernel("bal_blur(Tensor edges, Tensor factors, Tensor(a!) rows, Tensor(b!
 
 @op(f"bal_edge(Tensor labels, SymInt num_classes, {EdgeSettings.SCHEMA}, int ignore_index, str backend) -> Tensor")
 class edge_map:
-    def empty(labels, **_):
+    def empty(labels):
         return torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
 
     def fill(out, labels, num_classes, backend, **settings):

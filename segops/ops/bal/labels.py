@@ -49,7 +49,7 @@ def classes_of(labels, num_classes, ignore_index):
 
 @op("bal_classes(Tensor labels, SymInt num_classes, int ignore_index) -> Tensor")
 class checked_classes:
-    def empty(labels, **_):
+    def empty(labels):
         return torch.empty_like(labels, dtype=torch.int64)
 
     def fill(out, labels, num_classes, ignore_index):

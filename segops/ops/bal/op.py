@@ -187,7 +187,7 @@ softmax_grad = kernel(
 )
 
 
-def _empty_loss(logits, labels, label_smoothing, per_pixel, **_):
+def _empty_loss(logits, labels, label_smoothing, per_pixel):
     """The sum of the losses, or (N, H, W) of them; the number of pixels that are not ignored; what the gradient needs of each."""
     maps = 4 if label_smoothing > 0 else 3
     coefficients = torch.empty((maps, *labels.shape), dtype=_wide(logits.dtype), device=logits.device)
@@ -209,7 +209,7 @@ def _fill_loss(out, logits, labels, pixel_weight, class_weight, label_smoothing,
     count.copy_(totals[1])
 
 
-def _setup_context(ctx, out, logits, labels, class_weight, ignore_index, backend, **_):
+def _setup_context(ctx, out, logits, labels, class_weight, ignore_index, backend):
     _, count, coefficients = out
     ctx.settings = {"ignore_index": ignore_index, "backend": backend}
     ctx.save_for_backward(logits, labels, class_weight, coefficients)
@@ -249,7 +249,7 @@ class boundary_loss:
     "int ignore_index, str backend) -> Tensor"
 )
 class cross_entropy_grad:
-    def empty(logits, **_):
+    def empty(logits):
         return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device, memory_format=memory_format(logits))
 
     def fill(out, grad, logits, labels, class_weight, coefficients, ignore_index, backend):

@@ -1,6 +1,4 @@
-"""What the ops do under autocast: public functions cast their arguments first, implementations compute outside it."""
-
-import contextlib
+"""What the public functions do under autocast: they cast their arguments first."""
 
 import torch
 
@@ -26,10 +24,3 @@ def cast(*arguments, to):
 
 def _is_floating(argument):
     return isinstance(argument, torch.Tensor) and argument.is_floating_point()
-
-
-def full_precision(tensor):
-    """A context in which autocast leaves ops on the tensor's device alone."""
-    if autocast_dtype(tensor) is None:
-        return contextlib.nullcontext()
-    return torch.autocast(tensor.device.type, enabled=False)

@@ -1,28 +1,32 @@
-"""An op, and a kernel, each in one declaration: torch.library's namespace `segops`.
+"""An op, and a kernel, each in one declaration:
 
-@op("scale(Tensor input, float factor, str backend) -> Tensor")
-class scale:
-    def empty(input, **_):
-        return torch.empty_like(input)
+    @op("scale(Tensor input, float factor, str backend) -> Tensor")
+    class scale:
+        def empty(input):
+            return torch.empty_like(input)
 
-    def fill(out, input, factor, backend):
-        scale_kernel(input, factor, out, backend=backend)
+        def fill(out, input, factor, backend):
+            scale_kernel(input, factor, out, backend=backend)
 
-    def setup_context(ctx, out, factor, backend, **_):
-        ctx.settings = factor, backend
+        def setup_context(ctx, out, factor, backend):
+            ctx.settings = {"factor": factor, "backend": backend}
 
-    def backward(ctx, grad):
-        return (scale(grad, *ctx.settings),)
+        def backward(ctx, grad):
+            return (scale(grad, **ctx.settings),)
 
-scale_kernel = kernel("scale_kernel(Tensor input, float factor, Tensor(a!) out) -> ()")
+
+    scale_kernel = kernel("scale_kernel(Tensor input, float factor, Tensor(a!) out) -> ()")
+
+They are torch.library's, in the namespace `segops`.
 """
 
 import importlib
+import inspect
 
 import torch
 from torch.autograd import forward_ad
 
-from .autocast import full_precision
+from .autocast import autocast_dtype
 
 LIBRARY = torch.library.Library("segops", "FRAGMENT")
 
@@ -33,7 +37,7 @@ DEVICE_TYPES = {}
 
 
 def op(schema):
-    """Declares an op by a class of plain functions, which take the schema's arguments by name:
+    """Declares an op by a class of plain functions, which take those of the schema's arguments that they name:
 
         empty(...)                       the results, not filled yet: what tracing sees is what running allocates
         fill(out, ...)                   computes them, unless they are empty, on the backend that the argument of that name says;
@@ -46,37 +50,54 @@ def op(schema):
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
     overload = getattr(torch.ops.segops, name).default
-    names = [argument.name for argument in overload._schema.arguments]
-
-    def named(arguments):
-        return dict(zip(names, arguments, strict=True))
+    names, single = [argument.name for argument in overload._schema.arguments], len(overload._schema.returns) == 1
 
     def declare(functions):
+        empty, fill = _pick(functions.empty, names), _pick(functions.fill, names, 1)
+
         def run(*arguments):
-            arguments = named(arguments)
-            out = functions.empty(**arguments)
-            if any(each.numel() for each in (out if isinstance(out, tuple) else (out,))):
-                with full_precision(arguments[names[0]]):
-                    functions.fill(out, **arguments)
+            out = empty(arguments)
+            if out.numel() if single else any(each.numel() for each in out):
+                if autocast_dtype(arguments[0]) is None:
+                    fill(arguments, out)
+                else:
+                    with torch.autocast(arguments[0].device.type, enabled=False):
+                        fill(arguments, out)
             return out
 
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"segops::{name}", lambda *arguments: functions.empty(**named(arguments)), lib=LIBRARY)
+        torch.library.register_fake(f"segops::{name}", lambda *arguments: empty(arguments), lib=LIBRARY)
         if not hasattr(functions, "backward"):
             return overload
-
-        def setup_context(ctx, inputs, output):
-            functions.setup_context(ctx, output, **named(inputs))
 
         def backward(ctx, *grads):
             grads = functions.backward(ctx, *grads)
             return *grads, *(None,) * (len(names) - len(grads))
 
-        remembers = setup_context if hasattr(functions, "setup_context") else None
-        torch.library.register_autograd(f"segops::{name}", backward, setup_context=remembers, lib=LIBRARY)
+        remember = None
+        if hasattr(functions, "setup_context"):
+            pick = _pick(functions.setup_context, names, 2)
+
+            def remember(ctx, inputs, output):
+                pick(inputs, ctx, output)
+
+        torch.library.register_autograd(f"segops::{name}", backward, setup_context=remember, lib=LIBRARY)
         return overload
 
     return declare
+
+
+def _pick(function, names, leading=0):
+    """call(arguments, *leading) of a function that takes some of the arguments, of these names; what it does not name goes to its
+    **others, if it has that."""
+    parameters = list(inspect.signature(function).parameters.values())[leading:]
+    taken = [names.index(each.name) for each in parameters if each.kind is not each.VAR_KEYWORD]
+    others = [i for i in range(len(names)) if i not in taken] if len(taken) < len(parameters) else []
+
+    def call(arguments, *leading):
+        return function(*leading, *[arguments[i] for i in taken], **{names[i]: arguments[i] for i in others})
+
+    return call
 
 
 def no_double_backward(function):

@@ -130,7 +130,7 @@ def _check_tensors(input, weight, bias):
 
 @op("pac(Tensor input, Tensor weight, Tensor? bias, int[] rates, str merge, str backend) -> Tensor")
 class pac:
-    def empty(input, weight, rates, merge, **_):
+    def empty(input, weight, rates, merge):
         n, _, h, w = input.shape
         shape = (n, weight.shape[0] * _groups(rates, merge), h, w)
         return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
@@ -139,7 +139,7 @@ class pac:
         if not _is_zero(out, input, weight):
             factorised.forward(input, weight, bias, rates, merge, out, backend)
 
-    def setup_context(ctx, out, input, weight, rates, merge, backend, **_):
+    def setup_context(ctx, out, input, weight, rates, merge, backend):
         ctx.save_for_backward(input, weight)
         ctx.settings = {"rates": rates, "merge": merge, "backend": backend}
 
@@ -161,16 +161,16 @@ class pac:
 
 @op("pac_input_grad(Tensor grad, Tensor weight, bool channels_last, int[] rates, str merge, str backend) -> Tensor")
 class pac_input_grad:
-    def empty(grad, weight, channels_last, **_):
+    def empty(grad, weight, channels_last):
         n, _, h, w = grad.shape
         shape = (n, weight.shape[1], h, w)
         return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=format_of(channels_last))
 
-    def fill(out, grad, weight, rates, merge, backend, **_):
+    def fill(out, grad, weight, rates, merge, backend):
         if not _is_zero(out, grad, weight):
             factorised.input_gradient(grad, weight, rates, merge, out, backend)
 
-    def setup_context(ctx, out, grad, weight, rates, merge, backend, **_):
+    def setup_context(ctx, out, grad, weight, rates, merge, backend):
         ctx.save_for_backward(grad, weight)
         ctx.settings = {"rates": rates, "merge": merge, "backend": backend}
 
@@ -188,15 +188,15 @@ class pac_input_grad:
     "pac_weight_grad(Tensor grad, Tensor input, int kernel_size, bool channels_last, int[] rates, str merge, str backend) -> Tensor"
 )
 class pac_weight_grad:
-    def empty(grad, input, kernel_size, channels_last, rates, merge, **_):
+    def empty(grad, input, kernel_size, channels_last, rates, merge):
         shape = (grad.shape[1] // _groups(rates, merge), input.shape[1], kernel_size, kernel_size)
         return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=format_of(channels_last))
 
-    def fill(out, grad, input, rates, merge, backend, **_):
+    def fill(out, grad, input, rates, merge, backend):
         if not _is_zero(out, grad, input):
             factorised.weight_gradient(grad, input, rates, merge, out, backend)
 
-    def setup_context(ctx, out, grad, input, rates, merge, backend, **_):
+    def setup_context(ctx, out, grad, input, rates, merge, backend):
         ctx.save_for_backward(grad, input)
         ctx.settings = {"rates": rates, "merge": merge, "backend": backend}
 

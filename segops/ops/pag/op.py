@@ -227,7 +227,7 @@ gather = kernel("pag_gather(Tensor input, Tensor offsets, Tensor(a!) out, int[] 
 class pag:
     """The merged maps, and the offsets of all pooled ones."""
 
-    def empty(decoder, encoders, merge, channels_last, **_):
+    def empty(decoder, encoders, merge, channels_last):
         n, c, h, w = decoder.shape
         channels = c + sum(each.shape[1] for each in encoders) if merge == "concat" else c
         _, nbytes = offset_layout([each.shape for each in encoders], decoder.shape)
@@ -272,10 +272,10 @@ class pag:
 
 @op("pag_grad(Tensor grad, Tensor offsets, SymInt[] size, bool channels_last, str backend) -> Tensor")
 class pag_grad:
-    def empty(grad, size, channels_last, **_):
+    def empty(grad, size, channels_last):
         return _empty((*grad.shape[:2], *size), grad, channels_last)
 
-    def fill(out, grad, offsets, channels_last, backend, **_):
+    def fill(out, grad, offsets, channels_last, backend):
         scatter(_readable(grad, channels_last), offsets, out, [], channels_last, backend=backend)
 
     backward = no_double_backward("partial_attention_gate")
@@ -284,7 +284,7 @@ class pag_grad:
 # The other three are linear, once where the maxima lie is known: unpool and gather are each other's derivative.
 @op("pag_max_pool(Tensor input, int[] kernel_size, bool channels_last, str backend) -> (Tensor, Tensor)")
 class pag_max_pool:
-    def empty(input, kernel_size, channels_last, **_):
+    def empty(input, kernel_size, channels_last):
         n, c, *size = input.shape
         shape = (n, c, *(-(-side // step) for side, step in zip(size, kernel_size, strict=True)))
         return _empty(shape, input, channels_last), _empty(shape, input, channels_last, torch.uint8)
@@ -308,14 +308,14 @@ class pag_max_pool:
     "pag_max_unpool(Tensor pooled, Tensor offsets, int[] kernel_size, SymInt[] size, bool channels_last, str backend) -> Tensor"
 )
 class pag_max_unpool:
-    def empty(pooled, size, channels_last, **_):
+    def empty(pooled, size, channels_last):
         return _empty((*pooled.shape[:2], *size), pooled, channels_last)
 
-    def fill(out, pooled, offsets, kernel_size, channels_last, backend, **_):
+    def fill(out, pooled, offsets, kernel_size, channels_last, backend):
         offsets = _dense(offsets, channels_last)
         scatter(_readable(pooled, channels_last), offsets, out, kernel_size, channels_last, backend=backend)
 
-    def setup_context(ctx, out, offsets, kernel_size, channels_last, backend, **_):
+    def setup_context(ctx, out, offsets, kernel_size, channels_last, backend):
         ctx.settings = {"kernel_size": kernel_size, "channels_last": channels_last, "backend": backend}
         ctx.save_for_backward(offsets)
 
@@ -325,7 +325,7 @@ class pag_max_unpool:
 
 @op("pag_max_gather(Tensor input, Tensor offsets, int[] kernel_size, bool channels_last, str backend) -> Tensor")
 class pag_max_gather:
-    def empty(input, offsets, channels_last, **_):
+    def empty(input, offsets, channels_last):
         return _empty(offsets.shape, input, channels_last)
 
     def fill(out, input, offsets, kernel_size, channels_last, backend):
