@@ -45,8 +45,8 @@ struct EdgeProblem {
   Taps rows, columns;
 };
 
-// Rows [begin, end) of one image's edge counts, resized: along y first, whose sums are vectors.
-// Without a resize each output has one tap, which weighs 1.
+// Rows [begin, end) of one image's edge counts, resized, to `out` (h, w): along y first, whose sums are
+// vectors. Without a resize each output has one tap, which weighs 1.
 SEGOPS_MULTIVERSION void edge_rows(const EdgeProblem& p, int64_t image, int64_t begin, int64_t end, float* out) {
   const int64_t first = p.rows.first[begin], last = p.rows.first[end - 1] + p.rows.count(end - 1), width = p.width;
   std::vector<int32_t> row(width), lower(width);
@@ -76,7 +76,7 @@ SEGOPS_MULTIVERSION void edge_rows(const EdgeProblem& p, int64_t image, int64_t 
       const float* from = &column[p.columns.first[j]];
       float sum = 0;
       for (int64_t k = 0; k < p.columns.count(j); ++k) sum += weight[k] * from[k];
-      out[(image * p.h + i) * p.w + j] = sum;
+      out[i * p.w + j] = sum;
     }
   }
 }
@@ -106,7 +106,7 @@ void count_edges(Tensor labels, Tensor out, int64_t classes, int64_t ignore_inde
   torch::stable::parallel_for(0, labels.size(0) * strips, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first = item % strips * strip;
-      edge_rows(p, item / strips, first, std::min(first + strip, h), to);
+      edge_rows(p, item / strips, first, std::min(first + strip, h), to + item / strips * h * w);
     }
   });
 }

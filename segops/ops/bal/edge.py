@@ -62,7 +62,7 @@ def gaussian_edge(
         ValueError: wrong rank, an empty height or width, even or non-positive kernel_size, sigma <= 0 or so large that the kernel is constant,
             downsample < 1, unknown kernel or normalize.
         IndexError: on the CPU, a label outside [0, num_classes) that is not ignore_index; on CUDA such a pixel is treated
-            as ignored, unless the environment has SEGOPS_CHECK_LABELS=1.
+            as ignored, unless the environment had SEGOPS_CHECK_LABELS=1 at import.
         RuntimeError: a forced backend that cannot run here (see `segops.backend`).
     """
     check_labels(labels)

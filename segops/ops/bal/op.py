@@ -51,7 +51,7 @@ def upsample_cross_entropy(
             wrong type.
         ValueError: wrong rank or shape, an empty height or width, mixed devices, label_smoothing outside [0, 1], unknown reduction.
         IndexError: on the CPU, a label outside [0, C) that is not ignore_index; on CUDA the loss is NaN, unless the
-            environment has SEGOPS_CHECK_LABELS=1.
+            environment had SEGOPS_CHECK_LABELS=1 at import.
         RuntimeError: a forced backend that cannot run here (see `segops.backend`); double backward.
     """
     settings = LossSettings(label_smoothing, ignore_index, reduction)
