@@ -1,8 +1,10 @@
 """What every op owes its users, whatever it computes: tests that tests/OP/test_contract.py fills with ways to call the op."""
 
+import importlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -473,3 +475,11 @@ class Contract:
         tensors = [each.to("meta") for each in use.draw(use.sizes[0], torch.float32, "cpu")]
         with segops.backend("native"), pytest.raises(RuntimeError, match=message):
             use.call(*tensors)
+
+
+def contract_of(op):
+    """The class of an op's tests that fills in the contract: in test_contract.py, or beside the others."""
+    divided = (Path(__file__).parent / op / "test_contract.py").exists()
+    module = importlib.import_module(f".{op}.{'test_contract' if divided else f'test_{op}'}", __package__)
+    (contract,) = (each for each in Contract.__subclasses__() if each.__module__ == module.__name__)
+    return contract

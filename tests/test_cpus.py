@@ -18,13 +18,10 @@ import torch
 
 import segops
 
+from . import OPS
 from .accuracy import relative_error
-from .argmax.test_contract import TestUpsampleArgmax as Argmax
-from .bal.test_contract import TestBoundaryAwareLoss as Bal
-from .contract import leaves, results
+from .contract import contract_of, leaves, results
 from .layouts import in_format
-from .pac.test_contract import TestPyramidAtrousConv2d as Pac
-from .pag.test_contract import TestPartialAttentionGate as Pag
 
 ROOT = Path(__file__).parent.parent
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
@@ -67,7 +64,7 @@ def main():
     # What torch.empty hands out is then NaN: an element that a kernel leaves out is a wrong one.
     torch.use_deterministic_algorithms(True, warn_only=True)
     warnings.simplefilter("ignore")
-    for contract in (Argmax, Bal, Pac, Pag):
+    for contract in map(contract_of, OPS):
         for name, use in contract.USES.items():
             formats = torch.contiguous_format, torch.channels_last
             for each in itertools.product((*use.sizes, *use.tails), BOUNDS, formats):

@@ -8,6 +8,9 @@ import pytest
 
 import segops
 
+from . import OPS
+from .contract import contract_of
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"segops": ROOT / "segops", "segops.models": ROOT / "models", "segops.benchmarks": ROOT / "benchmarks"}
 MODULES = {
@@ -15,7 +18,6 @@ MODULES = {
     for package, folder in PACKAGES.items()
     for path in folder.rglob("*.py")
 }
-OPS = sorted(path.parent.name for path in (ROOT / "segops" / "ops").glob("*/op.py"))
 
 
 def imported(module):
@@ -60,6 +62,7 @@ def test_an_op_is_one_name_on_every_floor(op):
     assert (ROOT / "segops" / "ops" / op / "triton_kernels.py").is_file()
     assert (ROOT / "tests" / op / f"test_{op}.py").is_file()
     assert (ROOT / "benchmarks" / f"bench_{op}.py").is_file()
+    assert contract_of(op).USES
 
 
 def test_models_use_public_names():

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from .. import SIDE_BY_SIDE
+from .. import OPS, SIDE_BY_SIDE
 from . import ROOT, sanitizer_environment
 
 os.chdir(ROOT)
@@ -15,6 +15,6 @@ except FileNotFoundError as error:
     sys.exit(str(error))
 os.execve(
     sys.executable,
-    [*command, "tests/argmax", "tests/bal", "tests/pac", "tests/pag", "tests/emulation", *sys.argv[1:]],
+    [*command, *(f"tests/{op}" for op in OPS), "tests/emulation", *sys.argv[1:]],
     environment,
 )

@@ -91,8 +91,13 @@ def _pick(function, names, leading=0):
     """call(arguments, *leading) of a function that takes some of the arguments, of these names; what it does not name goes to its
     **others, if it has that."""
     parameters = list(inspect.signature(function).parameters.values())[leading:]
-    taken = [names.index(each.name) for each in parameters if each.kind is not each.VAR_KEYWORD]
-    others = [i for i in range(len(names)) if i not in taken] if len(taken) < len(parameters) else []
+    wanted = [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
+    if not set(wanted) <= set(names):
+        raise TypeError(
+            f"{function.__qualname__} must take arguments of the schema, {', '.join(names)}; it takes {', '.join(wanted)}"
+        )
+    taken = [names.index(each) for each in wanted]
+    others = [i for i in range(len(names)) if i not in taken] if len(wanted) < len(parameters) else []
 
     def call(arguments, *leading):
         return function(*leading, *[arguments[i] for i in taken], **{names[i]: arguments[i] for i in others})

@@ -231,9 +231,8 @@ class pag:
         n, c, h, w = decoder.shape
         channels = c + sum(each.shape[1] for each in encoders) if merge == "concat" else c
         _, nbytes = offset_layout([each.shape for each in encoders], decoder.shape)
-        return _empty((n, channels, h, w), decoder, channels_last), torch.empty(
-            nbytes, dtype=torch.uint8, device=decoder.device
-        )
+        offsets = torch.empty(nbytes, dtype=torch.uint8, device=decoder.device)
+        return _empty((n, channels, h, w), decoder, channels_last), offsets
 
     def fill(out, decoder, encoders, merge, channels_last, backend):
         out, offsets = out
