@@ -383,6 +383,7 @@ def main():
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if options.child:
         return run_cases(options)
+    options.out.mkdir(parents=True, exist_ok=True)
     tool = under_tool(options.tool, options.out)[:1]
     supervisor = Supervisor(options)
     if tool and shutil.which(tool[0]) is None:

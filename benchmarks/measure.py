@@ -363,8 +363,7 @@ def _commit():
         return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short", "HEAD") + (
-            "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-        )
+        changes = git("status", "--porcelain", "--", ":(top)", ":(top,exclude)benchmarks/results")  # which runs write
+        return git("rev-parse", "--short", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -1,4 +1,4 @@
-"""What every op owes its users, whatever it computes: tests that tests/OP/test_contract.py fills with ways to call the op."""
+"""What every op owes its users, whatever it computes: tests that those of an op fill with ways to call it."""
 
 import importlib
 import itertools
@@ -22,8 +22,8 @@ from .targets import CUDA, INTERPRETED, TRITON, fast_implementations, fast_targe
 
 @dataclass(frozen=True)
 class Use:
-    """A way to call an op: `call(*tensors)` returns a tensor or several, `draw(size, dtype, device)` makes the tensors, of
-    which those that require gradients are what the op is differentiated by."""
+    """A way to call an op: `call(*tensors)` returns a tensor or several, `draw(size, dtype, device)` makes the tensors, the
+    same at every call, of which those that require gradients are what the op is differentiated by."""
 
     function: str  # of segops, the first that is called
     call: Callable
@@ -148,6 +148,12 @@ class Contract:
             metafunc.parametrize("in_the_reference", uses)
         if "error" in metafunc.fixturenames:
             metafunc.parametrize("call, error, message", self.ERRORS)
+
+    def test_uses_are_whole(self, use):
+        """What is left out is not tested, and nothing would say so."""
+        drawn = [use.draw(use.sizes[0], torch.float32, "cpu") for _ in range(2)]
+        assert len(use.sizes) == 3 and bool(use.backward) == any(each.requires_grad for each in drawn[0])
+        assert_same(*drawn)
 
     # What PyTorch asks of an op.
 

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import importlib
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import torch
 
 import segops
 from benchmarks import gpu, gpu_faults, measure
+from benchmarks.suites import OPS
 
 ROOT = Path(gpu.__file__).parent.parent
 COMMIT = "0123456789abcdef"
@@ -141,8 +143,9 @@ def test_smoke_tries_every_op_in_every_way(rehearsal):
     for dtype in ("float32", "bfloat16", "float16"):
         for memory_format in ("contiguous", "channels_last"):
             for shape in ("packed", "odd"):
-                for op in ("pac concat", "bal edge", "bal boundary-aware loss", "pag gate sum", "pag unpool 2", "argmax noise"):
-                    assert f"{op} {dtype} {memory_format} {shape}" in names
+                for op in OPS:
+                    for trial in importlib.import_module(f"benchmarks.bench_{op}").TRIALS:
+                        assert f"{op} {trial} {dtype} {memory_format} {shape}" in names
     assert all(result["error"] <= 1 for result in results)
 
 
@@ -151,7 +154,7 @@ def test_headline(rehearsal):
     _, texts = rehearsal("smoke")
     rates, *results = json.loads(texts["smoke/headline.json"])["results"]
     assert all(rate > 0 for rate in rates["rates"].values())
-    assert {result["case"].split()[0] for result in results} == {"argmax", "bal", "pac", "pag"}
+    assert {result["case"].split()[0] for result in results} == set(OPS)
     for result in results:
         assert {row["kind"] for row in result["rows"]} == ({"forward"} if "argmax" in result["case"] else {"forward", "full"})
         assert all(kernel["us"] >= 0 and kernel["calls"] > 0 for kernel in result["kernels"])

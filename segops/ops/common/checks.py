@@ -14,6 +14,16 @@ def check_floating(name, tensor):
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {tensor.dtype}")
 
 
+def check_map(name, tensor):
+    check_floating(name, tensor)
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got layout {tensor.layout}")
+    if tensor.dim() != 4:
+        raise ValueError(f"{name} must have shape (N, C, H, W); got {tuple(tensor.shape)}")
+    if 0 in tensor.shape[1:]:
+        raise ValueError(f"{name} must have channels, a height and a width of at least 1; got shape {tuple(tensor.shape)}")
+
+
 def check_logits(logits):
     check_floating("logits", logits)
     if logits.dim() != 4:

@@ -53,6 +53,9 @@ def op(schema):
     names, single = [argument.name for argument in overload._schema.arguments], len(overload._schema.returns) == 1
 
     def declare(functions):
+        for function in vars(functions):
+            if not function.startswith("__") and function not in ("empty", "fill", "setup_context", "backward"):
+                raise TypeError(f"{name} must have empty, fill, setup_context and backward alone; it has {function}")
         empty, fill = _pick(functions.empty, names), _pick(functions.fill, names, 1)
 
         def run(*arguments):

@@ -10,7 +10,7 @@ import torch
 
 from ...backend import select
 from ..common.autocast import cast
-from ..common.checks import check_floating, check_merge, is_int, positive_pair
+from ..common.checks import check_map, check_merge, is_int, positive_pair
 from ..common.layout import format_of, is_channels_last, memory_format
 from ..common.library import kernel, no_double_backward, op, under_functorch
 from . import reference
@@ -90,7 +90,7 @@ def max_pool2d_with_offsets(input, kernel_size):
         RuntimeError: a forced backend that cannot run here (see `segops.backend`).
     """
     kernel_size = _check_kernel(kernel_size)
-    _check_map("input", input)
+    check_map("input", input)
     backend = select("max_pool2d_with_offsets", input)
     if under_functorch():
         return reference.max_pool2d_with_offsets(input, kernel_size)
@@ -124,7 +124,7 @@ def max_unpool2d_with_offsets(pooled, offsets, kernel_size, output_size):
         RuntimeError: a forced backend that cannot run here (see `segops.backend`).
     """
     kernel_size = _check_kernel(kernel_size)
-    _check_map("pooled", pooled)
+    check_map("pooled", pooled)
     size = _check_unpooling(pooled, offsets, kernel_size, output_size)
     backend = select("max_unpool2d_with_offsets", pooled)
     if under_functorch():
@@ -146,23 +146,13 @@ def _widest(_, dtypes):
     return functools.reduce(torch.promote_types, dtypes)
 
 
-def _check_map(name, tensor):
-    check_floating(name, tensor)
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor; got layout {tensor.layout}")
-    if tensor.dim() != 4:
-        raise ValueError(f"{name} must have shape (N, C, H, W); got {tuple(tensor.shape)}")
-    if 0 in tensor.shape[1:]:
-        raise ValueError(f"{name} must have channels, a height and a width of at least 1; got shape {tuple(tensor.shape)}")
-
-
 def _switched_on(decoder, encoders, merge):
     """Raises the errors of `partial_attention_gate` that are about its maps; returns the encoder maps that are on."""
-    _check_map("decoder", decoder)
+    check_map("decoder", decoder)
     on = []
     for i, encoder in enumerate(encoders):
         name = f"encoders[{i}]"
-        _check_map(name, encoder)
+        check_map(name, encoder)
         if encoder.dtype != decoder.dtype:
             raise TypeError(f"{name} must have decoder's dtype {decoder.dtype}; got {encoder.dtype}")
         if encoder.device != decoder.device:
