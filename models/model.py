@@ -103,7 +103,7 @@ def mirror(images, top, bottom, left, right):
     """
     rows = _reflected(images.shape[2], top, bottom, images.device)
     columns = _reflected(images.shape[3], left, right, images.device)
-    channels_last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+    channels_last = images.shape[1] > 1 and images.stride(1) == 1  # also of a slice
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return images[:, :, rows[:, None], columns].contiguous(memory_format=layout)
 

@@ -9,6 +9,7 @@ from segops.models.backbones import Backbone
 from segops.models.contexts import AtrousSpatialPyramidPooling, PyramidAtrousBlock, PyramidAtrousContext
 from segops.models.dilated import Context
 from segops.models.layers import BatchNorm2d, BilinearDeconvolution, Classifier, separable_conv
+from segops.models.model import mirror
 from segops.models.unet import RecurrentConv, UNet
 from torch import nn
 
@@ -379,6 +380,18 @@ def test_front_end_mirrors_what_its_convolutions_take():
     images = torch.randn(1, 3, 160, 168)
     mirrored = F.pad(images, 4 * (model.margin,), mode="reflect")
     assert_same(model(images).logits, model.final(model.fc(model.features(mirrored))))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_mirrored_images_keep_their_memory_format(channels):
+    """Crops and slices of larger buffers too."""
+    whole = torch.randn(2, 4, 12, 13)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        images = whole.contiguous(memory_format=layout)[:, :channels, 2:9, 1:11]
+        expected = torch.contiguous_format if channels == 1 else layout
+        mirrored = mirror(images, 2, 3, 1, 4)
+        assert torch.equal(mirrored, F.pad(images, (1, 4, 2, 3), mode="reflect"))
+        assert mirrored.stride() == mirrored.contiguous(memory_format=expected).stride()
 
 
 @pytest.mark.parametrize("large", [False, True])
