@@ -406,6 +406,7 @@ void pool(
 
 void gather(Tensor input, Tensor offsets, Tensor out, std::vector<int64_t> kernel_size, bool channels_last) {
   const Windows w = check_offsets(out, input, offsets, kernel_size, channels_last, "pag_gather");
+  if (out.numel() == 0) return;
   const Offsets at{static_cast<char*>(const_cast<void*>(offsets.const_data_ptr())), w.two_bytes};
   const int64_t channels = out.size(1), height = out.size(2), planes = channels_last ? 1 : channels;
   dispatch<float, double, bf16, fp16>(out, "pag_gather", [&](auto type) {
