@@ -30,8 +30,10 @@ from .ops.pag.op import partial_attention_gate as partial_attention_gate
 
 __version__ = version("segops")
 
-_OPS = [name for name, value in globals().items() if getattr(value, "__module__", "").startswith("segops.ops.")]
-__all__ = ["__version__", "backend", "nn", *_OPS]
+__all__ = sorted(
+    {"__version__", "backend", "nn"}
+    | {name for name, value in globals().items() if getattr(value, "__module__", "").startswith("segops.ops.")}
+)
 
 
 def __getattr__(name):

@@ -27,6 +27,11 @@ def devices():
         yield f"cuda:{index} ({torch.cuda.get_device_name(index)})", "cuda", index
 
 
+def ops():
+    """The names of the public functions that are ops."""
+    return [name for name in segops.__all__ if getattr(getattr(segops, name), "__module__", "").startswith("segops.ops.")]
+
+
 def info():
     """Prints versions, the built binaries and, per op and device, which backend runs and why the others do not."""
     print(
@@ -42,7 +47,7 @@ def info():
         able = [name for name in ORDER if reasons[name] is None]
         chosen = able[0] if requested() == "auto" else requested()
         print(label)
-        for op in segops._OPS:
+        for op in ops():
             print(f"    {op}: {chosen}" + ("" if chosen in able else f" CANNOT RUN: {reasons[chosen]}"))
         for name in ORDER:
             print(f"    {name:<10} {reasons[name] or 'available'}")

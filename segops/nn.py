@@ -127,8 +127,8 @@ class BoundaryAwareLoss(torch.nn.Module):
     ):
         super().__init__()
         EdgeSettings(kernel, kernel_size, sigma, beta, downsample, normalize, ignore_index)
-        LossSettings(label_smoothing, ignore_index, reduction)
         check_class_weight(class_weight)
+        LossSettings(label_smoothing, ignore_index, reduction)
         self.register_buffer("class_weight", class_weight)
         self.settings = {
             "kernel": kernel,

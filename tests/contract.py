@@ -130,9 +130,7 @@ class Contract:
     EXPORTS: dict[str, Export]
     OPCHECKS: dict[str, Callable]  # (device, backend): yields an op of segops and its arguments
     KERNELS: Callable  # (device): yields a kernel and its arguments
-    COMPILATIONS: (
-        Callable  # (): yields a Triton kernel and how it is compiled for a GPU, as `compile_triton.compile_for` takes it
-    )
+    COMPILATIONS: Callable  # (): yields a Triton kernel and how a GPU's is compiled, as `compile_triton.compile_for` takes it
     ERRORS: list  # of (call, error, message)
     COMPILED_ERRORS: tuple  # tensors, and such a list of calls that take them
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import segops
+from benchmarks import suites
 
 from . import OPS
 from .contract import contract_of
@@ -40,6 +41,11 @@ def dependencies(module):
             yield name
 
 
+def test_all_floors_have_the_same_ops():
+    assert OPS and OPS == suites.OPS
+    assert OPS == sorted(path.name for path in (ROOT / "csrc").iterdir() if path.is_dir() and path.name != "common")
+
+
 def test_no_circle_of_imports():
     graph = {module: {name for name in dependencies(module) if name != module} for module in MODULES}
     assert sum(map(len, graph.values())) > len(MODULES)
@@ -71,3 +77,4 @@ def test_models_use_public_names():
     modules = {name for name, value in vars(segops.nn).items() if getattr(value, "__module__", "") == "segops.nn"}
     public = {f"segops.{name}" for name in segops.__all__} | {f"segops.nn.{name}" for name in modules}
     assert ours and ours <= public, ours - public
+    assert not [path for path in (ROOT / "models").glob("*.py") if "segops.ops" in path.read_text(encoding="utf-8")]

@@ -72,7 +72,13 @@ def test_tracing_sees_what_running_allocates():
 @pytest.mark.parametrize(
     "name, functions, message",
     [
-        ("test_typo", {"backwards": lambda ctx, grad: grad}, "test_typo must have .* alone; it has backwards"),
+        (
+            "test_typo",
+            {"backwards": lambda ctx, grad: grad},
+            "test_typo must have no functions but those of `op`; it has backwards",
+        ),
+        ("test_both", {"compute": lambda inner: inner}, "must have empty, and fill or compute, .* it has compute, empty, fill"),
+        ("test_context", {"setup_context": lambda ctx, out: None}, "and backward with setup_context"),
         ("test_fill", {"fill": lambda out, outer: None}, "must take arguments of the schema, inner; it takes outer"),
     ],
 )
@@ -80,3 +86,10 @@ def test_a_wrong_declaration_is_refused(name, functions, message):
     whole = {"empty": lambda inner: inner, "fill": lambda out, inner: None} | functions
     with pytest.raises(TypeError, match=message):
         op(f"{name}(Tensor inner) -> Tensor")(type(name, (), whole))
+    assert not hasattr(torch.ops.segops, name)  # to be declared again
+
+
+@pytest.mark.parametrize("schema", ["(float x, Tensor y) -> Tensor", "(Tensor x, int i=2) -> Tensor", "(Tensor x) -> ()"])
+def test_a_schema_that_it_cannot_call_is_refused(schema):
+    with pytest.raises(TypeError, match="test_schema must take a Tensor first"):
+        op(f"test_schema{schema}")

@@ -589,6 +589,17 @@ def test_nothing_of_the_upsampled_size_is_allocated(target, memory_format):
             assert peak(function, reduction=reduction) < quarter, (function.__name__, reduction)
 
 
+@pytest.mark.parametrize("normalize, downsample, maps", [(None, 4, 3.1), ("mean", 4, 3.1), ("mean", 1, 6.1)])
+def test_what_the_edge_map_takes_is_free_before_the_loss_begins(normalize, downsample, maps):
+    """Three maps of the labels' size are kept for backward."""
+    case = Case((1, 3, 32, 64), (256, 512))
+    logits, labels = case.logits(torch.float32).detach(), case.labels()
+    settings = {"normalize": normalize, "downsample": downsample}
+    assert (
+        measure.peak_memory(lambda: segops.boundary_aware_loss(logits, labels, **settings), "cpu") <= maps * 4 * labels.numel()
+    )
+
+
 @CUDA
 def test_cuda_graph_without_a_warm_up():
     """Nothing has to be made beforehand, and what a capture makes is not taken for made afterwards."""

@@ -1,5 +1,9 @@
 """Labels that are no class: an IndexError on the CPU, NaN on a GPU, where nobody waits for the answer."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -88,3 +92,12 @@ def test_labels_out_of_range_on_a_gpu(target, monkeypatch):
     for take in (TAKERS["edge"], TAKERS["cross entropy"], TAKERS["boundary"]):
         with pytest.raises(IndexError, match=says(7)):
             take(logits, wrong)
+
+
+@pytest.mark.parametrize("value, checked", [("1", True), ("0", False), (None, False)])
+def test_the_environment_is_read_at_import(value, checked):
+    environment = {name: each for name, each in os.environ.items() if name != "SEGOPS_CHECK_LABELS"}
+    environment |= {} if value is None else {"SEGOPS_CHECK_LABELS": value}
+    program = "from segops.ops.bal import labels; print(labels.CHECK_LABELS)"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{checked}\n"

@@ -4,7 +4,7 @@ import torch
 
 from ...backend import select
 from ..common.checks import check_logits, positive_pair
-from ..common.library import device_type, kernel, op, under_functorch
+from ..common.library import declare_kernel, device_type, op, under_functorch
 from . import reference
 
 
@@ -36,7 +36,7 @@ def upsample_argmax(logits, size):
 
 
 # csrc/argmax/argmax.h says what it computes.
-argmax_upsample = kernel("argmax_upsample(Tensor logits, Tensor(a!) best, Tensor(b!) out) -> ()")
+argmax_upsample = declare_kernel("argmax_upsample(Tensor logits, Tensor(a!) best, Tensor(b!) out) -> ()")
 
 
 @op("upsample_argmax(Tensor logits, SymInt[] size, str backend) -> Tensor")

@@ -1,5 +1,6 @@
 """The gaussian edge map: the public function, its settings, and the op `segops::bal_edge` behind it."""
 
+import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 from ...backend import select
 from ..common.checks import check_int, check_number
-from ..common.library import kernel, op, under_functorch
+from ..common.library import declare_kernel, op, under_functorch
 from . import reference
 from .labels import check_labels, check_result, classes_of
 
@@ -113,9 +114,11 @@ class EdgeSettings:
         return self.kernel, self.kernel_size, self.sigma, self.beta, self.downsample, self.normalize
 
 
+_remembered = functools.lru_cache(EdgeSettings)  # for ops, whose arguments have been validated
+
 # csrc/bal/bal.h says what they compute.
-count_edges = kernel("bal_count_edges(Tensor labels, Tensor(a!) out, SymInt num_classes, int ignore_index) -> ()")
-blur = kernel("bal_blur(Tensor edges, Tensor factors, Tensor(a!) rows, Tensor(b!) out) -> ()")
+count_edges = declare_kernel("bal_count_edges(Tensor labels, Tensor(a!) out, SymInt num_classes, int ignore_index) -> ()")
+blur = declare_kernel("bal_blur(Tensor edges, Tensor factors, Tensor(a!) rows, Tensor(b!) out) -> ()")
 
 
 @op(f"bal_edge(Tensor labels, SymInt num_classes, {EdgeSettings.SCHEMA}, int ignore_index, str backend) -> Tensor")
@@ -123,12 +126,9 @@ class edge_map:
     def empty(labels):
         return torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
 
-    def fill(out, labels, num_classes, backend, **settings):
-        edge = small_edge(labels, num_classes, EdgeSettings(**settings), backend)
-        if settings["downsample"] == 1:
-            out.copy_(edge)
-        else:
-            torch.ops.aten.upsample_bilinear2d.out(edge[:, None], labels.shape[1:], False, out=out[:, None])
+    def compute(labels, num_classes, backend, **settings):
+        edge = small_edge(labels, num_classes, _remembered(**settings), backend)
+        return edge if settings["downsample"] == 1 else _upsample(edge, labels)
 
 
 def small_edge(labels, num_classes, settings, backend):
@@ -150,10 +150,13 @@ def small_edge(labels, num_classes, settings, backend):
         edge /= peak.where(peak > 0, 1)
     edge += settings.beta
     if settings.normalize == "mean":
-        upsampled = F.interpolate(edge[:, None], labels.shape[1:], mode="bilinear", align_corners=False)[:, 0]
-        mean = upsampled.mean((1, 2), keepdim=True)
+        mean = _upsample(edge, labels).mean((1, 2), keepdim=True)
         edge = (edge / mean).where(mean != 0, 1)
     return edge
+
+
+def _upsample(edge, labels):
+    return F.interpolate(edge[:, None], labels.shape[1:], mode="bilinear", align_corners=False)[:, 0]
 
 
 _BLUR_FACTORS = {}

@@ -12,7 +12,7 @@ from ...backend import select
 from ..common.autocast import cast
 from ..common.checks import check_floating, check_int, check_logits, check_number
 from ..common.layout import memory_format
-from ..common.library import device_type, kernel, no_double_backward, op, under_functorch
+from ..common.library import declare_kernel, device_type, no_double_backward, op, under_functorch
 from . import reference
 from .edge import EdgeSettings, small_edge
 from .labels import check_labels, check_result, classes_of
@@ -54,6 +54,7 @@ def upsample_cross_entropy(
             environment had SEGOPS_CHECK_LABELS=1 at import.
         RuntimeError: a forced backend that cannot run here (see `segops.backend`); double backward.
     """
+    check_class_weight(class_weight)
     settings = LossSettings(label_smoothing, ignore_index, reduction)
     logits, pixel_weight, class_weight = cast(logits, pixel_weight, class_weight, to=_float32)
     _check_tensors(logits, labels, pixel_weight, class_weight)
@@ -91,6 +92,7 @@ def boundary_aware_loss(
     sigma, beta, downsample and normalize, and `segops.upsample_cross_entropy` for everything else: shapes, dtypes, defaults,
     what is returned and raised. normalize="mean" keeps the scale of plain cross entropy, so that its learning rate carries over.
     """
+    check_class_weight(class_weight)
     settings = LossSettings(label_smoothing, ignore_index, reduction)
     edge_settings = EdgeSettings(kernel, kernel_size, sigma, beta, downsample, normalize, ignore_index)
     logits, class_weight = cast(logits, class_weight, to=_float32)
@@ -164,7 +166,6 @@ def _check_tensors(logits, labels, pixel_weight, class_weight):
                 f"pixel_weight must have shape ({logits.shape[0]}, H, W), at most the labels' size; got {tuple(pixel_weight.shape)}"
             )
         others.append(("pixel_weight", pixel_weight))
-    check_class_weight(class_weight)
     if class_weight is not None:
         if class_weight.shape[0] != logits.shape[1]:
             raise ValueError(
@@ -177,11 +178,11 @@ def _check_tensors(logits, labels, pixel_weight, class_weight):
 
 
 # csrc/bal/bal.h says what they compute.
-softmax_loss = kernel(
+softmax_loss = declare_kernel(
     "bal_softmax_loss(Tensor logits, Tensor labels, Tensor? pixel_weight, Tensor? class_weight, Tensor(a!) coefficients, "
     "Tensor(b!)? loss, Tensor(c!) totals, float label_smoothing, int ignore_index) -> ()"
 )
-softmax_grad = kernel(
+softmax_grad = declare_kernel(
     "bal_softmax_grad(Tensor grad, Tensor logits, Tensor labels, Tensor? class_weight, Tensor coefficients, Tensor(a!) out, "
     "int ignore_index) -> ()"
 )
@@ -229,19 +230,19 @@ class cross_entropy:
     empty, fill, setup_context, backward = _empty_loss, _fill_loss, _setup_context, _backward
 
 
+# The same with the edge map for weights. One op, for its downsampled size must stay out of what export traces.
 @op(
     "bal_boundary_loss(Tensor logits, Tensor labels, Tensor? class_weight, "
     f"{EdgeSettings.SCHEMA}, {LossSettings.SCHEMA}, str backend) -> (Tensor, Tensor, Tensor)"
 )
 class boundary_loss:
-    """The same with the edge map for weights. One op, for its downsampled size must stay out of what export traces."""
-
     empty, setup_context, backward = _empty_loss, _setup_context, _backward
 
-    def fill(out, logits, labels, class_weight, label_smoothing, ignore_index, per_pixel, backend, **edge_settings):
-        settings = EdgeSettings(**edge_settings, ignore_index=ignore_index)
-        edge = small_edge(labels, logits.shape[1], settings, backend)
+    def compute(logits, labels, class_weight, label_smoothing, ignore_index, per_pixel, backend, **edge_settings):
+        edge = small_edge(labels, logits.shape[1], EdgeSettings(**edge_settings, ignore_index=ignore_index), backend)
+        out = _empty_loss(logits, labels, label_smoothing, per_pixel)
         _fill_loss(out, logits, labels, edge, class_weight, label_smoothing, ignore_index, per_pixel, backend)
+        return out
 
 
 @op(

@@ -36,9 +36,8 @@ def gaussian_edge(classes, num_classes, settings, dtype=torch.float32):
             edges = F.interpolate(edges, small, mode="bilinear", antialias=True)
         else:  # to a width of one, PyTorch repeats the first row of the result: as a column of height one it is right
             edges = F.interpolate(edges.mT.contiguous(), small[::-1], mode="bilinear", antialias=True).mT
-    f = blur_kernel(settings.kernel, settings.kernel_size, settings.sigma).to(
-        edges.device
-    )  # float64 is safe from autocast and TF32
+    f = blur_kernel(settings.kernel, settings.kernel_size, settings.sigma).to(edges.device)
+    # In float64, which is safe from autocast and TF32.
     blurred = F.conv2d(edges.to(f), f[None, None], padding=settings.kernel_size // 2).to(dtype)
     if settings.normalize == "max":
         peak = blurred.amax((1, 2, 3), keepdim=True)

@@ -140,9 +140,8 @@ def _softmax_loss(
         x_low, x_high, wx = source(x, w, width)
     upper, lower = logits + image * stride_n + y_low * stride_y, logits + image * stride_n + y_high * stride_y
 
-    max_logit = tl.full(
-        (PIXELS,), -3.4028234663852886e38, tl.float32
-    )  # not infinity: a class may be masked by a logit of minus infinity
+    # The least number, not minus infinity: by a logit of that a class may be masked.
+    max_logit = tl.full((PIXELS,), -3.4028234663852886e38, tl.float32)
     rest = tl.zeros((PIXELS,), tl.float32)
     at_target = tl.full((PIXELS,), float("-inf"), tl.float32)  # for pixels that have no target
     smooth = tl.zeros((PIXELS,), tl.float32)

@@ -15,7 +15,7 @@
             return (scale(grad, **ctx.settings),)
 
 
-    scale_kernel = kernel("scale_kernel(Tensor input, float factor, Tensor(a!) out) -> ()")
+    scale_kernel = declare_kernel("scale_kernel(Tensor input, float factor, Tensor(a!) out) -> ()")
 
 They are torch.library's, in the namespace `segops`.
 """
@@ -40,54 +40,83 @@ def op(schema):
     """Declares an op by a class of plain functions, which take those of the schema's arguments that they name:
 
         empty(...)                       the results, not filled yet: what tracing sees is what running allocates
-        fill(out, ...)                   computes them, unless they are empty, on the backend that the argument of that name says;
-                                         autocast is off there
+        fill(out, ...)                   computes them, unless the first is empty, on the backend that the argument of that name says
+        compute(...)                     in place of fill: makes the results itself, where something else takes memory before
         setup_context(ctx, out, ...)     as of `torch.autograd.Function`: what backward needs
         backward(ctx, *grads)            the gradients of the first arguments, a tuple; the others have none
 
-    Without the last two the op has no gradient. The class becomes the op itself.
+    Autocast is off in fill and compute. Without backward, what requires a gradient is to be detached first. The class becomes the
+    op itself.
+
+    Raises:
+        TypeError: functions, or arguments of theirs, that are none of these; a schema that has defaults, arguments by keyword
+            alone, no tensor as its first argument, or results that are not tensors.
     """
-    name = schema.partition("(")[0]
-    LIBRARY.define(schema)
-    overload = getattr(torch.ops.segops, name).default
-    names, single = [argument.name for argument in overload._schema.arguments], len(overload._schema.returns) == 1
+    parsed = torch._C.parse_schema(schema)
+    name, names, single = parsed.name, [argument.name for argument in parsed.arguments], len(parsed.returns) == 1
+    types = [str(parsed.arguments[0].type), *(str(result.type) for result in parsed.returns)]
+    if (
+        any(each.kwarg_only or each.has_default_value() for each in parsed.arguments)
+        or types[1:] == []
+        or {*types} != {"Tensor"}
+    ):
+        raise TypeError(
+            f"{name} must take a Tensor first, no defaults and nothing by keyword alone, and return Tensors; got {schema}"
+        )
 
     def declare(functions):
-        for function in vars(functions):
-            if not function.startswith("__") and function not in ("empty", "fill", "setup_context", "backward"):
-                raise TypeError(f"{name} must have empty, fill, setup_context and backward alone; it has {function}")
-        empty, fill = _pick(functions.empty, names), _pick(functions.fill, names, 1)
+        _check(name, {each for each in vars(functions) if not each.startswith("__")})
+        empty = _pick(functions.empty, names)
+        if hasattr(functions, "compute"):
+            compute = _pick(functions.compute, names)
+        else:
+            fill = _pick(functions.fill, names, 1)
+
+            def compute(arguments):
+                out = empty(arguments)
+                if (out if single else out[0]).numel():
+                    fill(arguments, out)
+                return out
 
         def run(*arguments):
-            out = empty(arguments)
-            if out.numel() if single else any(each.numel() for each in out):
-                if autocast_dtype(arguments[0]) is None:
-                    fill(arguments, out)
-                else:
-                    with torch.autocast(arguments[0].device.type, enabled=False):
-                        fill(arguments, out)
-            return out
+            if autocast_dtype(arguments[0]) is None:
+                return compute(arguments)
+            with torch.autocast(arguments[0].device.type, enabled=False):
+                return compute(arguments)
 
-        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"segops::{name}", lambda *arguments: empty(arguments), lib=LIBRARY)
-        if not hasattr(functions, "backward"):
-            return overload
+        setup_context = None
+        if hasattr(functions, "setup_context"):
+            remember = _pick(functions.setup_context, names, 2)
+
+            def setup_context(ctx, inputs, output):
+                remember(inputs, ctx, output)
 
         def backward(ctx, *grads):
             grads = functions.backward(ctx, *grads)
             return *grads, *(None,) * (len(names) - len(grads))
 
-        remember = None
-        if hasattr(functions, "setup_context"):
-            pick = _pick(functions.setup_context, names, 2)
-
-            def remember(ctx, inputs, output):
-                pick(inputs, ctx, output)
-
-        torch.library.register_autograd(f"segops::{name}", backward, setup_context=remember, lib=LIBRARY)
-        return overload
+        LIBRARY.define(schema)
+        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"segops::{name}", lambda *arguments: empty(arguments), lib=LIBRARY)
+        if hasattr(functions, "backward"):
+            torch.library.register_autograd(f"segops::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+        return getattr(torch.ops.segops, name)
 
     return declare
+
+
+def _check(name, functions):
+    unknown = functions - {"empty", "fill", "compute", "setup_context", "backward"}
+    if unknown:
+        raise TypeError(f"{name} must have no functions but those of `op`; it has {', '.join(sorted(unknown))}")
+    if (
+        "empty" not in functions
+        or len(functions & {"fill", "compute"}) != 1
+        or functions & {"setup_context", "backward"} == {"setup_context"}
+    ):
+        raise TypeError(
+            f"{name} must have empty, and fill or compute, and backward with setup_context; it has {', '.join(sorted(functions))}"
+        )
 
 
 def _pick(function, names, leading=0):
@@ -117,7 +146,7 @@ def no_double_backward(function):
     return backward
 
 
-def kernel(schema):
+def declare_kernel(schema):
     """Declares a kernel, OP_name: C++ and CUDA register theirs at the foot of its file, Triton's is the function of that name in the
     op's triton_kernels.py. Returns what calls the kernel of a backend: `run(*arguments, backend=...)`."""
     name = schema.partition("(")[0]

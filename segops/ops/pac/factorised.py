@@ -16,16 +16,16 @@ image. They have the products' dtype: float16 sums of shifted inputs overflow wh
 import torch
 import torch.nn.functional as F
 
-from ..common.library import device_type, kernel
+from ..common.library import declare_kernel, device_type
 
 WORKSPACE = {"cpu": 4 << 20, "cuda": 256 << 20}
 LARGEST_WORKSPACE = {"cpu": 32 << 20, "cuda": 1 << 30}
 
 # csrc/pac/pac.h says what they compute.
-shift_gather = kernel(
+shift_gather = declare_kernel(
     "pac_shift_gather(Tensor planes, Tensor? bias, Tensor(a!) out, int[] kernel_size, int[] rates, int sign) -> ()"
 )
-shift_scatter = kernel(
+shift_scatter = declare_kernel(
     "pac_shift_scatter(Tensor source, Tensor(a!) out, int first_row, int[] kernel_size, int[] rates, int sign) -> ()"
 )
 

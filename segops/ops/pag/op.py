@@ -12,7 +12,7 @@ from ...backend import select
 from ..common.autocast import cast
 from ..common.checks import check_map, check_merge, is_int, positive_pair
 from ..common.layout import format_of, is_channels_last, memory_format
-from ..common.library import kernel, no_double_backward, op, under_functorch
+from ..common.library import declare_kernel, no_double_backward, op, under_functorch
 from . import reference
 from .windows import has_windows_above, offset_layout
 
@@ -205,18 +205,19 @@ def _check_unpooling(pooled, offsets, kernel_size, output_size):
 
 
 # csrc/pag/pag.h says what they compute.
-pool = kernel(
+pool = declare_kernel(
     "pag_pool(Tensor[] maps, Tensor(a!) out, Tensor(b!) offsets, int[] kernel_size, bool concat, bool channels_last) -> ()"
 )
-scatter = kernel("pag_scatter(Tensor pooled, Tensor offsets, Tensor(a!) out, int[] kernel_size, bool channels_last) -> ()")
-gather = kernel("pag_gather(Tensor input, Tensor offsets, Tensor(a!) out, int[] kernel_size, bool channels_last) -> ()")
+scatter = declare_kernel(
+    "pag_scatter(Tensor pooled, Tensor offsets, Tensor(a!) out, int[] kernel_size, bool channels_last) -> ()"
+)
+gather = declare_kernel("pag_gather(Tensor input, Tensor offsets, Tensor(a!) out, int[] kernel_size, bool channels_last) -> ()")
 
 
+# The merged maps, and the offsets of all pooled ones.
 # `channels_last` is how an op reads and writes its maps, and its offsets: backward must know without looking at strides.
 @op("pag(Tensor decoder, Tensor[] encoders, str merge, bool channels_last, str backend) -> (Tensor, Tensor)")
 class pag:
-    """The merged maps, and the offsets of all pooled ones."""
-
     def empty(decoder, encoders, merge, channels_last):
         n, c, h, w = decoder.shape
         channels = c + sum(each.shape[1] for each in encoders) if merge == "concat" else c

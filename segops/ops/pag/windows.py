@@ -30,5 +30,5 @@ def offset_layout(shapes, out_shape):
             continue
         nbytes = shape[0] * shape[1] * out_shape[2] * out_shape[3] * (2 if has_windows_above(256, shape, out_shape) else 1)
         layout.append((end, nbytes))
-        end += nbytes + -nbytes % 16
+        end += -(-nbytes // 16) * 16
     return layout, end
