@@ -89,24 +89,25 @@ def implementations(case):
     )
 
 
-def plain(rates, merge):
-    """{name: function} of what a user would write without segops: plain PyTorch in the memory format of its arguments, the same factorisation by hand, on a GPU also torch.compile."""
+def plain(case):
+    """{name: function} of what a user would write without segops: plain PyTorch in the memory format of
+    its arguments, the same factorisation by hand, on a GPU also torch.compile."""
 
     def eager(input, weight):
-        return reference.pyramid_atrous_conv2d(input, weight, None, rates, merge)
+        return reference.pyramid_atrous_conv2d(input, weight, None, case.rates, case.merge)
 
     def handwritten(input, weight):
         """The factorisation in PyTorch's own ops: one product with all taps, then padded slices added up."""
         (_, _, h, w), c_out = input.shape, weight.shape[0]
-        reach = max(rates)
+        reach = max(case.rates)
         taps = weight.permute(2, 3, 0, 1).reshape(9 * c_out, -1, 1, 1)
         planes = F.pad(F.conv2d(input, taps), (reach,) * 4).unflatten(1, (9, c_out))
         branches = []
-        for rate in rates:
+        for rate in case.rates:
             shifts = [(reach + rate * dy, reach + rate * dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
             slices = [planes[:, t, :, y : y + h, x : x + w] for t, (y, x) in enumerate(shifts)]
             branches.append(functools.reduce(torch.add, slices))
-        return functools.reduce(torch.add, branches) if merge == "sum" else torch.cat(branches, 1)
+        return functools.reduce(torch.add, branches) if case.merge == "sum" else torch.cat(branches, 1)
 
     return measure.with_compile(eager) | {"handwritten": handwritten}
 
@@ -127,7 +128,7 @@ def gate(case):
     small = replace(case, shape=(1, *case.shape[1:]))
     tensors = arguments(small, torch.contiguous_format)
     precise = [t.detach().double().requires_grad_() for t in tensors]
-    eager = plain(case.rates, case.merge)["eager"]
+    eager = plain(case)["eager"]
     truth, expected = (measure.outputs_and_gradients(eager, t) for t in (precise, tensors))
     return max(
         measure.error_over_bound(
@@ -139,7 +140,7 @@ def gate(case):
 
 def functions(case):
     """{name: function} of segops and its baselines."""
-    return {**implementations(case), **plain(case.rates, case.merge)}
+    return {**implementations(case), **plain(case)}
 
 
 def calls(case, kind, functions):

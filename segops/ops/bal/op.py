@@ -56,7 +56,7 @@ def upsample_cross_entropy(
     """
     check_class_weight(class_weight)
     settings = LossSettings(label_smoothing, ignore_index, reduction)
-    logits, pixel_weight, class_weight = cast(logits, pixel_weight, class_weight, to=_float32)
+    logits, pixel_weight, class_weight = cast(logits, pixel_weight, class_weight, to=lambda *_: torch.float32)
     _check_tensors(logits, labels, pixel_weight, class_weight)
     pixel_weight, class_weight = (None if weight is None else weight.detach() for weight in (pixel_weight, class_weight))
     backend = select("upsample_cross_entropy", logits)
@@ -95,7 +95,7 @@ def boundary_aware_loss(
     check_class_weight(class_weight)
     settings = LossSettings(label_smoothing, ignore_index, reduction)
     edge_settings = EdgeSettings(kernel, kernel_size, sigma, beta, downsample, normalize, ignore_index)
-    logits, class_weight = cast(logits, class_weight, to=_float32)
+    logits, class_weight = cast(logits, class_weight, to=lambda *_: torch.float32)
     _check_tensors(logits, labels, None, class_weight)
     class_weight = None if class_weight is None else class_weight.detach()
     backend = select("boundary_aware_loss", logits)
@@ -268,10 +268,6 @@ class cross_entropy_grad:
 
 def _wide(dtype):
     return torch.promote_types(dtype, torch.float32)
-
-
-def _float32(*_):
-    return torch.float32
 
 
 def _logits(logits, backend):

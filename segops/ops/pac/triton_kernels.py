@@ -81,7 +81,7 @@ def pac_shift_gather(planes, bias, out, kernel_size, rates, sign):
     n, h, w, groups, channels = out.shape
     tile = _tile(channels)
     grid = (triton.cdiv(n * h * w, tile["PIXELS"]), triton.cdiv(channels, tile["CHANNELS"]), groups)
-    with _device(out):
+    with torch.cuda.device_of(out):  # a CPU tensor is the interpreter's
         _gather[grid](
             planes, bias, out, n * h * w, h, w, channels, out.stride(2), out.stride(3),
             *kernel_size, tuple(rates), len(rates) // groups, sign, **tile,
@@ -93,10 +93,5 @@ def pac_shift_scatter(source, out, first_row, kernel_size, rates, sign):
     rows = out.shape[0]
     tile = _tile(channels)
     grid = (triton.cdiv(rows * w, tile["PIXELS"]), triton.cdiv(channels, tile["CHANNELS"]))
-    with _device(out):
+    with torch.cuda.device_of(out):
         _scatter[grid](source, out, first_row * w, rows * w, h, w, channels, *kernel_size, tuple(rates), groups, sign, **tile)
-
-
-def _device(tensor):
-    """Triton launches on the current device: make it the tensor's. A CPU tensor is the interpreter's."""
-    return torch.cuda.device_of(tensor)

@@ -56,7 +56,7 @@ def partial_attention_gate(decoder, encoders, *, merge="concat"):
     check_merge(merge)
     if not isinstance(encoders, (list, tuple)):
         raise TypeError(f"encoders must be a list or tuple of torch.Tensor; got {type(encoders).__name__}")
-    decoder, *encoders = cast(decoder, *encoders, to=_widest)
+    decoder, *encoders = cast(decoder, *encoders, to=lambda _, dtypes: functools.reduce(torch.promote_types, dtypes))
     encoders = _switched_on(decoder, encoders, merge)
     backend = select("partial_attention_gate", decoder)
     if under_functorch():
@@ -138,14 +138,6 @@ def _laid_out(result, like):
     return result.contiguous(memory_format=memory_format(like))
 
 
-def _has_huge_windows(decoder, encoders):
-    return any(has_windows_above(65536, each.shape, decoder.shape) for each in encoders)  # which two bytes do not number
-
-
-def _widest(_, dtypes):
-    return functools.reduce(torch.promote_types, dtypes)
-
-
 def _switched_on(decoder, encoders, merge):
     """Raises the errors of `partial_attention_gate` that are about its maps; returns the encoder maps that are on."""
     check_map("decoder", decoder)
@@ -167,6 +159,10 @@ def _switched_on(decoder, encoders, merge):
             )
         on.append(encoder)
     return on
+
+
+def _has_huge_windows(decoder, encoders):
+    return any(has_windows_above(65536, each.shape, decoder.shape) for each in encoders)  # which two bytes do not number
 
 
 def _check_kernel(kernel_size):
