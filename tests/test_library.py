@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from segops.ops.common.library import no_double_backward, op
+from segops.ops.common import library
 
 FILLED = []
 
 
-@op("test_weigh(Tensor input, Tensor weight, float factor, str backend) -> (Tensor, Tensor)")
+@library.op("test_weigh(Tensor input, Tensor weight, float factor, str backend) -> (Tensor, Tensor)")
 class weigh:
     def empty(input):
         return torch.empty_like(input), torch.empty_like(input, dtype=torch.uint8)
@@ -27,7 +27,7 @@ class weigh:
         return (weigh_grad(grad, *ctx.saved_tensors, ctx.factor),)
 
 
-@op("test_weigh_grad(Tensor grad, Tensor weight, float factor) -> Tensor")
+@library.op("test_weigh_grad(Tensor grad, Tensor weight, float factor) -> Tensor")
 class weigh_grad:
     def empty(grad):
         return torch.empty_like(grad)
@@ -35,7 +35,7 @@ class weigh_grad:
     def fill(out, grad, weight, factor):
         torch.mul(grad, weight * factor, out=out)
 
-    backward = no_double_backward("weigh")
+    backward = library.no_double_backward("weigh")
 
 
 def test_functions_get_what_they_name():
@@ -85,11 +85,11 @@ def test_tracing_sees_what_running_allocates():
 def test_a_wrong_declaration_is_refused(name, functions, message):
     whole = {"empty": lambda inner: inner, "fill": lambda out, inner: None} | functions
     with pytest.raises(TypeError, match=message):
-        op(f"{name}(Tensor inner) -> Tensor")(type(name, (), whole))
+        library.op(f"{name}(Tensor inner) -> Tensor")(type(name, (), whole))
     assert not hasattr(torch.ops.segops, name)  # to be declared again
 
 
 @pytest.mark.parametrize("schema", ["(float x, Tensor y) -> Tensor", "(Tensor x, int i=2) -> Tensor", "(Tensor x) -> ()"])
 def test_a_schema_that_it_cannot_call_is_refused(schema):
     with pytest.raises(TypeError, match="test_schema must take a Tensor first"):
-        op(f"test_schema{schema}")
+        library.op(f"test_schema{schema}")

@@ -3,8 +3,8 @@
 import torch
 
 from ...backend import select
+from ..common import library
 from ..common.checks import check_logits, positive_pair
-from ..common.library import declare_kernel, device_type, op, under_functorch
 from . import reference
 
 
@@ -30,16 +30,16 @@ def upsample_argmax(logits, size):
     check_logits(logits)
     size = positive_pair("size", size)
     backend = select("upsample_argmax", logits)
-    if backend == "reference" or under_functorch():
+    if backend == "reference" or library.under_functorch():
         return reference.upsample_argmax(logits.detach(), size)
     return argmax(logits.detach(), size, backend)
 
 
 # csrc/argmax/argmax.h says what it computes.
-argmax_upsample = declare_kernel("argmax_upsample(Tensor logits, Tensor(a!) best, Tensor(b!) out) -> ()")
+argmax_upsample = library.kernel("argmax_upsample(Tensor logits, Tensor(a!) best, Tensor(b!) out) -> ()")
 
 
-@op("upsample_argmax(Tensor logits, SymInt[] size, str backend) -> Tensor")
+@library.op("upsample_argmax(Tensor logits, SymInt[] size, str backend) -> Tensor")
 class argmax:
     def empty(logits, size):
         return torch.empty((logits.shape[0], *size), dtype=torch.int64, device=logits.device)
@@ -47,6 +47,6 @@ class argmax:
     def fill(out, logits, backend):
         n, _, h, w = logits.shape
         best = torch.empty((n, h, w), dtype=torch.int32, device=logits.device)
-        if device_type(logits, backend) == "cpu":  # whose kernels compute in the dtype of what they are given
+        if library.device_type(logits, backend) == "cpu":  # whose kernels compute in the dtype of what they are given
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         argmax_upsample(logits, best, out, backend=backend)

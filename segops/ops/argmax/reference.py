@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from ..common.library import under_functorch
+from ..common import library
 
 
 def upsample_argmax(logits, size):
@@ -20,7 +20,7 @@ def _resize(logits, size):
 
 def _known_to_be_finite(logits):
     """What is traced, transformed or has no numbers cannot tell, and a GPU would have to be waited for."""
-    if torch.compiler.is_compiling() or under_functorch() or logits.device.type != "cpu":
+    if torch.compiler.is_compiling() or library.under_functorch() or logits.device.type != "cpu":
         return False
     return bool(logits.isfinite().all())
 

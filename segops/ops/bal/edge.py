@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from ...backend import select
+from ..common import library
 from ..common.checks import check_int, check_number
-from ..common.library import declare_kernel, op, under_functorch
 from . import reference
 from .labels import check_labels, check_result, classes_of
 
@@ -70,7 +70,7 @@ def gaussian_edge(
     check_int("num_classes", num_classes, 1, 2**31 - 1)
     settings = EdgeSettings(kernel, kernel_size, sigma, beta, downsample, normalize, ignore_index)
     backend = select("gaussian_edge", labels)
-    if backend == "reference" or under_functorch():
+    if backend == "reference" or library.under_functorch():
         return reference.gaussian_edge(classes_of(labels, num_classes, ignore_index), num_classes, settings)
     return edge_map(labels, num_classes, *settings.arguments(), ignore_index, backend)
 
@@ -117,11 +117,11 @@ class EdgeSettings:
 _remembered = functools.lru_cache(EdgeSettings)  # for ops, whose arguments have been validated
 
 # csrc/bal/bal.h says what they compute.
-count_edges = declare_kernel("bal_count_edges(Tensor labels, Tensor(a!) out, SymInt num_classes, int ignore_index) -> ()")
-blur = declare_kernel("bal_blur(Tensor edges, Tensor factors, Tensor(a!) rows, Tensor(b!) out) -> ()")
+count_edges = library.kernel("bal_count_edges(Tensor labels, Tensor(a!) out, SymInt num_classes, int ignore_index) -> ()")
+blur = library.kernel("bal_blur(Tensor edges, Tensor factors, Tensor(a!) rows, Tensor(b!) out) -> ()")
 
 
-@op(f"bal_edge(Tensor labels, SymInt num_classes, {EdgeSettings.SCHEMA}, int ignore_index, str backend) -> Tensor")
+@library.op(f"bal_edge(Tensor labels, SymInt num_classes, {EdgeSettings.SCHEMA}, int ignore_index, str backend) -> Tensor")
 class edge_map:
     def empty(labels):
         return torch.empty(labels.shape, dtype=torch.float32, device=labels.device)

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from ..common.library import device_type, op, under_functorch
+from ..common import library
 
 # Whether labels are looked at on CUDA too, where that stalls the stream.
 CHECK_LABELS = os.environ.get("SEGOPS_CHECK_LABELS") == "1"
@@ -37,17 +37,17 @@ def _raise_on_bad_label(labels, num_classes, ignore_index):
 
 def check_result(result, labels, num_classes, ignore_index, backend):
     """On the CPU a label out of range raises. The C++ kernels leave a NaN there, which costs nothing to look for."""
-    on_cpu = device_type(labels, backend) == "cpu" and (backend == "triton" or result.isnan().any())
+    on_cpu = library.device_type(labels, backend) == "cpu" and (backend == "triton" or result.isnan().any())
     if on_cpu or CHECK_LABELS:
         _raise_on_bad_label(labels, num_classes, ignore_index)
 
 
 def classes_of(labels, num_classes, ignore_index):
     """`index_classes`, which raises where labels can be looked at: under a transform they cannot."""
-    return (index_classes if under_functorch() else checked_classes)(labels, num_classes, ignore_index)
+    return (index_classes if library.under_functorch() else checked_classes)(labels, num_classes, ignore_index)
 
 
-@op("bal_classes(Tensor labels, SymInt num_classes, int ignore_index) -> Tensor")
+@library.op("bal_classes(Tensor labels, SymInt num_classes, int ignore_index) -> Tensor")
 class checked_classes:
     def empty(labels):
         return torch.empty_like(labels, dtype=torch.int64)

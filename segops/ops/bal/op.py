@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from ...backend import select
+from ..common import library
 from ..common.autocast import cast
 from ..common.checks import check_floating, check_int, check_logits, check_number
 from ..common.layout import memory_format
-from ..common.library import declare_kernel, device_type, no_double_backward, op, under_functorch
 from . import reference
 from .edge import EdgeSettings, small_edge
 from .labels import check_labels, check_result, classes_of
@@ -60,7 +60,7 @@ def upsample_cross_entropy(
     _check_tensors(logits, labels, pixel_weight, class_weight)
     pixel_weight, class_weight = (None if weight is None else weight.detach() for weight in (pixel_weight, class_weight))
     backend = select("upsample_cross_entropy", logits)
-    if backend == "reference" or under_functorch():
+    if backend == "reference" or library.under_functorch():
         _check_weight_size(pixel_weight, labels)
         classes = classes_of(labels, logits.shape[1], ignore_index)
         return reference.upsample_cross_entropy(logits, classes, pixel_weight, class_weight, settings)
@@ -99,7 +99,7 @@ def boundary_aware_loss(
     _check_tensors(logits, labels, None, class_weight)
     class_weight = None if class_weight is None else class_weight.detach()
     backend = select("boundary_aware_loss", logits)
-    if backend == "reference" or under_functorch():
+    if backend == "reference" or library.under_functorch():
         classes = classes_of(labels, logits.shape[1], ignore_index)
         edge = reference.gaussian_edge(classes, logits.shape[1], edge_settings)
         return reference.upsample_cross_entropy(logits, classes, edge, class_weight, settings)
@@ -178,11 +178,11 @@ def _check_tensors(logits, labels, pixel_weight, class_weight):
 
 
 # csrc/bal/bal.h says what they compute.
-softmax_loss = declare_kernel(
+softmax_loss = library.kernel(
     "bal_softmax_loss(Tensor logits, Tensor labels, Tensor? pixel_weight, Tensor? class_weight, Tensor(a!) coefficients, "
     "Tensor(b!)? loss, Tensor(c!) totals, float label_smoothing, int ignore_index) -> ()"
 )
-softmax_grad = declare_kernel(
+softmax_grad = library.kernel(
     "bal_softmax_grad(Tensor grad, Tensor logits, Tensor labels, Tensor? class_weight, Tensor coefficients, Tensor(a!) out, "
     "int ignore_index) -> ()"
 )
@@ -222,7 +222,7 @@ def _backward(ctx, grad, *_):
     return (None if grad is None else cross_entropy_grad(grad, *ctx.saved_tensors, **ctx.settings),)
 
 
-@op(
+@library.op(
     "bal_cross_entropy(Tensor logits, Tensor labels, Tensor? pixel_weight, Tensor? class_weight, "
     f"{LossSettings.SCHEMA}, str backend) -> (Tensor, Tensor, Tensor)"
 )
@@ -231,7 +231,7 @@ class cross_entropy:
 
 
 # The same with the edge map for weights. One op, for its downsampled size must stay out of what export traces.
-@op(
+@library.op(
     "bal_boundary_loss(Tensor logits, Tensor labels, Tensor? class_weight, "
     f"{EdgeSettings.SCHEMA}, {LossSettings.SCHEMA}, str backend) -> (Tensor, Tensor, Tensor)"
 )
@@ -245,7 +245,7 @@ class boundary_loss:
         return out
 
 
-@op(
+@library.op(
     "bal_cross_entropy_grad(Tensor grad, Tensor logits, Tensor labels, Tensor? class_weight, Tensor coefficients, "
     "int ignore_index, str backend) -> Tensor"
 )
@@ -263,7 +263,7 @@ class cross_entropy_grad:
         if written is not out:
             out.copy_(written)
 
-    backward = no_double_backward("upsample_cross_entropy")
+    backward = library.no_double_backward("upsample_cross_entropy")
 
 
 def _wide(dtype):
@@ -272,7 +272,7 @@ def _wide(dtype):
 
 def _logits(logits, backend):
     """As kernels take them: on a CPU in the dtype that is computed in."""
-    return logits.to(_wide(logits.dtype)) if device_type(logits, backend) == "cpu" else logits
+    return logits.to(_wide(logits.dtype)) if library.device_type(logits, backend) == "cpu" else logits
 
 
 def _weights(weights, logits):

@@ -1,6 +1,6 @@
 """An op, and a kernel, each in one declaration:
 
-    @op("scale(Tensor input, float factor, str backend) -> Tensor")
+    @library.op("scale(Tensor input, float factor, str backend) -> Tensor")
     class scale:
         def empty(input):
             return torch.empty_like(input)
@@ -15,9 +15,9 @@
             return (scale(grad, **ctx.settings),)
 
 
-    scale_kernel = declare_kernel("scale_kernel(Tensor input, float factor, Tensor(a!) out) -> ()")
+    scale_kernel = library.kernel("scale_kernel(Tensor input, float factor, Tensor(a!) out) -> ()")
 
-They are torch.library's, in the namespace `segops`.
+The namespace is `torch.ops.segops`.
 """
 
 import importlib
@@ -146,7 +146,7 @@ def no_double_backward(function):
     return backward
 
 
-def declare_kernel(schema):
+def kernel(schema):
     """Declares a kernel, OP_name: C++ and CUDA register theirs at the foot of its file, Triton's is the function of that name in the
     op's triton_kernels.py. Returns what calls the kernel of a backend: `run(*arguments, backend=...)`."""
     name = schema.partition("(")[0]

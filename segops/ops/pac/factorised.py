@@ -16,16 +16,16 @@ image. They have the products' dtype: float16 sums of shifted inputs overflow wh
 import torch
 import torch.nn.functional as F
 
-from ..common.library import declare_kernel, device_type
+from ..common import library
 
 WORKSPACE = {"cpu": 4 << 20, "cuda": 256 << 20}
 LARGEST_WORKSPACE = {"cpu": 32 << 20, "cuda": 1 << 30}
 
 # csrc/pac/pac.h says what they compute.
-shift_gather = declare_kernel(
+shift_gather = library.kernel(
     "pac_shift_gather(Tensor planes, Tensor? bias, Tensor(a!) out, int[] kernel_size, int[] rates, int sign) -> ()"
 )
-shift_scatter = declare_kernel(
+shift_scatter = library.kernel(
     "pac_shift_scatter(Tensor source, Tensor(a!) out, int first_row, int[] kernel_size, int[] rates, int sign) -> ()"
 )
 
@@ -77,7 +77,7 @@ def _convolve(source, weight, bias, rates, sign, out, backend):
     n, h, w, source_groups, source_channels = source.shape
     channels, _, kh, kw = weight.shape
     plane = h * w * kh * kw * source.element_size()  # bytes, per image and channel
-    device = device_type(source, backend)
+    device = library.device_type(source, backend)
     least = min(channels, 16)  # channels that make a product worth its call
 
     scatter = source_groups > 1 or (
@@ -107,7 +107,7 @@ def _scattered(source, kernel_size, rates, sign, backend):
     """Yields (slice of pixels, scatter of source (N, H, W, G, C) as (pixels, taps * C)), strip after strip."""
     n, h, w, _, channels = source.shape
     taps = kernel_size[0] * kernel_size[1]
-    pixels = max(2048, WORKSPACE[device_type(source, backend)] // (taps * channels * source.element_size()))
+    pixels = max(2048, WORKSPACE[library.device_type(source, backend)] // (taps * channels * source.element_size()))
     rows = min(n * h, -(-pixels // w))
     rows = -(-n * h // -(-n * h // rows))  # the same number of strips, of even size
     buffer = source.new_empty((rows, w, taps, channels))
@@ -142,7 +142,7 @@ def _accumulate(total, a, b):
 
 def _compute_dtype(tensor, backend):
     """What to compute in: a CPU without the instructions for half precision is faster, and more accurate, in float32."""
-    if device_type(tensor, backend) == "cpu" and tensor.dtype in (torch.float16, torch.bfloat16):
+    if library.device_type(tensor, backend) == "cpu" and tensor.dtype in (torch.float16, torch.bfloat16):
         native = tensor.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         return torch.bfloat16 if native else torch.float32
     return tensor.dtype

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from ...backend import select
+from ..common import library
 from ..common.autocast import cast
 from ..common.checks import FLOATING, check_merge, is_int
 from ..common.layout import format_of, is_channels_last, memory_format
-from ..common.library import op, under_functorch
 from . import factorised, reference
 
 MAX_RATES = 64  # kMaxRates in csrc/pac/pac_cuda.cu
@@ -54,7 +54,7 @@ def pyramid_atrous_conv2d(input, weight, bias=None, *, rates=(1, 3, 5, 7, 9), me
     _check_tensors(input, weight, bias)
     settings = Settings(tuple(weight.shape[2:]), rates, merge)
     backend = select("pyramid_atrous_conv2d", input)
-    if backend == "reference" or not _pays(weight, settings.rates) or under_functorch():
+    if backend == "reference" or not _pays(weight, settings.rates) or library.under_functorch():
         return reference.pyramid_atrous_conv2d(input, weight, bias, settings.rates, merge)
     return pac(input, weight, bias, settings.rates, merge, backend)
 
@@ -128,7 +128,7 @@ def _check_tensors(input, weight, bias):
 # The ops are bilinear, and closed under differentiation: each derivative of one is another of them.
 
 
-@op("pac(Tensor input, Tensor weight, Tensor? bias, int[] rates, str merge, str backend) -> Tensor")
+@library.op("pac(Tensor input, Tensor weight, Tensor? bias, int[] rates, str merge, str backend) -> Tensor")
 class pac:
     def empty(input, weight, rates, merge):
         n, _, h, w = input.shape
@@ -159,7 +159,7 @@ class pac:
         return grad_input, grad_weight, grad_bias
 
 
-@op("pac_input_grad(Tensor grad, Tensor weight, bool channels_last, int[] rates, str merge, str backend) -> Tensor")
+@library.op("pac_input_grad(Tensor grad, Tensor weight, bool channels_last, int[] rates, str merge, str backend) -> Tensor")
 class pac_input_grad:
     def empty(grad, weight, channels_last):
         n, _, h, w = grad.shape
@@ -184,7 +184,7 @@ class pac_input_grad:
         return grad_grad, grad_weight
 
 
-@op(
+@library.op(
     "pac_weight_grad(Tensor grad, Tensor input, int kernel_size, bool channels_last, int[] rates, str merge, str backend) -> Tensor"
 )
 class pac_weight_grad:

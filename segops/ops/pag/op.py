@@ -9,10 +9,10 @@ import functools
 import torch
 
 from ...backend import select
+from ..common import library
 from ..common.autocast import cast
 from ..common.checks import check_map, check_merge, is_int, positive_pair
 from ..common.layout import format_of, is_channels_last, memory_format
-from ..common.library import declare_kernel, no_double_backward, op, under_functorch
 from . import reference
 from .windows import has_windows_above, offset_layout
 
@@ -59,7 +59,7 @@ def partial_attention_gate(decoder, encoders, *, merge="concat"):
     decoder, *encoders = cast(decoder, *encoders, to=lambda _, dtypes: functools.reduce(torch.promote_types, dtypes))
     encoders = _switched_on(decoder, encoders, merge)
     backend = select("partial_attention_gate", decoder)
-    if under_functorch():
+    if library.under_functorch():
         return reference.partial_attention_gate(decoder, encoders, merge)
     if backend == "reference" or len(encoders) >= MAX_MAPS or _has_huge_windows(decoder, encoders):
         return _laid_out(reference.partial_attention_gate(decoder, encoders, merge), decoder)
@@ -92,7 +92,7 @@ def max_pool2d_with_offsets(input, kernel_size):
     kernel_size = _check_kernel(kernel_size)
     check_map("input", input)
     backend = select("max_pool2d_with_offsets", input)
-    if under_functorch():
+    if library.under_functorch():
         return reference.max_pool2d_with_offsets(input, kernel_size)
     if backend == "reference":
         pooled, offsets = reference.max_pool2d_with_offsets(input, kernel_size)
@@ -127,7 +127,7 @@ def max_unpool2d_with_offsets(pooled, offsets, kernel_size, output_size):
     check_map("pooled", pooled)
     size = _check_unpooling(pooled, offsets, kernel_size, output_size)
     backend = select("max_unpool2d_with_offsets", pooled)
-    if under_functorch():
+    if library.under_functorch():
         return reference.max_unpool2d_with_offsets(pooled, offsets, kernel_size, size)
     if backend == "reference":
         return _laid_out(reference.max_unpool2d_with_offsets(pooled, offsets, kernel_size, size), pooled)
@@ -201,18 +201,18 @@ def _check_unpooling(pooled, offsets, kernel_size, output_size):
 
 
 # csrc/pag/pag.h says what they compute.
-pool = declare_kernel(
+pool = library.kernel(
     "pag_pool(Tensor[] maps, Tensor(a!) out, Tensor(b!) offsets, int[] kernel_size, bool concat, bool channels_last) -> ()"
 )
-scatter = declare_kernel(
+scatter = library.kernel(
     "pag_scatter(Tensor pooled, Tensor offsets, Tensor(a!) out, int[] kernel_size, bool channels_last) -> ()"
 )
-gather = declare_kernel("pag_gather(Tensor input, Tensor offsets, Tensor(a!) out, int[] kernel_size, bool channels_last) -> ()")
+gather = library.kernel("pag_gather(Tensor input, Tensor offsets, Tensor(a!) out, int[] kernel_size, bool channels_last) -> ()")
 
 
 # The merged maps, and the offsets of all pooled ones.
 # `channels_last` is how an op reads and writes its maps, and its offsets: backward must know without looking at strides.
-@op("pag(Tensor decoder, Tensor[] encoders, str merge, bool channels_last, str backend) -> (Tensor, Tensor)")
+@library.op("pag(Tensor decoder, Tensor[] encoders, str merge, bool channels_last, str backend) -> (Tensor, Tensor)")
 class pag:
     def empty(decoder, encoders, merge, channels_last):
         n, c, h, w = decoder.shape
@@ -256,7 +256,7 @@ class pag:
         return grads[0], grads[1:]
 
 
-@op("pag_grad(Tensor grad, Tensor offsets, SymInt[] size, bool channels_last, str backend) -> Tensor")
+@library.op("pag_grad(Tensor grad, Tensor offsets, SymInt[] size, bool channels_last, str backend) -> Tensor")
 class pag_grad:
     def empty(grad, size, channels_last):
         return _empty((*grad.shape[:2], *size), grad, channels_last)
@@ -264,11 +264,11 @@ class pag_grad:
     def fill(out, grad, offsets, channels_last, backend):
         scatter(_readable(grad, channels_last), offsets, out, [], channels_last, backend=backend)
 
-    backward = no_double_backward("partial_attention_gate")
+    backward = library.no_double_backward("partial_attention_gate")
 
 
 # The other three are linear, once where the maxima lie is known: unpool and gather are each other's derivative.
-@op("pag_max_pool(Tensor input, int[] kernel_size, bool channels_last, str backend) -> (Tensor, Tensor)")
+@library.op("pag_max_pool(Tensor input, int[] kernel_size, bool channels_last, str backend) -> (Tensor, Tensor)")
 class pag_max_pool:
     def empty(input, kernel_size, channels_last):
         n, c, *size = input.shape
@@ -290,7 +290,7 @@ class pag_max_pool:
         return (None if grad is None else pag_max_unpool(grad, *ctx.saved_tensors, **ctx.settings),)
 
 
-@op(
+@library.op(
     "pag_max_unpool(Tensor pooled, Tensor offsets, int[] kernel_size, SymInt[] size, bool channels_last, str backend) -> Tensor"
 )
 class pag_max_unpool:
@@ -309,7 +309,7 @@ class pag_max_unpool:
         return (pag_max_gather(grad, *ctx.saved_tensors, **ctx.settings),)
 
 
-@op("pag_max_gather(Tensor input, Tensor offsets, int[] kernel_size, bool channels_last, str backend) -> Tensor")
+@library.op("pag_max_gather(Tensor input, Tensor offsets, int[] kernel_size, bool channels_last, str backend) -> Tensor")
 class pag_max_gather:
     def empty(input, offsets, channels_last):
         return _empty(offsets.shape, input, channels_last)
