@@ -84,7 +84,7 @@ else
 fi
 
 step() { # step NAME SECONDS COMMAND...: runs it for at most that long, or as long as is left; keeps its log
-  local name=$1 limit=$(($2 * scale)) left=$((budget * scale - SECONDS - 10)) began=$SECONDS status=0 running verdict
+  local i name=$1 limit=$(($2 * scale)) left=$((budget * scale - SECONDS - 10)) began=$SECONDS status=0 running verdict
   shift 2
   names+=("$name")
   ((limit <= left)) || limit=$left
