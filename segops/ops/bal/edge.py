@@ -1,6 +1,5 @@
 """The gaussian edge map: the public function, its settings, and the op `segops::bal_edge` behind it."""
 
-import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -114,8 +113,6 @@ class EdgeSettings:
         return self.kernel, self.kernel_size, self.sigma, self.beta, self.downsample, self.normalize
 
 
-_remembered = functools.lru_cache(EdgeSettings)  # for ops, whose arguments have been validated
-
 # csrc/bal/bal.h says what they compute.
 count_edges = library.kernel("bal_count_edges(Tensor labels, Tensor(a!) out, SymInt num_classes, int ignore_index) -> ()")
 blur = library.kernel("bal_blur(Tensor edges, Tensor factors, Tensor(a!) rows, Tensor(b!) out) -> ()")
@@ -127,7 +124,7 @@ class edge_map:
         return torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
 
     def compute(labels, num_classes, backend, **settings):
-        edge = small_edge(labels, num_classes, _remembered(**settings), backend)
+        edge = small_edge(labels, num_classes, EdgeSettings(**settings), backend)
         return edge if settings["downsample"] == 1 else _upsample(edge, labels)
 
 
