@@ -1,7 +1,9 @@
-"""Builds segops._C (CPU) and segops._C_cuda (CUDA) where that is possible, and installs segops in any case.
+"""Builds segops._C (CPU) and segops._C_cuda (CUDA) where that is possible, and installs segops in
+any case.
 
-SEGOPS_BUILD_CUDA=0 leaves CUDA out, =1 makes its absence an error; by default it is built where torch is a CUDA build and
-nvcc is found. TORCH_CUDA_ARCH_LIST picks the architectures, by default those of the GPUs in sight, or a list for all.
+SEGOPS_BUILD_CUDA=0 leaves CUDA out, =1 makes its absence an error; by default it is built where
+torch is a CUDA build and nvcc is found. TORCH_CUDA_ARCH_LIST picks the architectures, by default
+those of the GPUs in sight, or a list for all.
 """
 
 import os
@@ -12,17 +14,20 @@ from pathlib import Path
 
 from setuptools import setup
 
-# Both target the stable ABI of torch 2.10: one binary serves every later release, so a build in isolation does too.
+# Both target the stable ABI of torch 2.10: one binary serves every later release, so a build in
+# isolation does too.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
-# psabi: GCC notes that passing wide vectors changed in 4.6; ours are passed between inlined functions only.
+# psabi: GCC notes that passing wide vectors changed in 4.6; ours are passed between inlined
+# functions only.
 CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-Wno-psabi", STABLE_ABI]
 NVCC_FLAGS = ["-O3", "-std=c++17", STABLE_ABI, "-DUSE_CUDA"]
 FORCED = "segops: SEGOPS_BUILD_CUDA=1, but the CUDA extension cannot be built: {}"
 
 
 def point_to_toolkit():
-    """Sets CUDA_HOME to the toolkit that nvcc itself reports: torch guesses from nvcc's path, which may be a wrapper's."""
+    """Sets CUDA_HOME to the toolkit that nvcc itself reports: torch guesses from nvcc's path, which
+    may be a wrapper's."""
     nvcc = shutil.which("nvcc")
     if nvcc is None or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
         return
@@ -33,7 +38,8 @@ def point_to_toolkit():
 
 
 def cuda_architectures():
-    """The value for TORCH_CUDA_ARCH_LIST: the user's, the visible GPUs', or every architecture that nvcc knows of ours."""
+    """The value for TORCH_CUDA_ARCH_LIST: the user's, the visible GPUs', or every architecture that
+    nvcc knows of ours."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
@@ -49,7 +55,8 @@ def cuda_architectures():
 
 
 def built_architectures():
-    """What torch makes of TORCH_CUDA_ARCH_LIST, as "9.0" for machine code and "9.0+PTX" for code the driver can compile."""
+    """What torch makes of TORCH_CUDA_ARCH_LIST, as "9.0" for machine code and "9.0+PTX" for code
+    the driver can compile."""
     from torch.utils.cpp_extension import _get_cuda_arch_flags
 
     flags = " ".join(_get_cuda_arch_flags())
@@ -135,7 +142,8 @@ def build_command():
         return {}
 
     class Build(BuildExtension):
-        """Builds each extension by itself; one that fails is left out with the reason, unless it was forced."""
+        """Builds each extension by itself; one that fails is left out with the reason, unless it
+        was forced."""
 
         def build_extensions(self):
             wanted, built = self.extensions, []

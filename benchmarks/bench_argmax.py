@@ -100,7 +100,7 @@ def floor(case, kind):
     return moved / measure.copy_rate(DEVICE) * 1e3
 
 
-# What benchmarks/gpu.sh tries first: functions of a `trials.Setup` that return the error over its bound.
+# What benchmarks/gpu.sh tries first: functions of a `trials.Setup` that return error over bound.
 
 
 def argmax_trial(regions, setup):

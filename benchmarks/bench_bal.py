@@ -259,7 +259,7 @@ def floor(case, kind):
     return (moved / measure.copy_rate(DEVICE) + exponentials / measure.exponential_rate(DEVICE)) * 1e3
 
 
-# What benchmarks/gpu.sh tries first: functions of a `trials.Setup` that return the error over its bound.
+# What benchmarks/gpu.sh tries first: functions of a `trials.Setup` that return error over bound.
 
 
 def edge_trial(normalize, setup):

@@ -164,7 +164,7 @@ def floor(case, kind):
     return (1 if kind == "forward" else 3) * milliseconds
 
 
-# What benchmarks/gpu.sh tries first: functions of a `trials.Setup` that return the error over its bound.
+# What benchmarks/gpu.sh tries first: functions of a `trials.Setup` that return error over bound.
 
 
 def pac_trial(widening, merge, setup):

@@ -206,7 +206,7 @@ def bars(case, kind, baselines, best):
     return {name: (case.bar if name == best else None, None, KEPT if name == "eager" else None) for name in baselines}
 
 
-# What benchmarks/gpu.sh tries first: functions of a `trials.Setup` that return the error over its bound.
+# What benchmarks/gpu.sh tries first: functions of a `trials.Setup` that return error over bound.
 
 
 def gate_trial(merge, adaptive, setup):

@@ -1,4 +1,5 @@
-"""What the trials of an op, in its bench_OP.py, are made of: the tensors that it is tried on, and errors over their bounds."""
+"""What the trials of an op, in its bench_OP.py, are made of: the tensors that it is tried on, and
+errors over their bounds."""
 
 from dataclasses import dataclass
 

@@ -1,12 +1,12 @@
 """segops: hand-written kernels for semantic segmentation, as PyTorch ops.
 
-    segops.pyramid_atrous_conv2d    one filter at several dilation rates, for the arithmetic of one convolution
-    segops.boundary_aware_loss      cross entropy weighted towards boundaries, for logits at any resolution
-    segops.upsample_cross_entropy   the same with weights of your own, or none: the full-size logits never exist
+    segops.pyramid_atrous_conv2d    one filter at several dilation rates, for the arithmetic of one
+    segops.boundary_aware_loss      cross entropy weighted towards boundaries; logits of any size
+    segops.upsample_cross_entropy   the same with weights of your own: full-size logits never exist
     segops.gaussian_edge            the weights: a blurred edge map of the labels
-    segops.partial_attention_gate   encoder maps max-pooled to the decoder's size and merged, in one pass
-    segops.max_pool2d_with_offsets  max pooling that remembers where in one byte, and max_unpool2d_with_offsets
-    segops.upsample_argmax          class indices from logits at any resolution: no full-size logits here either
+    segops.partial_attention_gate   encoder maps max-pooled to the decoder's size and merged
+    segops.max_pool2d_with_offsets  max pooling that remembers where in a byte; and its unpooling
+    segops.upsample_argmax          class indices from logits at any resolution
     segops.nn                       the same as modules
     segops.models                   networks that use them (needs timm: pip install segops[models])
     segops.backend                  choose between native (C++, CUDA), triton and reference kernels
@@ -37,7 +37,8 @@ __all__ = sorted(
 
 
 def __getattr__(name):
-    """`segops.models` and `segops.train` need more than torch: they are imported when they are first used."""
+    """`segops.models` and `segops.train` need more than torch: they are imported when they are
+    first used."""
     if name in ("models", "train"):
         return importlib.import_module(f"segops.{name}")
     raise AttributeError(f"module 'segops' has no attribute {name!r}")

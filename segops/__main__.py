@@ -1,4 +1,5 @@
-"""The command line, `segops` or `python -m segops`: info, models, fit, validate, test, predict, ablate, bench."""
+"""The command line, `segops` or `python -m segops`: info, models, fit, validate, test, predict,
+ablate, bench."""
 
 import argparse
 import importlib
@@ -33,7 +34,8 @@ def ops():
 
 
 def info():
-    """Prints versions, the built binaries and, per op and device, which backend runs and why the others do not."""
+    """Prints versions, the built binaries and, per op and device, which backend runs and why the
+    others do not."""
     print(
         f"segops {segops.__version__}   torch {torch.__version__}   python {platform.python_version()}   CUDA {torch.version.cuda}"
     )
@@ -71,7 +73,8 @@ def engine(arguments):
 
 
 def parsed(module):
-    """A command whose module, relative to this package, has `add_arguments(parser)` and `run(options)`."""
+    """A command whose module, relative to this package, has `add_arguments(parser)` and
+    `run(options)`."""
 
     def command(arguments):
         implementation = importlib.import_module(module, __package__)

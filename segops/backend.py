@@ -1,4 +1,5 @@
-"""Which implementation of an op runs: `segops.backend`, the environment's `SEGOPS_BACKEND`, and why not.
+"""Which implementation of an op runs: `segops.backend`, the environment's `SEGOPS_BACKEND`, and why
+not.
 
 native     C++ on the CPU (`segops._C`), CUDA on NVIDIA GPUs (`segops._C_cuda`)
 triton     the Triton kernels: NVIDIA GPUs, or any machine under `TRITON_INTERPRET=1`
@@ -28,12 +29,13 @@ class backend:
         with segops.backend("triton"): ...      # here only, then back to what it was
 
     Args:
-        name: "auto" (default at start, or the environment's SEGOPS_BACKEND), "native", "triton" or "reference".
+        name: "auto" (default at start, or the environment's SEGOPS_BACKEND), "native", "triton" or
+            "reference".
 
-    A forced backend that cannot run where it is needed raises a RuntimeError that names the reason and the
-    alternatives; "auto" takes the first that can run. Where a kernel would gain nothing, as an op's documentation says,
-    PyTorch's own ops run under any name. The choice holds for the whole process, all threads.
-    A backward pass runs on the backend that its forward pass used.
+    A forced backend that cannot run where it is needed raises a RuntimeError that names the reason
+    and the alternatives; "auto" takes the first that can run. Where a kernel would gain nothing, as
+    an op's documentation says, PyTorch's own ops run under any name. The choice holds for the whole
+    process, all threads. A backward pass runs on the backend that its forward pass used.
 
     Raises:
         ValueError: unknown name.
@@ -58,7 +60,7 @@ def requested():
 
 
 def _load(module):
-    """The binary, or why it is not here. Never raises: segops works without a compiler, nvcc or a GPU."""
+    """The binary, or why it is not here. Never raises: segops works without compiler or GPU."""
     if importlib.util.find_spec(f"segops.{module}") is None:
         return None, f"segops.{module} was not built at installation (pip install -v . says why)"
     try:
@@ -71,13 +73,15 @@ _cpu, _cpu_reason = _load("_C")
 # A CUDA binary cannot be loaded by a CPU-only torch.
 _cuda, _cuda_reason = _load("_C_cuda") if torch.version.cuda else (None, "this torch is a build without CUDA")
 
-# Triton reads the variable when a kernel is defined, so the environment's word at import is the one that counts.
+# Triton reads the variable when a kernel is defined, so the environment's word at import is the one
+# that counts.
 TRITON_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def build_info():
-    """{"cpu": ..., "cuda": ...}: each binary's compiler, flags and architectures, or the reason why it is missing (a str)."""
+    """{"cpu": ..., "cuda": ...}: each binary's compiler, flags and architectures, or the reason why
+    it is missing (a str)."""
     return {
         "cpu": _cpu.build_info() if _cpu else _cpu_reason,
         "cuda": _cuda.build_info() if _cuda else _cuda_reason,
@@ -85,7 +89,8 @@ def build_info():
 
 
 def _runs_on(architectures, capability):
-    """Whether code built for `architectures` ("9.0", or "9.0+PTX") runs on a GPU of this (major, minor) capability."""
+    """Whether code built for `architectures` ("9.0", or "9.0+PTX") runs on a GPU of this (major,
+    minor) capability."""
     for architecture in architectures:
         number, _, ptx = architecture.partition("+")
         major, minor = (int(part) for part in number.rstrip("af").split("."))
@@ -145,12 +150,14 @@ def _why_not_triton(device_type, device_index, dtype):
 # Every backend that can be asked for by name, and what tells why it cannot run.
 REASONS = {"native": _why_not_native, "triton": _why_not_triton, "reference": lambda *_: None}
 
-# A plain global: torch.compile guards on it, whereas it cannot trace a ContextVar and would not see the environment change.
+# A plain global: torch.compile guards on it, whereas it cannot trace a ContextVar and would not see
+# the environment change.
 _requested = _check(os.environ.get("SEGOPS_BACKEND") or "auto", "the environment variable SEGOPS_BACKEND")
 
 
 def select(op, tensor):
-    """The backend that `op` runs on for this tensor. Raises RuntimeError if the requested one cannot."""
+    """The backend that `op` runs on for this tensor. Raises RuntimeError if the requested one
+    cannot."""
     device, dtype = tensor.device, tensor.dtype
     if _requested == "auto":
         for name in ORDER:

@@ -14,21 +14,25 @@ from .ops.pag.op import partial_attention_gate
 class PyramidAtrousConv2d(torch.nn.Module):
     """Pyramid atrous convolution: one filter at several dilation rates, summed or concatenated.
 
-    The module of `segops.pyramid_atrous_conv2d` (Yu, section 3.3). Weights are initialised as by `torch.nn.Conv2d`, and
-    the state_dict has its keys, `weight` and `bias`: weights of a convolution of the same kernel load as they are.
+    The module of `segops.pyramid_atrous_conv2d` (Yu, section 3.3). Weights are initialised as by
+    `torch.nn.Conv2d`, and the state_dict has its keys, `weight` and `bias`: weights of a
+    convolution of the same kernel load as they are.
 
     Args:
         in_channels: channels of the input.
-        out_channels: filters; the output has out_channels channels for "sum", len(rates) * out_channels for "concat".
+        out_channels: filters; the output has out_channels channels for "sum", for "concat"
+            len(rates) * out_channels.
         kernel_size: odd int, default 3.
         rates: dilation rates, positive ints; default (1, 3, 5, 7, 9).
         merge: "sum" (default) or "concat".
-        bias: whether the shared filter has a bias (default True), which "sum" adds len(rates) times.
+        bias: whether the shared filter has a bias (default True), which "sum" adds len(rates)
+            times.
 
     Shape: (N, in_channels, H, W) -> (N, channels, H, W), same H and W.
 
     Raises:
-        ValueError, TypeError: as `segops.pyramid_atrous_conv2d`, at construction for what is known there.
+        ValueError, TypeError: as `segops.pyramid_atrous_conv2d`, at construction for what is known
+            there.
     """
 
     def __init__(
@@ -62,7 +66,7 @@ class PyramidAtrousConv2d(torch.nn.Module):
 
 
 class UpsampleCrossEntropy(torch.nn.Module):
-    """Cross entropy of logits at any resolution against labels at theirs, without the upsampled logits.
+    """Cross entropy of logits at any resolution, without the upsampled logits.
 
     The module of `segops.upsample_cross_entropy`, with its keyword arguments and defaults.
 
@@ -72,7 +76,8 @@ class UpsampleCrossEntropy(torch.nn.Module):
         ignore_index: label of pixels that do not count, default 255.
         reduction: "mean" (default; over the pixels that are not ignored), "sum" or "none".
 
-    Shape: logits (N, C, h, w), labels (N, H, W), pixel_weight (N, h', w') or None -> () or, for "none", (N, H, W).
+    Shape: logits (N, C, h, w), labels (N, H, W), pixel_weight (N, h', w') or None -> () or, for
+        "none", (N, H, W).
 
     Raises:
         ValueError, TypeError, IndexError: as the function, at construction for what is known there.
@@ -93,13 +98,15 @@ class UpsampleCrossEntropy(torch.nn.Module):
 
 
 class BoundaryAwareLoss(torch.nn.Module):
-    """Cross entropy weighted by the gaussian edge map of the labels (Yu, Eq. 4), for logits at any resolution.
+    """Cross entropy weighted by the gaussian edge map of the labels (Yu, Eq. 4), for logits at any
+    resolution.
 
     The module of `segops.boundary_aware_loss`, with its keyword arguments and defaults.
 
     Args:
-        kernel, kernel_size, sigma, beta, downsample, normalize: of the edge map, as in `segops.gaussian_edge`; default the
-            paper's best: "gaussian", 35, 3.0, 0.5, 4, and None. normalize="mean" keeps cross entropy's scale.
+        kernel, kernel_size, sigma, beta, downsample, normalize: of the edge map, as in
+            `segops.gaussian_edge`; default the paper's best: "gaussian", 35, 3.0, 0.5, 4, and None.
+            normalize="mean" keeps cross entropy's scale.
         class_weight: (C) floating point, kept as a buffer, or None (default).
         label_smoothing: in [0, 1], default 0.0.
         ignore_index: label of pixels that do not count, default 255.
@@ -150,15 +157,17 @@ class BoundaryAwareLoss(torch.nn.Module):
 
 
 class PartialAttentionGate(torch.nn.Module):
-    """Encoder maps max-pooled to the decoder's size and merged with it: a skip connection from all of an encoder's levels at once.
+    """Encoder maps max-pooled to the decoder's size and merged with it: a skip connection from all
+    of an encoder's levels at once.
 
-    The module of `segops.partial_attention_gate` (Haloi, "Partial attention", Eq. 3). It has no parameters.
+    The module of `segops.partial_attention_gate` (Haloi, "Partial attention", Eq. 3). It has no
+    parameters.
 
     Args:
         merge: "concat" (default) or "sum".
 
-    Shape: decoder (N, C, h, w), encoders a list of (N, C_i, H_i, W_i) -> (N, C + C_i of those with H_i >= h and W_i >= w, h, w),
-        or (N, C, h, w) for "sum".
+    Shape: decoder (N, C, h, w), encoders a list of (N, C_i, H_i, W_i) -> (N, C + C_i of those with
+        H_i >= h and W_i >= w, h, w), or (N, C, h, w) for "sum".
 
     Raises:
         ValueError, TypeError: as the function, at construction for what is known there.

@@ -1,5 +1,8 @@
-"""Compiling Triton kernels to machine code for GPUs that need not be here: `python -m tests.compile_triton MODULE CLASS`, a contract.
-In a process of its own: the interpreter, under which the other tests run, replaces parts of Triton."""
+"""Compiling Triton kernels to machine code for GPUs that need not be here.
+
+`python -m tests.compile_triton MODULE CLASS` compiles those of a contract. In a process of its own:
+the interpreter, under which the other tests run, replaces parts of Triton.
+"""
 
 import importlib
 import os
@@ -8,7 +11,8 @@ import sys
 
 
 def compile_for(kernel, capability, types, constants):
-    """Compiles a kernel whose arguments are constant where `constants` names them, or of the Triton types given, or i32."""
+    """Compiles a kernel whose arguments are constant where `constants` names them, or of the Triton
+    types given, or i32."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -22,7 +22,8 @@ MODULES = {
 
 
 def imported(module):
-    """The names that a module imports, `package.name` of `from package import name`, wherever it does."""
+    """The names that a module imports, `package.name` of `from package import name`, wherever it
+    does."""
     path = MODULES[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -45,8 +45,8 @@ struct EdgeProblem {
   Taps rows, columns;
 };
 
-// Rows [begin, end) of one image's edge counts, resized, to `out` (h, w): along y first, whose sums are
-// vectors. Without a resize each output has one tap, which weighs 1.
+// Rows [begin, end) of one image's edge counts, resized, to `out` (h, w): along y first, whose sums
+// are vectors. Without a resize each output has one tap, which weighs 1.
 SEGOPS_MULTIVERSION void edge_rows(const EdgeProblem& p, int64_t image, int64_t begin, int64_t end, float* out) {
   const int64_t first = p.rows.first[begin], last = p.rows.first[end - 1] + p.rows.count(end - 1), width = p.width;
   std::vector<int32_t> row(width), lower(width);

@@ -19,14 +19,15 @@ def _resize(logits, size):
 
 
 def _known_to_be_finite(logits):
-    """What is traced, transformed or has no numbers cannot tell, and a GPU would have to be waited for."""
+    """What is traced or transformed cannot tell, and a GPU would have to be waited for."""
     if torch.compiler.is_compiling() or library.under_functorch() or logits.device.type != "cpu":
         return False
     return bool(logits.isfinite().all())
 
 
 def _resize_infinite(logits, size):
-    """PyTorch multiplies infinities by weights of zero, which makes NaN: here a logit that weighs nothing counts for nothing."""
+    """PyTorch multiplies infinities by weights of zero, which makes NaN: here a logit that weighs
+    nothing counts for nothing."""
     positive, negative = ((logits.isnan() | (logits == sign * torch.inf)).to(logits) for sign in (1, -1))
     positive, negative = _resize(positive, size) > 0, _resize(negative, size) > 0
     value = _resize(logits.nan_to_num(0.0, 0.0, 0.0), size)

@@ -11,7 +11,8 @@ PIXELS_PER_PROGRAM = 256
 
 @triton.jit
 def _see(value, largest, index, c):
-    """The larger of value, of class c, and what came before; a NaN is larger than any number, and the first stays."""
+    """The larger of value, of class c, and what came before; a NaN is larger than any number, and
+    the first stays."""
     takes = (value > largest) | ((value != value) & (largest == largest))
     return tl.where(takes, value, largest), tl.where(takes, c, index)
 

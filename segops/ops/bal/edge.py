@@ -1,4 +1,4 @@
-"""The gaussian edge map: the public function, its settings, and the op `segops::bal_edge` behind it."""
+"""The gaussian edge map: the public function, its settings, the op `segops::bal_edge` behind it."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -26,12 +26,14 @@ def gaussian_edge(
     normalize=None,
     ignore_index=255,
 ):
-    """The gaussian edge map of a label map: large along the boundaries of classes, largest where several meet.
+    """The gaussian edge map of labels: large along class boundaries, largest where several meet.
 
-    Yu, "Semantic Image Segmentation with Pyramid Atrous Convolution and Boundary-aware Loss", Eq. 1 to 3, 5 and 6::
+    Yu, "Semantic Image Segmentation with Pyramid Atrous Convolution and Boundary-aware Loss", Eq. 1
+    to 3, 5 and 6::
 
-        l_i = [labels == i]                                         a plane per class; ignored pixels belong to none
-        E   = sum over i of [|l_i(y, x) - l_i(y, x + 1) / 2 - l_i(y + 1, x) / 2| > 0]     the last row and column repeat
+        l_i = [labels == i]               a plane per class; ignored pixels belong to none
+        E   = sum over i of [|l_i(y, x) - l_i(y, x + 1) / 2 - l_i(y + 1, x) / 2| > 0]
+              the last row and column repeat
         E   = bilinear resize of E, antialiased, to (ceil(H / downsample), ceil(W / downsample))
         f   = exp(-((x - xc)^2 + (y - yc)^2) / (kernel_size * sigma))      "gaussian", Eq. 5
               kernel_size - (|x - xc| + |y - yc|)                          "linear", Eq. 6
@@ -46,23 +48,28 @@ def gaussian_edge(
         sigma: of the gaussian, > 0; default 3.0.
         beta: weight of pixels far from any boundary; default 0.5.
         downsample: int >= 1, default 4. The blur reaches kernel_size // 2 * downsample pixels.
-        normalize: None (default), the paper's map, whose scale depends on the image; "max": each image's blurred map
-            (E * f, at its downsampled size) is divided by its own maximum before beta is added, E_G is in [beta, 1 + beta];
-            "mean": each image's E_G is divided by its own mean over all pixels, so that a loss weighted by it keeps its scale.
-            An image without edges is beta throughout under "max", 1 throughout under "mean".
-        ignore_index: label of pixels that belong to no class, any int; default 255. Their borders are edges.
+        normalize: None (default), the paper's map, whose scale depends on the image; "max": each
+            image's blurred map (E * f, at its downsampled size) is divided by its own maximum
+            before beta is added, E_G is in [beta, 1 + beta]; "mean": each image's E_G is divided by
+            its own mean over all pixels, so that a loss weighted by it keeps its scale. An image
+            without edges is beta throughout under "max", 1 throughout under "mean".
+        ignore_index: label of pixels that belong to no class, any int; default 255. Their borders
+            are edges.
 
     Returns:
         (N, H, W) float32, without gradient. Deterministic.
 
-    Antialiasing is our reading of the paper's "bilinearly downsampling": without it edges vanish at some offsets.
+    Antialiasing is our reading of the paper's "bilinearly downsampling": without it edges vanish at
+    some offsets.
 
     Raises:
         TypeError: labels that are not an integer tensor, settings of the wrong type.
-        ValueError: wrong rank, an empty height or width, even or non-positive kernel_size, sigma <= 0 or so large that the kernel is constant,
-            downsample < 1, unknown kernel or normalize.
-        IndexError: on the CPU, a label outside [0, num_classes) that is not ignore_index; on CUDA such a pixel is treated
-            as ignored, unless the environment had SEGOPS_CHECK_LABELS=1 at import.
+        ValueError: wrong rank, an empty height or width, even or non-positive kernel_size, sigma
+            not positive or so large that the kernel is constant, downsample < 1, unknown kernel or
+            normalize.
+        IndexError: on the CPU, a label outside [0, num_classes) that is not ignore_index; on CUDA
+            such a pixel is treated as ignored, unless the environment had SEGOPS_CHECK_LABELS=1 at
+            import.
         RuntimeError: a forced backend that cannot run here (see `segops.backend`).
     """
     check_labels(labels)
@@ -129,8 +136,8 @@ class edge_map:
 
 
 def small_edge(labels, num_classes, settings, backend):
-    """E_G before its last upsampling, (N, ceil(H / downsample), ceil(W / downsample)). Upsampling keeps beta, and the mean is of
-    what is upsampled."""
+    """E_G before its last upsampling, (N, ceil(H / downsample), ceil(W / downsample)). Upsampling
+    keeps beta, and the mean is of what is upsampled."""
     n, h, w = labels.shape
     shape = n, -(-h // settings.downsample), -(-w // settings.downsample)
     edge = torch.empty(shape, dtype=torch.float32, device=labels.device)
@@ -160,7 +167,8 @@ _BLUR_FACTORS = {}
 
 
 def blur_factors(kernel, kernel_size, sigma, device):
-    """(u1, v1, u2, v2), each of kernel_size, with blur_kernel = u1 v1^T + u2 v2^T: both kernels have rank two.
+    """(u1, v1, u2, v2), each of kernel_size, with blur_kernel = u1 v1^T + u2 v2^T: both kernels
+    have rank two.
 
     Made once for each device: also in a CUDA graph's capture, where they are kept from later calls.
     """
@@ -171,7 +179,8 @@ def blur_factors(kernel, kernel_size, sigma, device):
         return _BLUR_FACTORS.setdefault(settings, _make_blur_factors(*settings))
     if torch.cuda.is_current_stream_capturing():
         return _make_blur_factors(*settings)  # memory of the graph's, which nobody writes before it runs
-    # Warming up for a graph, torch.compile has this thread's allocations come from the graph's memory: another thread's do not.
+    # Warming up for a graph, torch.compile has this thread's allocations come from the graph's
+    # memory: another thread's do not.
     with ThreadPoolExecutor(1) as thread:
         return _BLUR_FACTORS.setdefault(settings, thread.submit(_make_blur_factors_now, *settings).result())
 
@@ -185,8 +194,9 @@ def _make_blur_factors_now(*settings):
 def _make_blur_factors(kernel, kernel_size, sigma, device):
     """Computed where they are used: nothing is copied, which a capture would not allow.
 
-    None is negative, so that the two separable passes lose nothing to cancellation. With g the gaussian on an axis, q its
-    least value and p = g - q, the product g g' less its own least value q^2 is p g' + q p'.
+    None is negative, so that the two separable passes lose nothing to cancellation. With g the
+    gaussian on an axis, q its least value and p = g - q, the product g g' less its own least value
+    q^2 is p g' + q p'.
     """
     distance = torch.arange(kernel_size, dtype=torch.float64, device=device) - kernel_size // 2
     ones = torch.ones_like(distance)

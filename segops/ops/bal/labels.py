@@ -36,14 +36,15 @@ def _raise_on_bad_label(labels, num_classes, ignore_index):
 
 
 def check_result(result, labels, num_classes, ignore_index, backend):
-    """On the CPU a label out of range raises. The C++ kernels leave a NaN there, which costs nothing to look for."""
+    """On the CPU a label out of range raises. The C++ kernels leave a NaN there, which costs
+    nothing to look for."""
     on_cpu = library.device_type(labels, backend) == "cpu" and (backend == "triton" or result.isnan().any())
     if on_cpu or CHECK_LABELS:
         _raise_on_bad_label(labels, num_classes, ignore_index)
 
 
 def classes_of(labels, num_classes, ignore_index):
-    """`index_classes`, which raises where labels can be looked at: under a transform they cannot."""
+    """`index_classes`; raises where labels can be looked at: under a transform they cannot."""
     return (index_classes if library.under_functorch() else checked_classes)(labels, num_classes, ignore_index)
 
 

@@ -1,7 +1,8 @@
-"""The losses: the public functions, and the ops `segops::bal_cross_entropy`, `bal_boundary_loss` and their gradient behind them.
+"""The losses: the public functions, and the ops `segops::bal_cross_entropy`, `bal_boundary_loss`
+and their gradient behind them.
 
-The weight map is made at its downsampled size and stays there: the cross entropy upsamples it, as it does the logits, pixel by
-pixel. Nothing is made of (N, C, H, W).
+The weight map is made at its downsampled size and stays there: the cross entropy upsamples it, as
+it does the logits, pixel by pixel. Nothing is made of (N, C, H, W).
 """
 
 from dataclasses import dataclass
@@ -21,37 +22,41 @@ from .labels import check_labels, check_result, classes_of
 def upsample_cross_entropy(
     logits, labels, pixel_weight=None, *, class_weight=None, label_smoothing=0.0, ignore_index=255, reduction="mean"
 ):
-    """Cross entropy of logits at any resolution against labels at theirs, without the upsampled logits.
+    """Cross entropy of logits at any resolution against labels at theirs, without the upsampled
+    logits.
 
-    Equals ``F.interpolate(logits, (H, W), mode="bilinear", align_corners=False)``, where sizes differ, then softmax cross
-    entropy per pixel, times ``pixel_weight`` where given, 0 at ignored pixels. Forward and backward allocate nothing of
-    (N, C, H, W), unless the logits have that size: what backward needs is kept in three maps of (N, H, W), four with label
-    smoothing.
+    Equals ``F.interpolate(logits, (H, W), mode="bilinear", align_corners=False)``, where sizes
+    differ, then softmax cross entropy per pixel, times ``pixel_weight`` where given, 0 at ignored
+    pixels. Forward and backward allocate nothing of (N, C, H, W), unless the logits have that size:
+    what backward needs is kept in three maps of (N, H, W), four with label smoothing.
 
     Args:
-        logits: (N, C, h, w), any strides; float32, bfloat16, float16, or float64 (CPU and reference backend).
+        logits: (N, C, h, w), any strides; float32, bfloat16, float16, or float64 (CPU and reference
+            backend).
         labels: (N, H, W), int64, int32 or uint8.
-        pixel_weight: (N, H, W) or (N, h', w') with h' <= H and w' <= W, upsampled bilinearly in the same pass; floating
-            point; None (default) weighs every pixel 1.
+        pixel_weight: (N, H, W) or (N, h', w') with h' <= H and w' <= W, upsampled bilinearly in the
+            same pass; floating point; None (default) weighs every pixel 1.
         class_weight: (C), floating point, or None (default); as `weight` of `F.cross_entropy`.
         label_smoothing: in [0, 1], default 0.0, as in `F.cross_entropy`.
         ignore_index: label of pixels that do not count, any int; default 255.
-        reduction: "mean" (default): the sum over the number of pixels that are not ignored, also with weights (the n of
-            Yu, Eq. 4); 0 where all are ignored. "sum"; or "none" for the map of losses.
+        reduction: "mean" (default): the sum over the number of pixels that are not ignored, also
+            with weights (the n of Yu, Eq. 4); 0 where all are ignored. "sum"; or "none" for the map
+            of losses.
 
     Returns:
-        () or, for "none", (N, H, W); float32, or float64 for float64 logits. The gradient flows to the logits only, in their
-        dtype, once: double backward is not supported. Deterministic.
+        () or, for "none", (N, H, W); float32, or float64 for float64 logits. The gradient flows to
+        the logits only, in their dtype, once: double backward is not supported. Deterministic.
 
-    Under autocast floating-point arguments are cast to float32 first. Under `torch.func` transforms and forward-mode
-    differentiation PyTorch's ops run, and a label out of range gives NaN.
+    Under autocast floating-point arguments are cast to float32 first. Under `torch.func` transforms
+    and forward-mode differentiation PyTorch's ops run, and a label out of range gives NaN.
 
     Raises:
-        TypeError: logits or weights that are not floating-point tensors, labels that are not an integer tensor, settings of the
-            wrong type.
-        ValueError: wrong rank or shape, an empty height or width, mixed devices, label_smoothing outside [0, 1], unknown reduction.
-        IndexError: on the CPU, a label outside [0, C) that is not ignore_index; on CUDA the loss is NaN, unless the
-            environment had SEGOPS_CHECK_LABELS=1 at import.
+        TypeError: logits or weights that are not floating-point tensors, labels that are not an
+            integer tensor, settings of the wrong type.
+        ValueError: wrong rank or shape, an empty height or width, mixed devices, label_smoothing
+            outside [0, 1], unknown reduction.
+        IndexError: on the CPU, a label outside [0, C) that is not ignore_index; on CUDA the loss is
+            NaN, unless the environment had SEGOPS_CHECK_LABELS=1 at import.
         RuntimeError: a forced backend that cannot run here (see `segops.backend`); double backward.
     """
     check_class_weight(class_weight)
@@ -84,13 +89,15 @@ def boundary_aware_loss(
 ):
     """Cross entropy weighted by the gaussian edge map of the labels, for logits at any resolution.
 
-    Yu, "Semantic Image Segmentation with Pyramid Atrous Convolution and Boundary-aware Loss", Eq. 4::
+    Yu, "Semantic Image Segmentation with Pyramid Atrous Convolution and Boundary-aware Loss", Eq.
+    4::
 
         upsample_cross_entropy(logits, labels, gaussian_edge(labels, C, ...), ...)
 
-    with the edge map kept at its downsampled size between the two. See `segops.gaussian_edge` for kernel, kernel_size,
-    sigma, beta, downsample and normalize, and `segops.upsample_cross_entropy` for everything else: shapes, dtypes, defaults,
-    what is returned and raised. normalize="mean" keeps the scale of plain cross entropy, so that its learning rate carries over.
+    with the edge map kept at its downsampled size between the two. See `segops.gaussian_edge` for
+    kernel, kernel_size, sigma, beta, downsample and normalize, and `segops.upsample_cross_entropy`
+    for everything else: shapes, dtypes, defaults, what is returned and raised. normalize="mean"
+    keeps the scale of plain cross entropy, so that its learning rate carries over.
     """
     check_class_weight(class_weight)
     settings = LossSettings(label_smoothing, ignore_index, reduction)
@@ -189,7 +196,8 @@ softmax_grad = library.kernel(
 
 
 def _empty_loss(logits, labels, label_smoothing, per_pixel):
-    """The sum of the losses, or (N, H, W) of them; the number of pixels that are not ignored; what the gradient needs of each."""
+    """The sum of the losses, or (N, H, W) of them; the number of pixels that are not ignored; what
+    the gradient needs of each."""
     maps = 4 if label_smoothing > 0 else 3
     coefficients = torch.empty((maps, *labels.shape), dtype=_wide(logits.dtype), device=logits.device)
     return coefficients.new_empty(labels.shape if per_pixel else ()), coefficients.new_empty(()), coefficients
@@ -230,7 +238,8 @@ class cross_entropy:
     empty, fill, setup_context, backward = _empty_loss, _fill_loss, _setup_context, _backward
 
 
-# The same with the edge map for weights. One op, for its downsampled size must stay out of what export traces.
+# The same with the edge map for weights. One op, for its downsampled size must stay out of what
+# export traces.
 @library.op(
     "bal_boundary_loss(Tensor logits, Tensor labels, Tensor? class_weight, "
     f"{EdgeSettings.SCHEMA}, {LossSettings.SCHEMA}, str backend) -> (Tensor, Tensor, Tensor)"

@@ -1,4 +1,5 @@
-"""The boundary-aware loss as the paper writes it, in plain PyTorch: the documentation, the oracle, the fallback.
+"""The boundary-aware loss as the paper writes it, in plain PyTorch: the documentation, the oracle,
+the fallback.
 
 `classes` are labels with -1 at ignored pixels and -2 where a label is none of the classes.
 """
@@ -8,7 +9,8 @@ import torch.nn.functional as F
 
 
 def blur_kernel(kernel, kernel_size, sigma):
-    """Eq. 5 or 6, min-max normalised to [0, 1], float64 (kernel_size, kernel_size); kernel_size 1 is the identity."""
+    """Eq. 5 or 6, min-max normalised to [0, 1], float64 (kernel_size, kernel_size); kernel_size 1
+    is the identity."""
     if kernel_size == 1:
         return torch.ones(1, 1, dtype=torch.float64, device="cpu")
     distance = torch.arange(kernel_size, dtype=torch.float64, device="cpu") - kernel_size // 2
@@ -21,7 +23,7 @@ def blur_kernel(kernel, kernel_size, sigma):
 
 
 def gaussian_edge(classes, num_classes, settings, dtype=torch.float32):
-    """Yu, Eq. 1 to 3: an edge plane per class, their sum downsampled, blurred, upsampled, plus beta."""
+    """Yu, Eq. 1 to 3: an edge plane per class; their sum downsampled, blurred, upsampled; beta."""
     edges = torch.zeros(classes.shape, dtype=dtype, device=classes.device)
     for i in range(num_classes):
         plane = (classes == i).to(dtype)
@@ -52,7 +54,8 @@ def gaussian_edge(classes, num_classes, settings, dtype=torch.float32):
 
 
 def upsample_cross_entropy(logits, classes, pixel_weight, class_weight, settings):
-    """Bilinear upsampling of the logits, cross entropy per pixel, times the weight; "mean" is over the valid pixels."""
+    """Bilinear upsampling of the logits, cross entropy per pixel, times the weight; "mean" is over
+    the valid pixels."""
     size = classes.shape[1:]
     wide = torch.promote_types(logits.dtype, torch.float32)
     logits = logits.to(wide)

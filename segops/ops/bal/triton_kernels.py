@@ -1,5 +1,6 @@
-"""The kernels of the boundary-aware loss in Triton; csrc/bal/bal.h gives their arguments and mathematics. The gradient gathers
-per logit: every softmax in its footprint is computed again from its coefficients, and nothing is added to memory.
+"""The kernels of the boundary-aware loss in Triton; csrc/bal/bal.h gives their arguments and
+mathematics. The gradient gathers per logit: every softmax in its footprint is computed again from
+its coefficients, and nothing is added to memory.
 """
 
 import torch
@@ -290,7 +291,8 @@ def bal_softmax_loss(
 def bal_softmax_grad(grad, logits, labels, class_weight, coefficients, out, ignore_index):
     n, classes, h, w = logits.shape
     resized = (h, w) != labels.shape[1:]
-    # Two intervals between logits, and at the border half of one more, which the second logit looks through in vain.
+    # Two intervals between logits, and at the border half of one more, which the second logit looks
+    # through in vain.
     taps = [
         triton.cdiv(5 * full, 2 * small) + 2 if resized else 1 for full, small in zip(labels.shape[1:], (h, w), strict=True)
     ]

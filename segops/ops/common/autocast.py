@@ -11,7 +11,8 @@ def autocast_dtype(tensor):
 
 
 def cast(*arguments, to):
-    """The arguments; where autocast is on for the first one's device, floating-point tensors in the dtype `to`(autocast's, theirs).
+    """The arguments; where autocast is on for the first one's device, floating-point tensors in the
+    dtype `to`(autocast's, theirs).
 
     Any argument may be of the wrong type: that is for the checks that follow to say.
     """

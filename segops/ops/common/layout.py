@@ -4,7 +4,8 @@ import torch
 
 
 def memory_format(tensor):
-    """The format that a 4-d tensor's strides suggest, by PyTorch's own rule: also right for slices of larger buffers."""
+    """The format that a 4-d tensor's strides suggest, by PyTorch's own rule: also right for slices
+    of larger buffers."""
     sizes, strides = tensor.shape, tensor.stride()
     if strides[1] == 0:
         return torch.contiguous_format

@@ -37,20 +37,25 @@ DEVICE_TYPES = {}
 
 
 def op(schema):
-    """Declares an op by a class of plain functions, which take those of the schema's arguments that they name:
+    """Declares an op by a class of plain functions, which take those of the schema's arguments that
+    they name:
 
-        empty(...)                       the results, not filled yet: what tracing sees is what running allocates
-        fill(out, ...)                   computes them, unless the first is empty, on the backend that the argument of that name says
-        compute(...)                     in place of fill: makes the results itself, where something else takes memory before
-        setup_context(ctx, out, ...)     as of `torch.autograd.Function`: what backward needs
-        backward(ctx, *grads)            the gradients of the first arguments, a tuple; the others have none
+        empty(...)                      the results, not filled yet; also what tracing sees
+        fill(out, ...)                  computes them, unless the first is empty
+        compute(...)                    in place of fill: makes the results itself, where something
+                                        else takes memory before
+        setup_context(ctx, out, ...)    as of `torch.autograd.Function`: what backward needs
+        backward(ctx, *grads)           the gradients of the first arguments, a tuple; the others
+                                        have none
 
-    Autocast is off in fill and compute. Without backward, what requires a gradient is to be detached first. The class becomes the
+    Autocast is off in fill and compute, which run on the backend that the argument of that name
+    says. Without backward, what requires a gradient is to be detached first. The class becomes the
     op itself.
 
     Raises:
-        TypeError: functions, or arguments of theirs, that are none of these; a schema that has defaults, arguments by keyword
-            alone, no tensor as its first argument, or results that are not tensors.
+        TypeError: functions, or arguments of theirs, that are none of these; a schema that has
+            defaults, arguments by keyword alone, no tensor as its first argument, or results that
+            are not tensors.
     """
     parsed = torch._C.parse_schema(schema)
     name, names, single = parsed.name, [argument.name for argument in parsed.arguments], len(parsed.returns) == 1
@@ -120,8 +125,8 @@ def _check(name, functions):
 
 
 def _pick(function, names, leading=0):
-    """call(arguments, *leading) of a function that takes some of the arguments, of these names; what it does not name goes to its
-    **others, if it has that."""
+    """call(arguments, *leading) of a function that takes some of the arguments, of these names;
+    what it does not name goes to its **others, if it has that."""
     parameters = list(inspect.signature(function).parameters.values())[leading:]
     wanted = [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
     if not set(wanted) <= set(names):
@@ -138,7 +143,7 @@ def _pick(function, names, leading=0):
 
 
 def no_double_backward(function):
-    """The `backward` of an op that is the backward of segops.`function` and has no derivative itself."""
+    """The `backward` of an op that is itself that of segops.`function`, and has no derivative."""
 
     def backward(ctx, *grads):
         raise RuntimeError(f"segops.{function}: double backward not supported (the reference backend has it)")
@@ -147,8 +152,11 @@ def no_double_backward(function):
 
 
 def kernel(schema):
-    """Declares a kernel, OP_name: C++ and CUDA register theirs at the foot of its file, Triton's is the function of that name in the
-    op's triton_kernels.py. Returns what calls the kernel of a backend: `run(*arguments, backend=...)`."""
+    """Declares a kernel, OP_name: C++ and CUDA register theirs at the foot of its file, Triton's is
+    the function of that name in the op's triton_kernels.py.
+
+    Returns run(*arguments, backend=...), which calls the kernel of a backend.
+    """
     name = schema.partition("(")[0]
     module = f"segops.ops.{name.partition('_')[0]}.triton_kernels"
     LIBRARY.define(schema)
@@ -168,5 +176,6 @@ def device_type(tensor, backend):
 
 
 def under_functorch():
-    """Whether vmap, jvp, functional grad or forward-mode differentiation look on: they know PyTorch's ops, not ours."""
+    """Whether vmap, jvp, functional grad or forward-mode differentiation look on: they know
+    PyTorch's ops, not ours."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -1,4 +1,4 @@
-"""Bilinear resizing with align_corners=False, in Triton: csrc/common/resize.h gives the mathematics.
+"""Bilinear resizing in Triton: csrc/common/resize.h gives the mathematics.
 
 Positions are integers, in units of 1 / (2 * out) of a source pixel, so that they are exact.
 """
@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def source(i, size_in, size_out):
-    """(low, high, weight): output i of a bilinear resize is (1 - weight) * source[low] + weight * source[high]."""
+    """(low, high, weight): output i is (1 - weight) * source[low] + weight * source[high]."""
     at = tl.maximum((2 * i + 1) * size_in - size_out, 0)
     low = tl.minimum(at // (2 * size_out), size_in - 1)
     weight = tl.where(low == size_in - 1, 0.0, (at % (2 * size_out)).to(tl.float32) / (2 * size_out))

@@ -1,16 +1,20 @@
-"""Pyramid atrous convolution for the arithmetic of one convolution: dense products plus two shift kernels.
+"""Pyramid atrous convolution for the arithmetic of one convolution: dense products plus two shift
+kernels.
 
 The filter is shared, so with t over its taps and r over the rates
 
-    sum_r conv_r(x) = sum_t sum_r shift(W_t x, r t)        project, then gather      Cout * taps planes
-                    = sum_t W_t sum_r shift(x, r t)        scatter, then project     Cin * taps planes
+    sum_r conv_r(x) = sum_t sum_r shift(W_t x, r t)     project, then gather     Cout * taps planes
+                    = sum_t W_t sum_r shift(x, r t)     scatter, then project    Cin * taps planes
 
-The input gradient is the same computation on the output's gradient, the weight gradient one scatter and one product.
-The side with fewer channels is the one that is shifted. Kernels and products are pixel-major, (N, H, W, C): contiguous
-maps are copied to that layout and back. On two CPU cores the copies cost 8 to 20 % of a forward pass, and the same products on
-contiguous maps would cost 13 to 80 % more.
-The planes are made in blocks of about `WORKSPACE` bytes, which on a CPU stay in cache; the least block is 16 channels of an
-image. They have the products' dtype: float16 sums of shifted inputs overflow where len(rates) * |input| passes 65504.
+The input gradient is the same computation on the output's gradient, the weight gradient one scatter
+and one product. The side with fewer channels is the one that is shifted. Kernels and products are
+pixel-major, (N, H, W, C): contiguous maps are copied to that layout and back. On two CPU cores the
+copies cost 8 to 20 % of a forward pass, and the same products on contiguous maps would cost 13 to
+80 % more.
+
+The planes are made in blocks of about `WORKSPACE` bytes, which on a CPU stay in cache;
+the least block is 16 channels of an image. They have the products' dtype: float16 sums of shifted
+inputs overflow where len(rates) * |input| passes 65504.
 """
 
 import torch
@@ -52,7 +56,8 @@ def input_gradient(grad, weight, rates, merge, out, backend):
 
 
 def weight_gradient(grad, input, rates, merge, out, backend):
-    """Writes the gradient for the weight into `out` (Cout, Cin, k, k): the adjoint of `forward` in the weight."""
+    """Writes the gradient for the weight into `out` (Cout, Cin, k, k): the adjoint of `forward` in
+    the weight."""
     dtype, rates = _compute_dtype(input, backend), _clamp(rates, input)
     dw = _live_taps(out.zero_(), rates, input)
     c_out, c_in, kh, kw = dw.shape
@@ -70,7 +75,8 @@ def weight_gradient(grad, input, rates, merge, out, backend):
 
 
 def _convolve(source, weight, bias, rates, sign, out, backend):
-    """out (N, H, W, G, C) = bias + the shifts, by sign, of source (N, H, W, G', K) under weight (C, K, kh, kw).
+    """out (N, H, W, G, C) = bias + the shifts, by sign, of source (N, H, W, G', K) under weight
+    (C, K, kh, kw).
 
     At most one of G and G' is not 1: there is a group per rate on the side that is concatenated.
     """
@@ -104,7 +110,8 @@ def _convolve(source, weight, bias, rates, sign, out, backend):
 
 
 def _scattered(source, kernel_size, rates, sign, backend):
-    """Yields (slice of pixels, scatter of source (N, H, W, G, C) as (pixels, taps * C)), strip after strip."""
+    """Yields (slice of pixels, scatter of source (N, H, W, G, C) as (pixels, taps * C)), strip
+    after strip."""
     n, h, w, _, channels = source.shape
     taps = kernel_size[0] * kernel_size[1]
     pixels = max(2048, WORKSPACE[library.device_type(source, backend)] // (taps * channels * source.element_size()))
@@ -121,7 +128,8 @@ def _linear(x, weight, bias=None):
     """x (M, K) @ weight (O, K).T + bias."""
     large = x.shape[0] >= 256 and x.shape[0] * weight.numel() >= 1 << 22
     if large and x.device.type == "cpu" and x.dtype != torch.float64:
-        # As a 1x1 convolution it runs on oneDNN, 5-25 % faster than the BLAS once its 30 us of overhead do not count.
+        # As a 1x1 convolution it runs on oneDNN, 5-25 % faster than the BLAS once its 30 us of
+        # overhead do not count.
         pixels = x.view(1, x.shape[0], 1, x.shape[1]).permute(0, 3, 1, 2)
         return F.conv2d(pixels, weight[:, :, None, None], bias).permute(0, 2, 3, 1).view(x.shape[0], -1)
     return F.linear(x, weight, bias)
@@ -131,7 +139,8 @@ def _accumulate(total, a, b):
     """total + a.T @ b, summed in float32 at least; total is None at first."""
     wide = torch.promote_types(a.dtype, torch.float32)
     if a.device.type == "cpu" and a.shape[1] * b.shape[1] < 2048:
-        # The BLAS sums so small a product in one long sequence, and loses a digit to rounding: in pieces it keeps it.
+        # The BLAS sums so small a product in one long sequence, and loses a digit to rounding: in
+        # pieces it keeps it.
         product = sum((rows_a.t() @ rows_b).to(wide) for rows_a, rows_b in zip(a.split(512), b.split(512), strict=True))
     elif total is not None and wide == a.dtype:
         return total.addmm_(a.t(), b)
@@ -141,7 +150,8 @@ def _accumulate(total, a, b):
 
 
 def _compute_dtype(tensor, backend):
-    """What to compute in: a CPU without the instructions for half precision is faster, and more accurate, in float32."""
+    """What to compute in: a CPU without the instructions for half precision is faster, and more
+    accurate, in float32."""
     if library.device_type(tensor, backend) == "cpu" and tensor.dtype in (torch.float16, torch.bfloat16):
         native = tensor.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         return torch.bfloat16 if native else torch.float32
@@ -167,7 +177,8 @@ def _deliver(buffer, out):
 
 
 def _clamp(rates, image):
-    """Rates beyond the map read nothing but the centre: as large as the map is as large as any, and no offset overflows."""
+    """Rates beyond the map read nothing but the centre: as large as the map is as large as any, and
+    no offset overflows."""
     return [min(rate, max(image.shape[2:])) for rate in rates]
 
 

@@ -1,7 +1,8 @@
-"""Pyramid atrous convolution: the public function, and the ops `segops::pac`, `pac_input_grad` and `pac_weight_grad` behind it.
+"""Pyramid atrous convolution: the public function, and the ops `segops::pac`, `pac_input_grad` and
+`pac_weight_grad` behind it.
 
-This file is the worked example of an op. From top to bottom: the public function (validate, pick the backend, call the op), its
-settings, the ops.
+This file is the worked example of an op. From top to bottom: the public function (validate, pick
+the backend, call the op), its settings, the ops.
 """
 
 from dataclasses import dataclass
@@ -21,33 +22,39 @@ MAX_RATES = 64  # kMaxRates in csrc/pac/pac_cuda.cu
 def pyramid_atrous_conv2d(input, weight, bias=None, *, rates=(1, 3, 5, 7, 9), merge="sum"):
     """Pyramid atrous convolution: one filter at several dilation rates, summed or concatenated.
 
-    Yu, "Semantic Image Segmentation with Pyramid Atrous Convolution and Boundary-aware Loss", section 3.3, Fig. 6::
+    Yu, "Semantic Image Segmentation with Pyramid Atrous Convolution and Boundary-aware Loss",
+    section 3.3, Fig. 6::
 
         branch_r = conv2d(input, weight, bias, stride=1, dilation=r, padding=r * (k - 1) / 2)
         merge="sum"      sum over r of branch_r
         merge="concat"   the branches along the channels, in the order of `rates`
 
-    Because the filter is shared, the branches cost the arithmetic of one convolution together, not one each.
+    Because the filter is shared, the branches cost the arithmetic of one convolution together, not
+    one each.
     The bias is part of the shared filter: "sum" adds it len(rates) times.
 
     Args:
-        input: (N, Cin, H, W), any strides; float32, bfloat16, float16, or float64 (CPU and reference backend).
+        input: (N, Cin, H, W), any strides; float32, bfloat16, float16, or float64 (CPU and
+            reference backend).
         weight: (Cout, Cin, k, k), k odd, input's dtype and device.
         bias: (Cout), or None (default).
         rates: dilation rates, positive ints; default the paper's best, (1, 3, 5, 7, 9).
         merge: "sum" (default) or "concat".
 
     Returns:
-        (N, Cout, H, W) for "sum", (N, len(rates) * Cout, H, W) for "concat"; input's dtype and suggested memory
-        format. Sums are taken in float32 at least. Differentiable any number of times; deterministic.
+        (N, Cout, H, W) for "sum", (N, len(rates) * Cout, H, W) for "concat"; input's dtype and
+        suggested memory format. Sums are taken in float32 at least. Differentiable any number of
+        times; deterministic.
 
-    Under autocast floating-point arguments are cast to the autocast dtype first. With one rate, or too few rates and channels
-    to gain anything, and under `torch.func` transforms or forward-mode differentiation, PyTorch's convolutions run.
+    Under autocast floating-point arguments are cast to the autocast dtype first. With one rate, or
+    too few rates and channels to gain anything, and under `torch.func` transforms or forward-mode
+    differentiation, PyTorch's convolutions run.
 
     Raises:
-        TypeError: an argument that is not a floating-point tensor, mixed dtypes, rates that are not ints.
-        ValueError: wrong rank, channel mismatch, even or oblong kernel, empty or non-positive rates, unknown merge,
-            mixed devices.
+        TypeError: an argument that is not a floating-point tensor, mixed dtypes, rates that are not
+            ints.
+        ValueError: wrong rank, channel mismatch, even or oblong kernel, empty or non-positive
+            rates, unknown merge, mixed devices.
         RuntimeError: a forced backend that cannot run here (see `segops.backend`).
     """
     input, weight, bias = cast(input, weight, bias, to=lambda dtype, _: dtype)
@@ -92,10 +99,11 @@ class Settings:
 
 
 def _pays(weight, rates):
-    """Whether sharing the arithmetic saves more than the shifts cost; if not, plain convolutions do.
+    """Whether sharing the arithmetic saves more than the shifts cost; else plain convolutions run.
 
-    The bounds are where the two about broke even on two CPU cores (with fewer than 16 channels a backward pass may lose 10 %). They
-    depend on no size of the map, so that compiled and exported graphs stay dynamic. More than MAX_RATES fit no kernel.
+    The bounds are where the two about broke even on two CPU cores (with fewer than 16 channels a
+    backward pass may lose 10 %). They depend on no size of the map, so that compiled and exported
+    graphs stay dynamic. More than MAX_RATES fit no kernel.
     """
     if not 2 <= len(rates) <= MAX_RATES or 0 in weight.shape:
         return False

@@ -1,4 +1,5 @@
-"""Pyramid atrous convolution as the paper writes it, in plain PyTorch: the documentation, the oracle, the fallback."""
+"""Pyramid atrous convolution as the paper writes it, in plain PyTorch: the documentation, the
+oracle, the fallback."""
 
 import functools
 
@@ -7,7 +8,8 @@ import torch.nn.functional as F
 
 
 def pyramid_atrous_conv2d(input, weight, bias, rates, merge):
-    """Yu, section 3.3 and Fig. 6: atrous convolutions at several rates that share one filter, summed or concatenated.
+    """Yu, section 3.3 and Fig. 6: atrous convolutions at several rates that share one filter,
+    summed or concatenated.
 
     Differentiable any number of times by autograd; the arithmetic of len(rates) convolutions.
     """

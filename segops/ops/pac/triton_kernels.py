@@ -1,7 +1,8 @@
 """The shift kernels in Triton; csrc/pac/pac.h gives their arguments and mathematics.
 
-A program owns a tile of pixels and channels and sums its reads in float32. Offsets are 64-bit.
-The rates are compile-time constants and their loop is unrolled; the loop over taps is not, or the code would be a megabyte.
+A program owns a tile of pixels and channels and sums its reads in float32. Offsets are 64-bit. The
+rates are compile-time constants and their loop is unrolled; the loop over taps is not, or the code
+would be a megabyte.
 """
 
 import torch

@@ -1,7 +1,9 @@
-"""The partial-attention gate, and max pooling whose offsets take a byte: the public functions, and the ops behind them.
+"""The partial-attention gate, and max pooling whose offsets take a byte: the public functions, and
+the ops behind them.
 
-Both are max pooling over windows that side by side cover a map. What backward needs, and what unpooling takes, is where in its window each
-maximum lay: a number below the window's size, so a byte, where PyTorch keeps the index into the map in eight.
+Both are max pooling over windows that side by side cover a map. What backward needs, and what
+unpooling takes, is where in its window each maximum lay: a number below the window's size, so a
+byte, where PyTorch keeps the index into the map in eight.
 """
 
 import functools
@@ -22,35 +24,42 @@ MAX_MAPS = 32  # kMaxMaps in csrc/pag/pag_cuda.cu
 def partial_attention_gate(decoder, encoders, *, merge="concat"):
     """Encoder maps max-pooled to the decoder's size and merged with it, in one pass.
 
-    Haloi, "Rethinking Convolutional Semantic Segmentation Learning", arXiv:1710.07991, "Partial attention", Eq. 3 and Fig. 4::
+    Haloi, "Rethinking Convolutional Semantic Segmentation Learning", arXiv:1710.07991, "Partial
+    attention", Eq. 3 and Fig. 4::
 
         switch i is on iff H_i >= h and W_i >= w; the other encoder maps are left out
-        op_i(E_i) = E_i max-pooled to (h, w), per axis with windows [floor(j * H_i / h), ceil((j + 1) * H_i / h)): stride and window
-                    H_i / h where that divides, the identity where it is 1, as `F.adaptive_max_pool2d` where it does not divide
+        op_i(E_i) = E_i max-pooled to (h, w), per axis with windows
+                    [floor(j * H_i / h), ceil((j + 1) * H_i / h)): stride and window H_i / h where
+                    that divides, the identity where it is 1, as `F.adaptive_max_pool2d` elsewhere
         merge="concat"   cat([decoder, op_i(E_i) for each i that is on], 1)
         merge="sum"      decoder + the sum of op_i(E_i)
 
     Args:
-        decoder: (N, C, h, w), any strides; float32, bfloat16, float16, or float64 (CPU and reference backend).
+        decoder: (N, C, h, w), any strides; float32, bfloat16, float16, or float64 (CPU and
+            reference backend).
         encoders: list or tuple of (N, C_i, H_i, W_i), decoder's dtype and device.
         merge: "concat" (default), or "sum", for which every map that is on must have C channels.
 
     Returns:
-        (N, C + sum of C_i, h, w) for "concat", (N, C, h, w) for "sum", in decoder's dtype and suggested memory format; a copy of the
-        decoder where no switch is on. Sums are taken in float32 at least and rounded once. NaN propagates and the
-        gradient of a tie goes to the first element, as in `F.max_pool2d`. Deterministic.
+        (N, C + sum of C_i, h, w) for "concat", (N, C, h, w) for "sum", in decoder's dtype and
+        suggested memory format; a copy of the decoder where no switch is on. Sums are taken in
+        float32 at least and rounded once. NaN propagates and the gradient of a tie goes to the
+        first element, as in `F.max_pool2d`. Deterministic.
 
-    Backward keeps one byte for each pooled element, two where windows have more than 256 elements. Gradients of the decoder and of encoder maps
-    that need no pooling are views of the output's. Double backward is not supported.
+    Backward keeps one byte for each pooled element, two where windows have more than 256 elements.
+    Gradients of the decoder and of encoder maps that need no pooling are views of the output's.
+    Double backward is not supported.
 
-    Under autocast the maps are cast to the widest of their dtypes first. With 32 encoder maps or more that are on, with windows of more than
-    65536 elements, and under `torch.func` transforms and forward-mode differentiation, PyTorch's ops run. Compile and export
-    specialise on which maps are on, which are pooled, and which have windows of more than 256 elements.
+    Under autocast the maps are cast to the widest of their dtypes first. With 32 encoder maps or
+    more that are on, with windows of more than 65536 elements, and under `torch.func` transforms
+    and forward-mode differentiation, PyTorch's ops run. Compile and export specialise on which maps
+    are on, which are pooled, and which have windows of more than 256 elements.
 
     Raises:
-        TypeError: a map that is not a floating-point tensor, encoders that are not a list or tuple, mixed dtypes.
-        ValueError: wrong rank, no channels, an empty height or width, mixed batches or devices, unknown merge, a map that is on and has not
-            C channels under "sum".
+        TypeError: a map that is not a floating-point tensor, encoders that are not a list or tuple,
+            mixed dtypes.
+        ValueError: wrong rank, no channels, an empty height or width, mixed batches or devices,
+            unknown merge, a map that is on and has not C channels under "sum".
         RuntimeError: a forced backend that cannot run here (see `segops.backend`); double backward.
     """
     check_merge(merge)
@@ -69,24 +78,31 @@ def partial_attention_gate(decoder, encoders, *, merge="concat"):
 def max_pool2d_with_offsets(input, kernel_size):
     """Max pooling that remembers where in its window each maximum lay, in one byte.
 
-    As ``F.max_pool2d(input, kernel_size, ceil_mode=True, return_indices=True)``: stride = kernel_size, no padding, windows clipped
-    at the lower and right border; the same values, ties (the first element) and NaN (which propagates; its last occurrence). Made
-    for SegNet's decoder (Badrinarayanan et al., "SegNet"), at an eighth of the memory that indices take.
+    As ``F.max_pool2d(input, kernel_size, ceil_mode=True, return_indices=True)``: stride =
+    kernel_size, no padding, windows clipped at the lower and right border; the same values, ties
+    (the first element) and NaN (which propagates; its last occurrence). Made for SegNet's decoder
+    (Badrinarayanan et al., "SegNet"), at an eighth of the memory that indices take.
 
     Args:
-        input: (N, C, H, W), any strides; float32, bfloat16, float16, or float64 (CPU and reference backend).
+        input: (N, C, H, W), any strides; float32, bfloat16, float16, or float64 (CPU and reference
+            backend).
         kernel_size: int or (kh, kw), kh * kw <= 256.
 
     Returns:
-        pooled: (N, C, ceil(H / kh), ceil(W / kw)), input's dtype and suggested memory format; differentiable any number of times.
-        offsets: the same shape, uint8: dy * kw + dx of the maximum in the window as it would be unclipped.
+        pooled: (N, C, ceil(H / kh), ceil(W / kw)), input's dtype and suggested memory format;
+            differentiable any number of times.
+        offsets: the same shape, uint8: dy * kw + dx of the maximum in the window as it would be
+            unclipped.
 
-    Under `torch.func` transforms and forward-mode differentiation PyTorch's ops run. `torch.export` with dynamic sizes needs their
-    bound, as PyTorch's own pooling does: more than one window, `Dim("h", min=kernel_size + 1)`, or `Dim.AUTO`.
+    Under `torch.func` transforms and forward-mode differentiation PyTorch's ops run. `torch.export`
+    with dynamic sizes needs their bound, as PyTorch's own pooling does: more than one window,
+    `Dim("h", min=kernel_size + 1)`, or `Dim.AUTO`.
 
     Raises:
-        TypeError: input that is not a floating-point tensor, kernel_size that is not an int or a pair of ints.
-        ValueError: wrong rank, no channels, an empty height or width, kernel_size not positive or of more than 256 elements.
+        TypeError: input that is not a floating-point tensor, kernel_size that is not an int or a
+            pair of ints.
+        ValueError: wrong rank, no channels, an empty height or width, kernel_size not positive or
+            of more than 256 elements.
         RuntimeError: a forced backend that cannot run here (see `segops.backend`).
     """
     kernel_size = _check_kernel(kernel_size)
@@ -103,24 +119,27 @@ def max_pool2d_with_offsets(input, kernel_size):
 def max_unpool2d_with_offsets(pooled, offsets, kernel_size, output_size):
     """The inverse of `max_pool2d_with_offsets`: zeros, and each pooled value where its offset says.
 
-    As `F.max_unpool2d`, with a byte per element in place of an index. An offset that points outside its window, which pooling does
-    not make, places nothing.
+    As `F.max_unpool2d`, with a byte per element in place of an index. An offset that points outside
+    its window, which pooling does not make, places nothing.
 
     Args:
-        pooled: (N, C, h, w), any strides; float32, bfloat16, float16, or float64 (CPU and reference backend).
+        pooled: (N, C, h, w), any strides; float32, bfloat16, float16, or float64 (CPU and reference
+            backend).
         offsets: (N, C, h, w) uint8, as `max_pool2d_with_offsets` returns them.
         kernel_size: int or (kh, kw), that of the pooling.
-        output_size: (H, W), or a shape that ends in them, with ceil(H / kh) = h and ceil(W / kw) = w.
+        output_size: (H, W), or a shape that ends in them, with ceil(H / kh) = h, ceil(W / kw) = w.
 
     Returns:
-        (N, C, H, W), pooled's dtype and suggested memory format; differentiable any number of times. Deterministic.
+        (N, C, H, W), pooled's dtype and suggested memory format; differentiable any number of
+        times. Deterministic.
 
     Under `torch.func` transforms and forward-mode differentiation PyTorch's ops run.
 
     Raises:
-        TypeError: pooled that is not a floating-point tensor, offsets that are not uint8, sizes that are not ints.
-        ValueError: wrong rank or shape, mixed devices, kernel_size not positive or of more than 256 elements, an
-            output_size that does not fit.
+        TypeError: pooled that is not a floating-point tensor, offsets that are not uint8, sizes
+            that are not ints.
+        ValueError: wrong rank or shape, mixed devices, kernel_size not positive or of more than 256
+            elements, an output_size that does not fit.
         RuntimeError: a forced backend that cannot run here (see `segops.backend`).
     """
     kernel_size = _check_kernel(kernel_size)
@@ -139,7 +158,8 @@ def _laid_out(result, like):
 
 
 def _switched_on(decoder, encoders, merge):
-    """Raises the errors of `partial_attention_gate` that are about its maps; returns the encoder maps that are on."""
+    """Raises the errors of `partial_attention_gate` that are about its maps; returns the encoder
+    maps that are on."""
     check_map("decoder", decoder)
     on = []
     for i, encoder in enumerate(encoders):
@@ -211,7 +231,8 @@ gather = library.kernel("pag_gather(Tensor input, Tensor offsets, Tensor(a!) out
 
 
 # The merged maps, and the offsets of all pooled ones.
-# `channels_last` is how an op reads and writes its maps, and its offsets: backward must know without looking at strides.
+# `channels_last` is how an op reads and writes its maps, and its offsets: backward must know
+# without looking at strides.
 @library.op("pag(Tensor decoder, Tensor[] encoders, str merge, bool channels_last, str backend) -> (Tensor, Tensor)")
 class pag:
     def empty(decoder, encoders, merge, channels_last):
@@ -267,7 +288,8 @@ class pag_grad:
     backward = library.no_double_backward("partial_attention_gate")
 
 
-# The other three are linear, once where the maxima lie is known: unpool and gather are each other's derivative.
+# The other three are linear, once where the maxima lie is known: unpool and gather are each other's
+# derivative.
 @library.op("pag_max_pool(Tensor input, int[] kernel_size, bool channels_last, str backend) -> (Tensor, Tensor)")
 class pag_max_pool:
     def empty(input, kernel_size, channels_last):
@@ -331,7 +353,8 @@ def _empty(shape, like, channels_last, dtype=None):
 
 
 def _readable(tensor, channels_last):
-    """The tensor with neighbours side by side along x, or along the channels: a kernel does with any other strides."""
+    """The tensor with neighbours side by side along x, or along the channels: a kernel does with
+    any other strides."""
     dim = 1 if channels_last else 3
     return tensor if tensor.stride(dim) == 1 or tensor.shape[dim] == 1 else _dense(tensor, channels_last)
 

@@ -1,4 +1,5 @@
-"""The gate as the paper writes it, and pooling that remembers where, in plain PyTorch: the documentation, the oracle, the fallback."""
+"""The gate as the paper writes it, and pooling that remembers where, in plain PyTorch: the
+documentation, the oracle, the fallback."""
 
 import functools
 
@@ -7,7 +8,8 @@ import torch.nn.functional as F
 
 
 def partial_attention_gate(decoder, encoders, merge):
-    """Haloi, "Partial attention" and Eq. 3: the encoder maps whose switch is on, max-pooled to the decoder's size, merged with it.
+    """Haloi, "Partial attention" and Eq. 3: the encoder maps whose switch is on, max-pooled to the
+    decoder's size, merged with it.
 
     Adaptive pooling has windows of a = H_i / h where that divides, and is the identity where a = 1.
     """
@@ -29,7 +31,8 @@ def max_pool2d_with_offsets(input, kernel_size):
 
 
 def max_unpool2d_with_offsets(pooled, offsets, kernel_size, size):
-    """Zeros, and each value where its offset says; a value whose offset points outside its window is left out."""
+    """Zeros, and each value where its offset says; a value whose offset points outside its window
+    is left out."""
     kernel_h, kernel_w = kernel_size
     (height, width), offsets = size, offsets.long()
     top, left = _first(pooled.shape[2], kernel_h, offsets)[:, None], _first(pooled.shape[3], kernel_w, offsets)

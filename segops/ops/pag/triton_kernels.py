@@ -1,7 +1,8 @@
 """Pooling, scatter and gather in Triton; csrc/pag/pag.h gives their arguments and mathematics.
 
-A program owns a stretch of elements in the order of memory. Windows are compile-time constants, an adaptive kernel being 0 and its longest window
-the bound of the loops. Offsets into memory are 64-bit.
+A program owns a stretch of elements in the order of memory. Windows are compile-time constants, an
+adaptive kernel being 0 and its longest window the bound of the loops. Offsets into memory are
+64-bit.
 """
 
 import math

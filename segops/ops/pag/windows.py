@@ -1,8 +1,10 @@
-"""The windows of adaptive pooling, and where in memory the offsets of several pooled maps lie: as csrc/pag/pag.h has it."""
+"""The windows of adaptive pooling, and where in memory the offsets of several pooled maps lie: as
+csrc/pag/pag.h has it."""
 
 
 def longest_window(size, out):
-    """The largest ceil((j + 1) * size / out) - floor(j * size / out): size / out, or between integers the next one or the one after it."""
+    """The largest ceil((j + 1) * size / out) - floor(j * size / out): size / out, or between
+    integers the next one or the one after it."""
     rest = size % out
     if rest == 0:
         return size // out
@@ -21,8 +23,9 @@ def is_pooled(shape, out_shape):
 
 
 def offset_layout(shapes, out_shape):
-    """What the offsets of maps of these shapes, pooled to out_shape, take: [(first byte, bytes) or None, where a map is not pooled],
-    and the bytes of all. They follow each other, each from a multiple of 16 bytes on."""
+    """What the offsets of maps of these shapes, pooled to out_shape, take: [(first byte, bytes) or
+    None, where a map is not pooled], and the bytes of all. They follow each other, each from a
+    multiple of 16 bytes on."""
     layout, end = [], 0
     for shape in shapes:
         if not is_pooled(shape, out_shape):
