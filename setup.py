@@ -1,5 +1,7 @@
-"""Builds segops._C (CPU) and segops._C_cuda (CUDA) where that is possible, and installs segops in
-any case.
+"""Builds the libraries of kernels and ops where that is possible, and installs segops in any case.
+
+segops/libsegops_cpu.so and libsegops_cuda.so need no Python; segops._C and segops._C_cuda tell
+Python how they were built.
 
 SEGOPS_BUILD_CUDA=0 leaves CUDA out, =1 makes its absence an error; by default it is built where
 torch is a CUDA build and nvcc is found. TORCH_CUDA_ARCH_LIST picks the architectures, by default
@@ -20,8 +22,9 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 # psabi: GCC notes that passing wide vectors changed in 4.6; ours are passed between inlined
 # functions only.
-CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-Wno-psabi", STABLE_ABI]
-NVCC_FLAGS = ["-O3", "-std=c++17", STABLE_ABI, "-DUSE_CUDA"]
+# visibility: both libraries have functions of the same names.
+CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-Wno-psabi", "-fvisibility=hidden", STABLE_ABI]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden", STABLE_ABI, "-DUSE_CUDA"]
 FORCED = "segops: SEGOPS_BUILD_CUDA=1, but the CUDA extension cannot be built: {}"
 
 
@@ -79,24 +82,38 @@ def version_line(command):
 
 
 def sources(suffix):
-    return sorted(path.as_posix() for path in Path("csrc").glob(f"*/*{suffix}"))
+    """The files of every op itself, and those of its kernels for a device."""
+    ops = (path for path in Path("csrc").glob("*/*.cpp") if path.stem == path.parent.name)
+    return sorted(path.as_posix() for path in (*ops, *Path("csrc").glob(f"*/*{suffix}")))
 
 
-def cpu_extension():
+def without_python(extension):
+    extension.libraries.remove("torch_python")
+    return extension
+
+
+def module(name, compiler, flags, **others):
+    """segops.NAME, which Python imports: it has `build_info` alone."""
     import pybind11
     from torch.utils.cpp_extension import CppExtension
 
     return CppExtension(
-        "segops._C",
-        ["csrc/bind_cpu.cpp", *sources("_cpu.cpp")],
-        include_dirs=[pybind11.get_include()],  # before torch's own copy, which refuses the stable ABI
-        define_macros=definitions(version_line(os.environ.get("CXX", "c++")), CXX_FLAGS),
+        f"segops.{name}",
+        [f"csrc/bind{name[2:] or '_cpu'}.cpp"],
+        include_dirs=[pybind11.get_include()],
+        define_macros=definitions(compiler, flags, **others),
         extra_compile_args={"cxx": CXX_FLAGS},
     )
 
 
-def cuda_extension():
-    import pybind11
+def cpu_extensions():
+    from torch.utils.cpp_extension import CppExtension
+
+    library = CppExtension("segops.libsegops_cpu", sources("_cpu.cpp"), extra_compile_args={"cxx": CXX_FLAGS})
+    return without_python(library), module("_C", version_line(os.environ.get("CXX", "c++")), CXX_FLAGS)
+
+
+def cuda_extensions():
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
 
@@ -106,13 +123,12 @@ def cuda_extension():
         raise RuntimeError("nvcc was not found (CUDA_HOME or PATH)")
     os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_architectures()
     nvcc = version_line(os.path.join(CUDA_HOME, "bin", "nvcc"))
-    return CUDAExtension(
-        "segops._C_cuda",
-        ["csrc/bind_cuda.cpp", *sources("_cuda.cu")],
-        include_dirs=[pybind11.get_include()],
-        define_macros=definitions(nvcc, NVCC_FLAGS, SEGOPS_ARCHITECTURES=built_architectures()),
+    library = CUDAExtension(
+        "segops.libsegops_cuda",
+        sources("_cuda.cu"),
         extra_compile_args={"cxx": [*CXX_FLAGS, "-DUSE_CUDA"], "nvcc": NVCC_FLAGS},
     )
+    return without_python(library), module("_C_cuda", nvcc, NVCC_FLAGS, SEGOPS_ARCHITECTURES=built_architectures())
 
 
 def extensions():
@@ -121,12 +137,12 @@ def extensions():
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"segops: SEGOPS_BUILD_CUDA must be 0 or 1; got {wanted!r}")
     found = []
-    for make, forced, skipped in ((cpu_extension, False, False), (cuda_extension, wanted == "1", wanted == "0")):
+    for make, forced, skipped in ((cpu_extensions, False, False), (cuda_extensions, wanted == "1", wanted == "0")):
         if skipped:
             print(f"segops: {make.__name__} left out: SEGOPS_BUILD_CUDA=0")
             continue
         try:
-            found.append(make())
+            found += make()
         except Exception as error:
             if forced:
                 raise SystemExit(FORCED.format(error)) from error
@@ -142,23 +158,29 @@ def build_command():
         return {}
 
     class Build(BuildExtension):
-        """Builds each extension by itself; one that fails is left out with the reason, unless it
+        """Builds each library and its module; one that fails is left out with the reason, unless it
         was forced."""
 
+        def get_ext_filename(self, name):
+            if "libsegops" in name:
+                return f"{name.replace('.', os.sep)}.so"
+            return super().get_ext_filename(name)
+
         def build_extensions(self):
-            wanted, built = self.extensions, []
-            for extension in wanted:
-                self.extensions = [extension]
-                extension.optional = False  # or setuptools would swallow the reason
+            wanted, built, folder = self.extensions, [], self.build_temp
+            for library, module in zip(wanted[::2], wanted[1::2], strict=True):
                 try:
-                    super().build_extensions()
-                    built.append(extension)
+                    for extension in (library, module):
+                        extension.optional = False  # or setuptools would swallow the reason
+                        self.extensions, self.build_temp = [extension], os.path.join(folder, extension.name)
+                        super().build_extensions()
+                    built += [library, module]
                 except (Exception, SystemExit) as error:
                     reason = (str(error).strip() or repr(error)).splitlines()[0]
-                    if extension.name == "segops._C_cuda" and os.environ.get("SEGOPS_BUILD_CUDA") == "1":
+                    if module.name == "segops._C_cuda" and os.environ.get("SEGOPS_BUILD_CUDA") == "1":
                         raise SystemExit(FORCED.format(reason)) from error
-                    print(f"segops: {extension.name} was not built, the next backend takes its place: {reason}")
-            self.extensions = built
+                    print(f"segops: {module.name} was not built, the next backend takes its place: {reason}")
+            self.extensions, self.build_temp = built, folder
 
     return {"build_ext": Build}
 

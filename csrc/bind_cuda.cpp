@@ -1,5 +1,4 @@
-// segops._C_cuda: the CUDA kernels as a Python module. Schemas live in Python (segops/ops), and
-// each kernel's file registers its implementations at its foot.
+// segops._C_cuda: tells Python how libsegops_cuda was built.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -9,7 +8,7 @@
 #include <vector>
 
 PYBIND11_MODULE(_C_cuda, m) {
-  m.doc() = "segops kernels for CUDA";
+  m.doc() = "How segops/libsegops_cuda.so was built";
   m.def("build_info", [] {
     std::vector<std::string> architectures;
     std::istringstream list(SEGOPS_ARCHITECTURES);

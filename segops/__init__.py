@@ -10,6 +10,7 @@
     segops.nn                       the same as modules
     segops.models                   networks that use them (needs timm: pip install segops[models])
     segops.backend                  choose between native (C++, CUDA), triton and reference kernels
+    segops.library_path             the native ops, for processes without segops or Python
 
 `python -m segops info` tells which kernels run on this machine.
 """
@@ -19,19 +20,23 @@ from importlib.metadata import version
 
 from . import nn as nn
 from .backend import backend as backend
+from .backend import library_path as library_path
 from .ops.argmax.op import upsample_argmax as upsample_argmax
 from .ops.bal.edge import gaussian_edge as gaussian_edge
 from .ops.bal.op import boundary_aware_loss as boundary_aware_loss
 from .ops.bal.op import upsample_cross_entropy as upsample_cross_entropy
+from .ops.common import library
 from .ops.pac.op import pyramid_atrous_conv2d as pyramid_atrous_conv2d
 from .ops.pag.op import max_pool2d_with_offsets as max_pool2d_with_offsets
 from .ops.pag.op import max_unpool2d_with_offsets as max_unpool2d_with_offsets
 from .ops.pag.op import partial_attention_gate as partial_attention_gate
 
+library.start()
+
 __version__ = version("segops")
 
 __all__ = sorted(
-    {"__version__", "backend", "nn"}
+    {"__version__", "backend", "library_path", "nn"}
     | {name for name, value in globals().items() if getattr(value, "__module__", "").startswith("segops.ops.")}
 )
 

@@ -1,7 +1,7 @@
 """Which implementation of an op runs: `segops.backend`, the environment's `SEGOPS_BACKEND`, and why
 not.
 
-native     C++ on the CPU (`segops._C`), CUDA on NVIDIA GPUs (`segops._C_cuda`)
+native     C++ on the CPU, CUDA on NVIDIA GPUs: a library of each, which runs without Python too
 triton     the Triton kernels: NVIDIA GPUs, or any machine under `TRITON_INTERPRET=1`
 reference  plain PyTorch, on any device
 auto       the first of these that can run
@@ -10,6 +10,7 @@ auto       the first of these that can run
 import importlib
 import importlib.util
 import os
+from pathlib import Path
 
 import torch
 
@@ -59,19 +60,76 @@ def requested():
     return _requested
 
 
-def _load(module):
-    """The binary, or why it is not here. Never raises: segops works without compiler or GPU."""
-    if importlib.util.find_spec(f"segops.{module}") is None:
-        return None, f"segops.{module} was not built at installation (pip install -v . says why)"
+# By type of device: the module that says how the library was built, and why it is not here.
+_MODULES = {}
+_MISSING = {}
+
+
+def load_library(device, schemas):
+    """Loads the ops of a type of device. Never raises: segops works without compiler or GPU."""
+    name = {"cpu": "_C", "cuda": "_C_cuda"}[device]
     try:
-        return importlib.import_module(f"segops.{module}"), None
+        _MODULES[device] = _load(device, name, schemas)
     except Exception as error:  # an undefined symbol, a missing libcudart: whatever it is, the other backends still run
-        return None, f"segops.{module} does not load: {str(error).splitlines()[0]}"
+        _MISSING[device] = str(error).splitlines()[0]
 
 
-_cpu, _cpu_reason = _load("_C")
-# A CUDA binary cannot be loaded by a CPU-only torch.
-_cuda, _cuda_reason = _load("_C_cuda") if torch.version.cuda else (None, "this torch is a build without CUDA")
+def _load(device, name, schemas):
+    path = _path(device)
+    if name == "_C_cuda" and not torch.version.cuda:  # which could not load it
+        raise ImportError("this torch is a build without CUDA")
+    if importlib.util.find_spec(f"segops.{name}") is None or not path.exists():
+        raise ImportError(f"segops.{name} was not built at installation (pip install -v . says why)")
+    text = path.read_bytes()
+    for schema in schemas:
+        if schema.encode() + b"\0" not in text:
+            raise ImportError(
+                f"segops/{path.name} was built for other Python files than these, it has no op {schema}: install segops again"
+            )
+    try:
+        if not _is_loaded(device, schemas):
+            torch.ops.load_library(path)
+        return importlib.import_module(f"segops.{name}")
+    except Exception as error:
+        raise ImportError(f"segops.{name} does not load: {error}") from error
+
+
+def _is_loaded(device, schemas):
+    """Whether somebody has loaded a copy before, which cannot be done again."""
+    name = schemas[0].partition("(")[0]
+    defined = hasattr(torch.ops.segops, name)
+    return defined and torch._C._dispatch_has_kernel_for_dispatch_key(f"segops::{name}", device.upper())
+
+
+def _path(device):
+    return Path(__file__).with_name(f"libsegops_{device}.so")
+
+
+def library_path(device="cpu"):
+    """Where the library of native ops lies, to be loaded where Python or segops is not.
+
+        torch.ops.load_library(segops.library_path())       # in a process that imports torch alone
+        dlopen(path, RTLD_NOW)                              // in a C++ program that links libtorch
+
+    It runs what `torch.export` and AOTInductor made of models that use segops. The library of
+    "cuda" implements the ops that "cpu" defines: it is loaded after it.
+
+    Args:
+        device: "cpu" (default) or "cuda".
+
+    Returns:
+        The path, a str.
+
+    Raises:
+        ValueError: another device.
+        RuntimeError: it was not built here, or does not load.
+    """
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda'; got {device!r}")
+    if device in _MISSING:
+        raise RuntimeError(f"segops.library_path: {_MISSING[device]}")
+    return str(_path(device))
+
 
 # Triton reads the variable when a kernel is defined, so the environment's word at import is the one
 # that counts.
@@ -82,10 +140,7 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 def build_info():
     """{"cpu": ..., "cuda": ...}: each binary's compiler, flags and architectures, or the reason why
     it is missing (a str)."""
-    return {
-        "cpu": _cpu.build_info() if _cpu else _cpu_reason,
-        "cuda": _cuda.build_info() if _cuda else _cuda_reason,
-    }
+    return {device: _MODULES[device].build_info() if device in _MODULES else _MISSING[device] for device in ("cpu", "cuda")}
 
 
 def _runs_on(architectures, capability):
@@ -122,12 +177,10 @@ def _why_not_native(device_type, device_index, dtype):
     reason = _why_not_kernels("native", device_type, dtype)
     if reason is not None:
         return reason
-    if device_type == "cpu":
-        return _cpu_reason
-    if _cuda is None:
-        return _cuda_reason
+    if device_type == "cpu" or "cuda" in _MISSING:
+        return _MISSING.get(device_type)
     capability = torch.cuda.get_device_capability(device_index)
-    built = _cuda.build_info()["architectures"]
+    built = build_info()["cuda"]["architectures"]
     if not _runs_on(built, capability):
         return f"segops._C_cuda was built for {', '.join(built)}, and this GPU is {capability[0]}.{capability[1]}"
     return None
@@ -155,10 +208,21 @@ REASONS = {"native": _why_not_native, "triton": _why_not_triton, "reference": la
 _requested = _check(os.environ.get("SEGOPS_BACKEND") or "auto", "the environment variable SEGOPS_BACKEND")
 
 
+_SELECTED = {}
+
+
 def select(op, tensor):
     """The backend that `op` runs on for this tensor. Raises RuntimeError if the requested one
     cannot."""
-    device, dtype = tensor.device, tensor.dtype
+    if torch.compiler.is_compiling():
+        return _select(op, tensor.device, tensor.dtype)
+    question = _requested, tensor.device, tensor.dtype
+    if question not in _SELECTED:
+        _SELECTED[question] = _select(op, *question[1:])
+    return _SELECTED[question]
+
+
+def _select(op, device, dtype):
     if _requested == "auto":
         for name in ORDER:
             if why_not(name, device.type, device.index, dtype) is None:

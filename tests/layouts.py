@@ -1,7 +1,4 @@
-"""The same values elsewhere in memory, and memory that tells who touches it."""
-
-import contextlib
-from unittest import mock
+"""The same values elsewhere in memory."""
 
 import torch
 from torch._prims_common import suggest_memory_format
@@ -64,42 +61,3 @@ def views(tensor, few=False):
         for name, view in _views(tensor.permute(0, 2, 3, 1).contiguous()):
             if not few or name == "part of more along 3":
                 yield f"{name} of channels_last", view.permute(0, 3, 1, 2)
-
-
-@contextlib.contextmanager
-def guarded(number, integer, margin=64):
-    """Tensors from torch.empty and its like are full of these, between `margin` elements that nobody may change.
-
-    Yields the list of these tensors.
-    """
-    buffers, handed_out, empty, empty_like = [], [], torch.empty, torch.empty_like
-
-    def between(meta, device):
-        if device is not None and torch.device(device).type == "meta":
-            return meta
-        poison = number if meta.dtype.is_floating_point else integer
-        buffer = torch.full((meta.numel() + 2 * margin,), poison, dtype=meta.dtype, device=device)
-        buffers.append((buffer, buffer[:margin].clone()))
-        handed_out.append(buffer.as_strided(meta.shape, meta.stride(), margin))
-        return handed_out[-1]
-
-    def guarded_empty(*size, device=None, **options):
-        return between(empty(*size, device="meta", **options), device)
-
-    def guarded_empty_like(tensor, device=None, **options):
-        return between(empty_like(tensor, device="meta", **options), device or tensor.device)
-
-    def guarded_new_empty(tensor, *size, device=None, dtype=None):
-        return between(empty(*size, device="meta", dtype=dtype or tensor.dtype), device or tensor.device)
-
-    with (
-        mock.patch.object(torch, "empty", guarded_empty),
-        mock.patch.object(torch, "empty_like", guarded_empty_like),
-        mock.patch.object(torch.Tensor, "new_empty", guarded_new_empty),
-    ):
-        yield handed_out
-    for buffer, poison in buffers:
-        for part in (buffer[:margin], buffer[-margin:]):
-            torch.testing.assert_close(
-                part, poison, rtol=0, atol=0, equal_nan=True, msg="something was written beyond a tensor"
-            )

@@ -11,6 +11,7 @@ import torch
 
 import segops
 from segops.backend import _runs_on, build_info, requested, select, why_not
+from segops.ops.common import library
 
 
 def python(*arguments, cwd=None, **environment):
@@ -101,17 +102,84 @@ def test_info_command():
     assert "pyramid_atrous_conv2d: triton CANNOT RUN: " in forced.stdout
 
 
+# An editable installation would find this checkout's binaries for a copy.
+IN_A_COPY = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in repr(finder)]
+import torch, segops
+from segops.backend import build_info
+assert segops.__file__.startswith(sys.argv[1])
+print(build_info()["cpu"])
+x = torch.randn(1, 64, 5, 5, requires_grad=True)
+segops.pyramid_atrous_conv2d(x, torch.randn(64, 64, 3, 3)).sum().backward()
+print("ran", torch.ops.segops.pac.default._schema)
+"""
+
+
+def in_a_copy(folder, *without, **environment):
+    shutil.copytree(
+        Path(segops.__file__).parent,
+        folder / "segops",
+        ignore=shutil.ignore_patterns("__pycache__", *without),
+        dirs_exist_ok=True,
+    )
+    return python("-c", IN_A_COPY, str(folder), cwd=folder, PYTHONPATH=str(folder), TRITON_INTERPRET=None, **environment)
+
+
 def test_without_binaries_everything_still_runs(tmp_path):
     """As after an installation without a compiler: the package without its .so files."""
-    shutil.copytree(Path(segops.__file__).parent, tmp_path / "segops", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    program = (  # an editable installation would find this checkout's binaries for the copy
-        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in repr(f)]; "
-        f"import torch, segops, segops.backend; assert segops.__file__.startswith({str(tmp_path)!r}); from segops.backend import build_info; "
-        "print(build_info()['cpu']); x = torch.randn(1, 64, 5, 5, requires_grad=True); "
-        "segops.pyramid_atrous_conv2d(x, torch.randn(64, 64, 3, 3)).sum().backward(); print('ran')"
-    )
-    shown = python("-c", program, cwd=tmp_path, PYTHONPATH=str(tmp_path), TRITON_INTERPRET=None)
+    shown = in_a_copy(tmp_path, "*.so")
     assert shown.returncode == 0, shown.stderr
-    assert "segops._C was not built" in shown.stdout and "ran" in shown.stdout
-    forced = python("-c", program, cwd=tmp_path, PYTHONPATH=str(tmp_path), SEGOPS_BACKEND="native")
+    assert "segops._C was not built" in shown.stdout and f"ran {torch.ops.segops.pac.default._schema}" in shown.stdout
+    forced = in_a_copy(tmp_path, "*.so", SEGOPS_BACKEND="native")
     assert "backend 'native' cannot run" in forced.stderr and "was not built" in forced.stderr
+
+
+def test_libraries_of_other_files_are_refused(tmp_path):
+    """Before they are loaded, since what they define cannot be taken back."""
+    assert "{'compiler'" in in_a_copy(tmp_path).stdout
+    changed = tmp_path / "segops" / "ops" / "pac" / "op.py"
+    text = changed.read_text(encoding="utf-8")
+    assert text.count("int[] rates, str merge) -> Tensor") == 3
+    changed.write_text(text.replace("int[] rates, str merge) -> Tensor", "int[] rates, str merge, bool more) -> Tensor"))
+    shown = in_a_copy(tmp_path, "op.py")
+    assert shown.returncode == 0, shown.stderr
+    assert "segops/libsegops_cpu.so was built for other Python files than these, it has no op pac(" in shown.stdout
+    assert "install segops again" in shown.stdout and "str merge, bool more) -> Tensor" in shown.stdout.splitlines()[-1]
+    forced = in_a_copy(tmp_path, "op.py", SEGOPS_BACKEND="native")
+    assert "backend 'native' cannot run" in forced.stderr and "built for other Python files" in forced.stderr
+
+
+def test_a_copy_of_the_library_may_be_loaded_already(tmp_path):
+    """By a program that ran a package first."""
+    copy = shutil.copy(segops.library_path(), tmp_path)
+    program = (
+        f"import torch; torch.ops.load_library({str(copy)!r}); import segops; segops.backend('native');"
+        "x = torch.randn(1, 8, 5, 5, requires_grad=True);"
+        "segops.pyramid_atrous_conv2d(x, torch.randn(8, 8, 3, 3)).sum().backward(); print('ran')"
+    )
+    shown = python("-c", program)
+    assert shown.stdout.strip() == "ran" and not shown.stderr, shown.stderr
+
+
+def test_schemas_are_the_libraries_own():
+    """Python's texts, by which it defines the ops where there is no library, say the same."""
+    assert isinstance(build_info()["cpu"], dict)
+    ours = [schema for schema in library.schemas() if not schema.startswith("test_")]
+    assert len(ours) >= 10
+    for schema in ours:
+        name = schema.partition("(")[0]
+        assert str(getattr(torch.ops.segops, name).default._schema) == f"segops::{torch._C.parse_schema(schema)}"
+
+
+def test_library_path():
+    path = Path(segops.library_path())
+    assert path.is_file() and path == Path(segops.library_path("cpu"))
+    assert not [name for name in (b"libtorch_python", b"libpython", b"Py_IncRef", b"_Py_") if name in path.read_bytes()]
+    with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda'; got 'mps'"):
+        segops.library_path("mps")
+    if isinstance(build_info()["cuda"], dict):
+        assert Path(segops.library_path("cuda")).is_file()
+    else:
+        with pytest.raises(RuntimeError, match=r"segops\.library_path: (segops\._C_cuda|this torch)"):
+            segops.library_path("cuda")

@@ -24,18 +24,21 @@ struct Shape {
 };
 
 inline Shape check(const Tensor& logits, const Tensor& best, const Tensor& out) {
-  STD_TORCH_CHECK(logits.dim() == 4 && logits.numel() > 0, "argmax_upsample: logits must be (N, C, h, w), not empty");
-  STD_TORCH_CHECK(logits.size(1) <= 0x7fffffff, "argmax_upsample: too many classes");
+  STD_TORCH_CHECK(logits.dim() == 4 && logits.numel() > 0, "upsample_argmax: logits must be (N, C, h, w), not empty");
+  STD_TORCH_CHECK(logits.size(1) <= 0x7fffffff, "upsample_argmax: too many classes");
   STD_TORCH_CHECK(
       best.dim() == 3 && best.is_contiguous() && best.scalar_type() == ScalarType::Int && best.size(0) == logits.size(0) &&
           best.size(1) == logits.size(2) && best.size(2) == logits.size(3),
-      "argmax_upsample: best must be contiguous int32 (N, h, w)");
+      "upsample_argmax: best must be contiguous int32 (N, h, w)");
   STD_TORCH_CHECK(
       out.dim() == 3 && out.is_contiguous() && out.scalar_type() == ScalarType::Long && out.size(0) == logits.size(0) &&
           out.numel() > 0,
-      "argmax_upsample: out must be contiguous int64 (N, H, W), not empty");
+      "upsample_argmax: out must be contiguous int64 (N, H, W), not empty");
   return {logits.size(0), logits.size(1), logits.size(2), logits.size(3), out.size(1), out.size(2)};
 }
+
+// What a device implements.
+void upsample(const Tensor& logits, const Tensor& best, const Tensor& out);
 
 SEGOPS_HOST_DEVICE inline int32_t class_of_best(int32_t best) {
   return best < 0 ? ~best : best;

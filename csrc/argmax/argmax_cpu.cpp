@@ -248,11 +248,13 @@ void read_pixels(const View<const T>& logits, int64_t image, int64_t i, int64_t 
   row.finite = finite;
 }
 
-void upsample(Tensor logits, Tensor best, Tensor out) {
+}  // namespace
+
+void upsample(const Tensor& logits, const Tensor& best, const Tensor& out) {
   const Shape s = check(logits, best, out);
   int32_t* bests = data_of<int32_t>(best);
   int64_t* to = data_of<int64_t>(out);
-  dispatch<float, double>(logits, "argmax_upsample", [&](auto type) {
+  dispatch<float, double>(logits, "upsample_argmax", [&](auto type) {
     using T = decltype(type);
     const View<const T> view(logits);
     const int64_t step = round_up(s.w, kPadding), grain = std::max<int64_t>(1, 32768 / (s.classes * s.w));
@@ -291,9 +293,4 @@ void upsample(Tensor logits, Tensor best, Tensor out) {
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(segops, CPU, m) {
-  m.impl("argmax_upsample", TORCH_BOX(&upsample));
-}
-
-}  // namespace
 }  // namespace segops::argmax

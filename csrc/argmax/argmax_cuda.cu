@@ -70,13 +70,15 @@ __global__ void __launch_bounds__(kThreads)
   if (index < work) out[index] = class_of_best(best[index]);
 }
 
-void upsample(Tensor logits, Tensor best, Tensor out) {
+}  // namespace
+
+void upsample(const Tensor& logits, const Tensor& best, const Tensor& out) {
   const Shape s = check(logits, best, out);
   const CurrentStream stream(logits);
   int* bests = data_of<int>(best);
   int64_t* to = data_of<int64_t>(out);
   const int64_t positions = best.numel(), pixels = out.numel();
-  dispatch_cuda(logits, "argmax_upsample", [&](auto type) {
+  dispatch_cuda(logits, "upsample_argmax", [&](auto type) {
     using T = decltype(type);
     const View<const T> from(logits);
     launch(best_kernel<T>, blocks_for(positions), kThreads, 0, stream, from, int(s.classes), s.h, s.w, bests, positions);
@@ -89,9 +91,4 @@ void upsample(Tensor logits, Tensor best, Tensor out) {
   });
 }
 
-SEGOPS_CUDA_KERNELS(m) {
-  m.impl("argmax_upsample", TORCH_BOX(&upsample));
-}
-
-}  // namespace
 }  // namespace segops::argmax

@@ -7,6 +7,7 @@
 // once for each row of logits it lies between, and nothing is added to memory: no atomics.
 
 #include "../common/cuda.h"
+#include "../common/op.h"
 #include "bal.h"
 
 #include <algorithm>
@@ -26,7 +27,7 @@ __device__ inline float distinct(int a, int b, int c) {
 }
 
 __global__ void __launch_bounds__(kThreads) count_edges_kernel(
-    Labels labels, int64_t height, int64_t width, float* __restrict__ out, int64_t h, int64_t w, int64_t work) {
+    Labels labels, int64_t height, int64_t width, float* __restrict__ out, int64_t h, int64_t w, float beta, int64_t work) {
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= work) return;
   const int64_t image = index / w / h * height * width;
@@ -53,7 +54,12 @@ __global__ void __launch_bounds__(kThreads) count_edges_kernel(
     sum += weight * row_sum;
     weight_y += weight;
   }
-  out[index] = sum / (weight_x * weight_y);
+  out[index] = sum / (weight_x * weight_y) + beta;
+}
+
+__global__ void __launch_bounds__(kThreads) factors_kernel(const BlurKernel kernel, float* __restrict__ factors) {
+  const int64_t k = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (k <= kernel.size / 2) kernel.write(k, factors);
 }
 
 // rows[pair] = edges convolved along x with v_pair.
@@ -76,10 +82,10 @@ __global__ void __launch_bounds__(kThreads) blur_x_kernel(
   rows[work + index] = sum2;
 }
 
-// out = the two maps of rows convolved along y with u1 and u2, added up.
+// out = the two maps of rows convolved along y with u1 and u2, added up, plus beta.
 __global__ void __launch_bounds__(kThreads) blur_y_kernel(
     const float* __restrict__ rows, const float* __restrict__ factors, int64_t size, float* __restrict__ out, int64_t h,
-    int64_t w, int64_t work) {
+    int64_t w, float beta, int64_t work) {
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= work) return;
   const int64_t y = index / w % h;
@@ -90,7 +96,13 @@ __global__ void __launch_bounds__(kThreads) blur_y_kernel(
     if (y + shift < 0 || y + shift >= h) continue;
     sum += u1[k] * rows[index + shift * w] + u2[k] * rows[work + index + shift * w];
   }
-  out[index] = sum;
+  out[index] = sum + beta;
+}
+
+__global__ void __launch_bounds__(kThreads) normalise_kernel(
+    float* __restrict__ edges, const float* __restrict__ by, bool mean, float beta, int64_t plane, int64_t work) {
+  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (index < work) edges[index] = normalised(edges[index], by[index / plane], mean, beta);
 }
 
 // ---- softmax ------------------------------------------------------------------------------------
@@ -98,7 +110,6 @@ __global__ void __launch_bounds__(kThreads) blur_y_kernel(
 template <typename T>
 struct Problem {
   LossShape s;
-  bool smoothed;  // the coefficients hold `smoothing`
   View<const T> logits;
   Labels labels;
   const float* __restrict__ pixel_weight;
@@ -108,10 +119,8 @@ struct Problem {
 
   Problem(
       const LossShape& s, const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& pixel_weight,
-      const std::optional<Tensor>& class_weight, const Tensor& coefficients, double label_smoothing, int64_t ignore_index,
-      const char* op)
+      const std::optional<Tensor>& class_weight, double label_smoothing, int64_t ignore_index, const char* op)
       : s(s),
-        smoothed(coefficients.size(0) == 4),
         logits(logits),
         labels(labels, s.classes, ignore_index, op),
         pixel_weight(data_of<const float>(pixel_weight)),
@@ -171,7 +180,7 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(
     }
     float class_weight_sum = 0;
     for (int64_t c = 0; c < s.classes; ++c) {
-      const float weight = p.smoothed ? p.weight_of_class(c) : 0.f;
+      const float weight = p.s.smoothed ? p.weight_of_class(c) : 0.f;
       float above = 0, below = 0;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
@@ -189,7 +198,8 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(
         const float previous = max_logit[r];
         max_logit[r] = fmaxf(previous, z);
         if (target[r] == c) at_target[r] = z;
-        if (p.smoothed) smooth[r] += weight * (max_logit[r] - z) + (c > 0 ? class_weight_sum * (max_logit[r] - previous) : 0.f);
+        if (p.s.smoothed)
+          smooth[r] += weight * (max_logit[r] - z) + (c > 0 ? class_weight_sum * (max_logit[r] - previous) : 0.f);
       }
       class_weight_sum += weight;
     }
@@ -205,7 +215,7 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(
         const float own = p.keep * p.weight_of_class(target[r]), smooth_weight = p.share * class_weight_sum;
         const float weight = p.weight_of_pixel(image, y, x);
         value = own * (log_total + (max_logit[r] - at_target[r]));
-        if (p.smoothed) value += smooth_weight * log_total + p.share * smooth[r];
+        if (p.s.smoothed) value += smooth_weight * log_total + p.share * smooth[r];
         value *= weight;
         grad_scale = weight * (own + smooth_weight) / total;
         target_grad = weight * ((smooth_weight * (total - rest[r]) - own * rest[r]) / total);
@@ -214,7 +224,7 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(
       coefficients[at] = max_logit[r];
       coefficients[s.pixels() + at] = grad_scale;
       coefficients[2 * s.pixels() + at] = target_grad;
-      if (p.smoothed) coefficients[3 * s.pixels() + at] = smoothing;
+      if (p.s.smoothed) coefficients[3 * s.pixels() + at] = smoothing;
       if (loss) loss[at] = value;
       sum += value;
       valid += target[r] != kIgnored;
@@ -227,8 +237,9 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(
   }
 }
 
-// totals = the sums of `count` pairs, by one block.
-__global__ void __launch_bounds__(kThreads) total_kernel(const double* __restrict__ partial, int64_t count, double* totals) {
+// The sums of `count` pairs, by one block; the divisor, and the loss unless that is a map.
+__global__ void __launch_bounds__(kThreads)
+    total_kernel(const double* __restrict__ partial, int64_t count, bool mean, float* divisor, float* loss) {
   double losses = 0, valid = 0;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) {
     losses += partial[2 * i];
@@ -236,17 +247,21 @@ __global__ void __launch_bounds__(kThreads) total_kernel(const double* __restric
   }
   const double total_losses = block_sum(losses), total_valid = block_sum(valid);
   if (threadIdx.x == 0) {
-    totals[0] = total_losses;
-    totals[1] = total_valid;
+    *divisor = mean ? fmaxf(float(total_valid), 1) : 1;
+    if (loss) *loss = float(total_losses) / *divisor;
   }
 }
 
 template <typename T>
 struct Gradient {
   const float* __restrict__ grad;
-  int64_t grad_stride;  // 0 for one number
+  bool per_pixel;  // or one number
   const float* __restrict__ coefficients;
+  const float* __restrict__ divisor;
   View<T> out;
+
+  // What comes in at each pixel, if it is the same.
+  __device__ float whole() const { return per_pixel ? 0.f : *grad / *divisor; }
 };
 
 // The coefficients of a label pixel, times the gradient that comes in.
@@ -261,15 +276,15 @@ struct Pixel {
 };
 
 template <typename T>
-__device__ inline Pixel read_pixel(const Problem<T>& p, const Gradient<T>& g, int64_t at) {
+__device__ inline Pixel read_pixel(const Problem<T>& p, const Gradient<T>& g, float whole, int64_t at) {
   Pixel pixel{0, 0, 0, 0, p.labels.at(at)};
   if (pixel.label == kIgnored) return pixel;  // what comes in there, NaN perhaps, goes nowhere
-  const float grad = g.grad[at * g.grad_stride];
+  const float grad = g.per_pixel ? g.grad[at] : whole;
   const float *grad_scale = g.coefficients + p.s.pixels(), *target_grad = grad_scale + p.s.pixels();
   pixel.max_logit = g.coefficients[at];
   pixel.grad_scale = grad * grad_scale[at];
   pixel.target_grad = grad * target_grad[at];
-  if (p.smoothed) pixel.smoothing = grad * target_grad[p.s.pixels() + at];
+  if (p.s.smoothed) pixel.smoothing = grad * target_grad[p.s.pixels() + at];
   return pixel;
 }
 
@@ -280,11 +295,11 @@ __global__ void __launch_bounds__(kThreads) grad_kernel(const Problem<T> p, cons
   if (index >= work) return;
   const LossShape& s = p.s;
   const int64_t x = index % s.width, y = index / s.width % s.height, image = index / s.width / s.height;
-  const Pixel pixel = read_pixel(p, g, index);
+  const Pixel pixel = read_pixel(p, g, g.whole(), index);
   T* out = g.out.at(image, 0, y, x);
   for (int64_t c = 0; c < s.classes; ++c) {
     const float z = p.logit(image, c, y, x);
-    const float value = pixel.label == kIgnored ? 0.f : pixel.gradient(z, c, p.smoothed ? p.weight_of_class(c) : 0.f);
+    const float value = pixel.label == kIgnored ? 0.f : pixel.gradient(z, c, p.s.smoothed ? p.weight_of_class(c) : 0.f);
     narrow(value, out[c * g.out.channel]);
   }
 }
@@ -330,6 +345,7 @@ __global__ void __launch_bounds__(kThreads)
   const bool owner = own_class < kClasses && own_column < s.w && first_class + own_class < s.classes;
   const int64_t own_begin = first_output(own_column - 1, s.w, s.width, p.scale_x);
   const int64_t own_end = first_output(own_column + 1, s.w, s.width, p.scale_x);
+  const float whole = g.whole();
   double gradient = 0;
 
   for (int64_t start = x_begin; start < x_end; start += kThreads) {
@@ -347,7 +363,7 @@ __global__ void __launch_bounds__(kThreads)
         lower[i] = left * p.logit(image, c, below, column.low) + right * p.logit(image, c, below, column.high);
       }
       for (int64_t y = y_begin; y < y_end; ++y) {
-        const Pixel pixel = read_pixel(p, g, (image * s.height + y) * s.width + x);
+        const Pixel pixel = read_pixel(p, g, whole, (image * s.height + y) * s.width + x);
         if (pixel.label == kIgnored) continue;
         const Source row = bilinear_source(y, s.h, p.scale_y);
         const float down = float(row.weight), share = share_of(k, row);
@@ -356,7 +372,7 @@ __global__ void __launch_bounds__(kThreads)
         for (int i = 0; i < kClasses; ++i) {
           const float z = (1 - down) * (own ? middle[i] : upper[i]) + down * (own ? lower[i] : middle[i]);
           const int64_t c = first_class + i;
-          const float class_weight = p.smoothed && c < s.classes ? p.weight_of_class(c) : 0.f;
+          const float class_weight = p.s.smoothed && c < s.classes ? p.weight_of_class(c) : 0.f;
           sum[i] += share * pixel.gradient(z, c, class_weight);
         }
       }
@@ -375,67 +391,71 @@ __global__ void __launch_bounds__(kThreads)
   if (owner) narrow(float(gradient), *g.out.at(image, first_class + own_class, k, own_column));
 }
 
-void count_edges(Tensor labels, Tensor out, int64_t classes, int64_t ignore_index) {
-  check_count_edges(labels, out);
-  const int64_t work = out.numel();
-  if (work == 0) return;
+}  // namespace
+
+bool count_edges(const Tensor& labels, const Tensor& out, int64_t classes, int64_t ignore_index, double beta) {
   const CurrentStream stream(out);
-  const Labels packed(labels, classes, ignore_index, "bal_count_edges");
+  const Labels values(labels, classes, ignore_index, "bal_edge");
+  const int64_t work = out.numel();
   float* to = data_of<float>(out);
   launch(
-      count_edges_kernel, blocks_for(work), kThreads, 0, stream, packed, labels.size(1), labels.size(2), to, out.size(1),
-      out.size(2), work);
+      count_edges_kernel, blocks_for(work), kThreads, 0, stream, values, labels.size(1), labels.size(2), to, out.size(1),
+      out.size(2), float(beta), work);
+  return false;
 }
 
-void blur(Tensor edges, Tensor factors, Tensor rows, Tensor out) {
-  check_blur(edges, factors, rows, out);
-  const int64_t h = edges.size(1), w = edges.size(2), size = factors.size(1), work = edges.numel();
-  if (work == 0) return;
-  const CurrentStream stream(out);
-  const float* from = data_of<const float>(edges);
-  const float* factor = data_of<const float>(factors);
-  float* along_x = data_of<float>(rows);
-  float* to = data_of<float>(out);
-  launch(blur_x_kernel, blocks_for(work), kThreads, 0, stream, from, factor, size, along_x, w, work);
-  launch(blur_y_kernel, blocks_for(work), kThreads, 0, stream, along_x, factor, size, to, h, w, work);
+void blur(const Tensor& edges, const BlurKernel& kernel, double beta, const Tensor& scratch) {
+  const int64_t h = edges.size(1), w = edges.size(2), size = kernel.size, work = edges.numel();
+  const CurrentStream stream(edges);
+  float* map = data_of<float>(edges);
+  float* along_x = data_of<float>(scratch);
+  float* factors = along_x + 2 * work;
+  launch(factors_kernel, blocks_for(size / 2 + 1), kThreads, 0, stream, kernel, factors);
+  launch(blur_x_kernel, blocks_for(work), kThreads, 0, stream, map, factors, size, along_x, w, work);
+  launch(blur_y_kernel, blocks_for(work), kThreads, 0, stream, along_x, factors, size, map, h, w, float(beta), work);
 }
 
-void softmax_loss(
-    Tensor logits, Tensor labels, std::optional<Tensor> pixel_weight, std::optional<Tensor> class_weight, Tensor coefficients,
-    std::optional<Tensor> loss, Tensor totals, double label_smoothing, int64_t ignore_index) {
-  const char* op = "bal_softmax_loss";
-  const LossShape s = check_loss(op, logits, labels, pixel_weight, class_weight, coefficients);
-  check_loss_outputs(labels, totals, loss, coefficients, label_smoothing);
-  STD_TORCH_CHECK(coefficients.scalar_type() == ScalarType::Float, "bal_softmax_loss: coefficients must be float32 on CUDA");
+void normalise(const Tensor& edges, const Tensor& by, bool mean, double beta) {
+  const CurrentStream stream(edges);
+  const int64_t plane = edges.size(1) * edges.size(2), work = edges.numel();
+  float* map = data_of<float>(edges);
+  const float* divisors = data_of<const float>(by);
+  launch(normalise_kernel, blocks_for(work), kThreads, 0, stream, map, divisors, mean, float(beta), plane, work);
+}
+
+bool softmax_loss(
+    const LossShape& s, const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& pixel_weight,
+    const std::optional<Tensor>& class_weight, const Tensor& coefficients, const Tensor& loss, double label_smoothing,
+    int64_t ignore_index, bool mean) {
+  const char* op = "bal_cross_entropy";
   const CurrentStream stream(logits);
   const int64_t work = s.images * ceil_div(s.height, kRows) * s.width;
   const unsigned blocks = blocks_for(work);
-  Tensor partial = torch::stable::new_empty(totals, {2 * int64_t(blocks)});
+  const Tensor partial = empty({2 * int64_t(blocks)}, ScalarType::Double, logits);
   double* pairs = data_of<double>(partial);
-  float* maps = data_of<float>(coefficients);
-  float* losses = data_of<float>(loss);
+  float *maps = data_of<float>(coefficients), *losses = data_of<float>(loss);
+  const bool per_pixel = loss.dim() > 0;
   dispatch_cuda(logits, op, [&](auto type) {
     using T = decltype(type);
-    const Problem<T> p(s, logits, labels, pixel_weight, class_weight, coefficients, label_smoothing, ignore_index, op);
+    const Problem<T> p(s, logits, labels, pixel_weight, class_weight, label_smoothing, ignore_index, op);
     const auto kernel = s.resized() ? &loss_kernel<T, true> : &loss_kernel<T, false>;
-    launch(kernel, blocks, kThreads, 0, stream, p, maps, losses, pairs, work);
+    launch(kernel, blocks, kThreads, 0, stream, p, maps, per_pixel ? losses : nullptr, pairs, work);
   });
-  double* sums = data_of<double>(totals);
-  launch(total_kernel, 1, kThreads, 0, stream, pairs, blocks, sums);
+  float* divisor = maps + s.coefficients() - 1;
+  launch(total_kernel, 1, kThreads, 0, stream, pairs, blocks, mean, divisor, per_pixel ? nullptr : losses);
+  return false;
 }
 
 void softmax_grad(
-    Tensor grad, Tensor logits, Tensor labels, std::optional<Tensor> class_weight, Tensor coefficients, Tensor out,
-    int64_t ignore_index) {
-  const char* op = "bal_softmax_grad";
-  const LossShape s = check_loss(op, logits, labels, std::nullopt, class_weight, coefficients);
-  check_grad(grad, logits, labels, out, coefficients);
-  STD_TORCH_CHECK(coefficients.scalar_type() == ScalarType::Float, "bal_softmax_grad: coefficients must be float32 on CUDA");
+    const LossShape& s, const Tensor& grad, const Tensor& logits, const Tensor& labels,
+    const std::optional<Tensor>& class_weight, const Tensor& coefficients, const Tensor& out, int64_t ignore_index) {
+  const char* op = "bal_cross_entropy_grad";
   const CurrentStream stream(logits);
   dispatch_cuda(logits, op, [&](auto type) {
     using T = decltype(type);
-    const Problem<T> p(s, logits, labels, std::nullopt, class_weight, coefficients, 0, ignore_index, op);
-    const Gradient<T> g{data_of<const float>(grad), grad.numel() > 1, data_of<const float>(coefficients), View<T>(out)};
+    const Problem<T> p(s, logits, labels, std::nullopt, class_weight, 0, ignore_index, op);
+    const float* maps = data_of<const float>(coefficients);
+    const Gradient<T> g{data_of<const float>(grad), grad.dim() > 0, maps, maps + s.coefficients() - 1, View<T>(out)};
     if (s.resized()) {
       // As many columns as there are threads for the label columns that they reach, and for their
       // logits in all the classes.
@@ -451,12 +471,4 @@ void softmax_grad(
   });
 }
 
-SEGOPS_CUDA_KERNELS(m) {
-  m.impl("bal_count_edges", TORCH_BOX(&count_edges));
-  m.impl("bal_blur", TORCH_BOX(&blur));
-  m.impl("bal_softmax_loss", TORCH_BOX(&softmax_loss));
-  m.impl("bal_softmax_grad", TORCH_BOX(&softmax_grad));
-}
-
-}  // namespace
 }  // namespace segops::bal

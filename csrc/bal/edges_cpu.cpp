@@ -1,9 +1,10 @@
-// count_edges and blur on the CPU: the edges of the rows that a strip of outputs needs, resized
+// count_edges, blur and normalise on the CPU: the edges of the rows that a strip of outputs needs, resized
 // along y and then along x; the blur as two sums of rows, along x and then along y.
 
 #include "labels_cpu.h"
 
 #include <algorithm>
+#include <atomic>
 #include <limits>
 
 namespace segops::bal {
@@ -43,14 +44,17 @@ struct EdgeProblem {
   Labels labels;
   int64_t height, width, h, w;
   Taps rows, columns;
+  float beta;
 };
 
 // Rows [begin, end) of one image's edge counts, resized, to `out` (h, w): along y first, whose sums
-// are vectors. Without a resize each output has one tap, which weighs 1.
-SEGOPS_MULTIVERSION void edge_rows(const EdgeProblem& p, int64_t image, int64_t begin, int64_t end, float* out) {
+// are vectors. Without a resize each output has one tap, which weighs 1. Returns whether a label was
+// wrong.
+SEGOPS_MULTIVERSION bool edge_rows(const EdgeProblem& p, int64_t image, int64_t begin, int64_t end, float* out) {
   const int64_t first = p.rows.first[begin], last = p.rows.first[end - 1] + p.rows.count(end - 1), width = p.width;
   std::vector<int32_t> row(width), lower(width);
   std::vector<float> counts((last - first) * width), column(width);
+  bool wrong = false;
   const auto read = [&](int64_t y, std::vector<int32_t>& to) __attribute__((always_inline)) {
     read_classes(p.labels, (image * p.height + std::min(y, p.height - 1)) * width, width, to.data());
   };
@@ -61,7 +65,10 @@ SEGOPS_MULTIVERSION void edge_rows(const EdgeProblem& p, int64_t image, int64_t 
     count_row(row.data(), lower.data(), width, to);
     int32_t lowest = 0;
     for (int64_t x = 0; x < width; ++x) lowest = std::min(lowest, row[x]);
-    if (lowest == kWrong) std::fill(to, to + width, std::numeric_limits<float>::quiet_NaN());
+    if (lowest == kWrong) {
+      std::fill(to, to + width, std::numeric_limits<float>::quiet_NaN());
+      wrong = true;
+    }
     std::swap(row, lower);
   }
   for (int64_t i = begin; i < end; ++i) {
@@ -76,9 +83,10 @@ SEGOPS_MULTIVERSION void edge_rows(const EdgeProblem& p, int64_t image, int64_t 
       const float* from = &column[p.columns.first[j]];
       float sum = 0;
       for (int64_t k = 0; k < p.columns.count(j); ++k) sum += weight[k] * from[k];
-      out[i * p.w + j] = sum;
+      out[i * p.w + j] = sum + p.beta;
     }
   }
+  return wrong;
 }
 
 // out[x] += sum_k filter[k] * row[x + k - size / 2], zero outside.
@@ -96,54 +104,59 @@ SEGOPS_MULTIVERSION void add_row(const float* row, int64_t width, float weight, 
   for (int64_t x = 0; x < width; ++x) out[x] += weight * row[x];
 }
 
-void count_edges(Tensor labels, Tensor out, int64_t classes, int64_t ignore_index) {
-  check_count_edges(labels, out);
+}  // namespace
+
+bool count_edges(const Tensor& labels, const Tensor& out, int64_t classes, int64_t ignore_index, double beta) {
   const int64_t height = labels.size(1), width = labels.size(2), h = out.size(1), w = out.size(2);
-  const Labels packed(labels, classes, ignore_index, "bal_count_edges");
-  const EdgeProblem p{packed, height, width, h, w, Taps(height, h), Taps(width, w)};
+  const Labels values(labels, classes, ignore_index, "bal_edge");
+  const EdgeProblem p{values, height, width, h, w, Taps(height, h), Taps(width, w), float(beta)};
   const int64_t strip = 8, strips = ceil_div(h, strip);
   float* to = data_of<float>(out);
+  std::atomic<bool> wrong{false};
   torch::stable::parallel_for(0, labels.size(0) * strips, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first = item % strips * strip;
-      edge_rows(p, item / strips, first, std::min(first + strip, h), to + item / strips * h * w);
+      if (edge_rows(p, item / strips, first, std::min(first + strip, h), to + item / strips * h * w)) wrong = true;
     }
   });
+  return wrong;
 }
 
-void blur(Tensor edges, Tensor factors, Tensor rows, Tensor out) {
-  check_blur(edges, factors, rows, out);
-  const int64_t h = edges.size(1), w = edges.size(2), count = edges.size(0) * h, size = factors.size(1);
-  if (edges.numel() == 0) return;
-  const float* from = data_of<const float>(edges);
-  const float* factor = data_of<const float>(factors);
-  float* along_x = data_of<float>(rows);
-  float* to = data_of<float>(out);
+void blur(const Tensor& edges, const BlurKernel& kernel, double beta, const Tensor& scratch) {
+  const int64_t h = edges.size(1), w = edges.size(2), count = edges.size(0) * h, size = kernel.size;
+  float* map = data_of<float>(edges);
+  float* along_x = data_of<float>(scratch);
+  float* factor = along_x + 2 * edges.numel();
+  for (int64_t k = 0; k <= size / 2; ++k) kernel.write(k, factor);
   const int64_t grain = std::max<int64_t>(1, 100000 / (w * size));
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       for (int64_t pair = 0; pair < 2; ++pair) {
         float* filtered = along_x + (pair * count + row) * w;
         std::fill(filtered, filtered + w, 0.f);
-        blur_row(from + row * w, w, factor + (2 * pair + 1) * size, size, filtered);
+        blur_row(map + row * w, w, factor + (2 * pair + 1) * size, size, filtered);
       }
     }
   });
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      std::fill(to + row * w, to + (row + 1) * w, 0.f);
+      float* to = map + row * w;
+      std::fill(to, to + w, 0.f);
       const int64_t y = row % h;
       for (int64_t pair = 0; pair < 2; ++pair)
         for (int64_t k = std::max<int64_t>(0, size / 2 - y); k < std::min(size, h - y + size / 2); ++k)
-          add_row(along_x + (pair * count + row + k - size / 2) * w, w, factor[2 * pair * size + k], to + row * w);
+          add_row(along_x + (pair * count + row + k - size / 2) * w, w, factor[2 * pair * size + k], to);
+      for (int64_t x = 0; x < w; ++x) to[x] += float(beta);
     }
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(segops, CPU, m) {
-  m.impl("bal_count_edges", TORCH_BOX(&count_edges));
-  m.impl("bal_blur", TORCH_BOX(&blur));
+void normalise(const Tensor& edges, const Tensor& by, bool mean, double beta) {
+  const int64_t images = edges.size(0), plane = edges.size(1) * edges.size(2);
+  const float* divisors = data_of<const float>(by);
+  float* map = data_of<float>(edges);
+  for (int64_t image = 0; image < images; ++image, map += plane)
+    for (int64_t i = 0; i < plane; ++i) map[i] = normalised(map[i], divisors[image], mean, float(beta));
 }
 
-}  // namespace
 }  // namespace segops::bal

@@ -43,7 +43,7 @@ struct Coefficients {
     };
     scale(from + p.s.pixels(), &grad_scale[at]);
     scale(from + 2 * p.s.pixels(), &target_grad[at]);
-    if (p.smoothed) scale(from + 3 * p.s.pixels(), &smoothing[at]);
+    if (p.s.smoothed) scale(from + 3 * p.s.pixels(), &smoothing[at]);
   }
 
   // The gradient for the logits z of class c at pixels at .. at + kLanes.
@@ -111,7 +111,7 @@ SEGOPS_INLINE void grad_strip(const Problem<T>& p, const Windows<T>& windows, in
   const int64_t padded = p.padded();
   Reader<T> reader(p, image);
   T* out = g.out.at(image, 0, 0, 0);
-  const bool smoothed = p.smoothed;
+  const bool smoothed = p.s.smoothed;
 
   if (!s.resized()) {
     Coefficients<T> coefficients(p, 1);
@@ -191,20 +191,22 @@ SEGOPS_GRAD_STRIP(float)
 SEGOPS_GRAD_STRIP(double)
 #undef SEGOPS_GRAD_STRIP
 
+}  // namespace
+
 void softmax_grad(
-    Tensor grad, Tensor logits, Tensor labels, std::optional<Tensor> class_weight, Tensor coefficients, Tensor out,
-    int64_t ignore_index) {
-  const char* op = "bal_softmax_grad";
-  const LossShape s = check_loss(op, logits, labels, std::nullopt, class_weight, coefficients);
-  check_grad(grad, logits, labels, out, coefficients);
+    const LossShape& s, const Tensor& grad, const Tensor& logits, const Tensor& labels,
+    const std::optional<Tensor>& class_weight, const Tensor& coefficients, const Tensor& out, int64_t ignore_index) {
+  const char* op = "bal_cross_entropy_grad";
   dispatch<float, double>(logits, op, [&](auto type) {
     using T = decltype(type);
-    const Problem<T> p(s, logits, labels, std::nullopt, class_weight, coefficients, 0, ignore_index, op);
+    const Problem<T> p(s, logits, labels, std::nullopt, class_weight, 0, ignore_index, op);
     const Windows<T> windows(p.columns);
     const int64_t items = s.images * p.strips();
     std::vector<T> shared(s.resized() ? items * s.classes * s.w : 0);
-    const GradOutput<T> g{
-        data_of<const T>(grad), grad.numel() > 1, data_of<const T>(coefficients), View<T>(out), shared.data()};
+    const T *maps = data_of<const T>(coefficients), *grads = data_of<const T>(grad);
+    const bool per_pixel = grad.dim() > 0;
+    const T whole = *grads / maps[s.coefficients() - 1];
+    const GradOutput<T> g{per_pixel ? grads : &whole, per_pixel, maps, View<T>(out), shared.data()};
     torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) grad_strip_multiversion(p, windows, item, g);
     });
@@ -220,9 +222,4 @@ void softmax_grad(
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(segops, CPU, m) {
-  m.impl("bal_softmax_grad", TORCH_BOX(&softmax_grad));
-}
-
-}  // namespace
 }  // namespace segops::bal

@@ -83,7 +83,7 @@ SEGOPS_INLINE void loss_strip(const Problem<T>& p, int64_t item, const LossOutpu
           at_target[v] = target[v] == Integer<T>(c) ? z : at_target[v];
         }
       }
-      if (p.smoothed)
+      if (s.smoothed)
         for (int64_t c = 0; c < s.classes; ++c) {
           const T weight = p.class_weight ? p.class_weight[c] : T(1);
           for (int v = 0; v < vectors; ++v) smooth[v] += weight * (max_logit[v] - V::load(&block[c * pixels + v * kLanes<T>]));
@@ -97,7 +97,7 @@ SEGOPS_INLINE void loss_strip(const Problem<T>& p, int64_t item, const LossOutpu
         const auto weight = V::load(&weights[at]), own = p.keep * V::load(&target_weights[at]);
         const T smooth_weight = p.share * p.class_weight_sum;
         auto loss = own * (log_total + (max_logit[v] - at_target[v]));
-        if (p.smoothed) loss += smooth_weight * log_total + p.share * smooth[v];
+        if (s.smoothed) loss += smooth_weight * log_total + p.share * smooth[v];
         const typename V::type zero{}, nan = zero + std::numeric_limits<T>::quiet_NaN();
         const typename V::type values[] = {
             weight * loss, weight * (own + smooth_weight) / total,
@@ -114,7 +114,7 @@ SEGOPS_INLINE void loss_strip(const Problem<T>& p, int64_t item, const LossOutpu
       }
       const int64_t count = std::min<int64_t>(pixels, s.width - x);
       if (out.loss) std::memcpy(out.loss + row + x, results[0], count * sizeof(T));
-      for (int map = 0; map < (p.smoothed ? 4 : 3); ++map)
+      for (int map = 0; map < s.maps(); ++map)
         std::memcpy(out.coefficients + map * s.pixels() + row + x, results[map + 1], count * sizeof(T));
     };
     int64_t x = 0;
@@ -139,29 +139,30 @@ SEGOPS_LOSS_STRIP(float)
 SEGOPS_LOSS_STRIP(double)
 #undef SEGOPS_LOSS_STRIP
 
-void softmax_loss(
-    Tensor logits, Tensor labels, std::optional<Tensor> pixel_weight, std::optional<Tensor> class_weight, Tensor coefficients,
-    std::optional<Tensor> loss, Tensor totals, double label_smoothing, int64_t ignore_index) {
-  const char* op = "bal_softmax_loss";
-  const LossShape s = check_loss(op, logits, labels, pixel_weight, class_weight, coefficients);
-  check_loss_outputs(labels, totals, loss, coefficients, label_smoothing);
-  std::vector<double> row_totals(2 * s.images * s.height);
+}  // namespace
+
+bool softmax_loss(
+    const LossShape& s, const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& pixel_weight,
+    const std::optional<Tensor>& class_weight, const Tensor& coefficients, const Tensor& loss, double label_smoothing,
+    int64_t ignore_index, bool mean) {
+  const char* op = "bal_cross_entropy";
+  double totals[2] = {};
   dispatch<float, double>(logits, op, [&](auto type) {
     using T = decltype(type);
-    const Problem<T> p(s, logits, labels, pixel_weight, class_weight, coefficients, label_smoothing, ignore_index, op);
-    const LossOutput<T> out{data_of<T>(coefficients), data_of<T>(loss), row_totals.data()};
+    std::vector<double> row_totals(2 * s.images * s.height);
+    const Problem<T> p(s, logits, labels, pixel_weight, class_weight, label_smoothing, ignore_index, op);
+    T *maps = data_of<T>(coefficients), *losses = data_of<T>(loss);
+    const bool per_pixel = loss.dim() > 0;
+    const LossOutput<T> out{maps, per_pixel ? losses : nullptr, row_totals.data()};
     torch::stable::parallel_for(0, s.images * p.strips(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) loss_strip_multiversion(p, item, out);
     });
+    for (size_t i = 0; i < row_totals.size(); ++i) totals[i % 2] += row_totals[i];
+    const T divisor = mean ? std::max(T(totals[1]), T(1)) : T(1);
+    maps[s.coefficients() - 1] = divisor;
+    if (!per_pixel) *losses = T(totals[0]) / divisor;
   });
-  double* to = data_of<double>(totals);
-  to[0] = to[1] = 0;
-  for (size_t i = 0; i < row_totals.size(); ++i) to[i % 2] += row_totals[i];
+  return totals[0] != totals[0];
 }
 
-STABLE_TORCH_LIBRARY_IMPL(segops, CPU, m) {
-  m.impl("bal_softmax_loss", TORCH_BOX(&softmax_loss));
-}
-
-}  // namespace
 }  // namespace segops::bal

@@ -48,7 +48,6 @@ SEGOPS_INLINE void resize_row(const T* row, const ResizeAxis<T>& axis, int64_t c
 template <typename T>
 struct Problem {
   LossShape s;
-  bool smoothed;  // the coefficients hold `smoothing`
   View<const T> logits;
   Labels labels;
   const T* pixel_weight;
@@ -60,10 +59,8 @@ struct Problem {
 
   Problem(
       const LossShape& s, const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& pixel_weight,
-      const std::optional<Tensor>& class_weight, const Tensor& coefficients, double label_smoothing, int64_t ignore_index,
-      const char* op)
+      const std::optional<Tensor>& class_weight, double label_smoothing, int64_t ignore_index, const char* op)
       : s(s),
-        smoothed(coefficients.size(0) == 4),
         logits(logits),
         labels(labels, s.classes, ignore_index, op),
         pixel_weight(data_of<const T>(pixel_weight)),
@@ -76,8 +73,6 @@ struct Problem {
         weight_rows(std::max<int64_t>(s.weight_h, 1), s.height, s.height),
         weight_columns(std::max<int64_t>(s.weight_w, 1), s.width, round_up(s.width, kBlock<T>)),
         strip(s.resized() ? std::max<int64_t>(1, 32 * s.h / s.height) : 8) {
-    STD_TORCH_CHECK(
-        kScalarType<T> == coefficients.scalar_type(), op, ": logits and coefficients must have one dtype on the CPU");
     STD_TORCH_CHECK(s.w <= std::numeric_limits<int32_t>::max() / 2, op, ": the logits are too wide");
     if (this->class_weight) {
       double sum = 0;

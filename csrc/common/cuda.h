@@ -19,9 +19,6 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
-// Implements the ops of a file, at its foot: SEGOPS_CUDA_KERNELS(m) { m.impl(...); }
-#define SEGOPS_CUDA_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(segops, CUDA, m)
-
 namespace segops {
 
 // Makes the tensor's device current for a scope; converts to PyTorch's current stream there.

@@ -129,9 +129,11 @@ void sum_rows(
   });
 }
 
+}  // namespace
+
 void shift_gather(
-    Tensor planes, std::optional<Tensor> bias, Tensor out, std::vector<int64_t> kernel_size, std::vector<int64_t> rates,
-    int64_t sign) {
+    const Tensor& planes, const std::optional<Tensor>& bias, const Tensor& out, const std::vector<int64_t>& kernel_size,
+    const std::vector<int64_t>& rates, int64_t sign) {
   const Shape s = check_gather(planes, bias, out, kernel_size, rates, sign);
   const int64_t source_stride = s.taps() * s.channels, group_stride = out.stride(3);
   const int64_t rates_per_group = int64_t(rates.size()) / s.groups;
@@ -150,7 +152,7 @@ void shift_gather(
     }
     return sums;
   };
-  dispatch<float, double, bf16>(out, "pac_shift_gather", [&](auto type) {
+  dispatch<float, double, bf16>(out, "pac", [&](auto type) {
     using T = decltype(type);
     sum_rows(
         data_of<const T>(planes), source_stride, data_of<T>(out), out.stride(2), data_of<const T>(bias), rates_per_group, s,
@@ -159,7 +161,8 @@ void shift_gather(
 }
 
 void shift_scatter(
-    Tensor source, Tensor out, int64_t first_row, std::vector<int64_t> kernel_size, std::vector<int64_t> rates, int64_t sign) {
+    const Tensor& source, const Tensor& out, int64_t first_row, const std::vector<int64_t>& kernel_size,
+    const std::vector<int64_t>& rates, int64_t sign) {
   const Shape s = check_scatter(source, out, first_row, kernel_size, rates, sign);
   const int64_t source_stride = s.groups * s.channels;
   const int64_t rates_per_group = int64_t(rates.size()) / s.groups;
@@ -179,7 +182,7 @@ void shift_scatter(
     }
     return sums;
   };
-  dispatch<float, double, bf16>(out, "pac_shift_scatter", [&](auto type) {
+  dispatch<float, double, bf16>(out, "pac", [&](auto type) {
     using T = decltype(type);
     sum_rows<T>(
         data_of<const T>(source), source_stride, data_of<T>(out), s.taps() * s.channels, nullptr, 0, s, rates, first_row,
@@ -187,10 +190,4 @@ void shift_scatter(
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(segops, CPU, m) {
-  m.impl("pac_shift_gather", TORCH_BOX(&shift_gather));
-  m.impl("pac_shift_scatter", TORCH_BOX(&shift_scatter));
-}
-
-}  // namespace
 }  // namespace segops::pac

@@ -109,14 +109,16 @@ bool fits(std::initializer_list<const void*> pointers, std::initializer_list<int
   return true;
 }
 
+}  // namespace
+
 void shift_gather(
-    Tensor planes, std::optional<Tensor> bias, Tensor out, std::vector<int64_t> kernel_size, std::vector<int64_t> rates,
-    int64_t sign) {
+    const Tensor& planes, const std::optional<Tensor>& bias, const Tensor& out, const std::vector<int64_t>& kernel_size,
+    const std::vector<int64_t>& rates, int64_t sign) {
   const Shape s = check_gather(planes, bias, out, kernel_size, rates, sign);
-  const Rates packed = pack_rates(rates, s.groups, "pac_shift_gather");
+  const Rates packed = pack_rates(rates, s.groups, "pac");
   if (out.numel() == 0) return;
   const CurrentStream stream(out);
-  dispatch_cuda(out, "pac_shift_gather", [&](auto type) {
+  dispatch_cuda(out, "pac", [&](auto type) {
     using T = decltype(type);
     constexpr int V = 16 / sizeof(T);
     const T* from = data_of<const T>(planes);
@@ -133,12 +135,13 @@ void shift_gather(
 }
 
 void shift_scatter(
-    Tensor source, Tensor out, int64_t first_row, std::vector<int64_t> kernel_size, std::vector<int64_t> rates, int64_t sign) {
+    const Tensor& source, const Tensor& out, int64_t first_row, const std::vector<int64_t>& kernel_size,
+    const std::vector<int64_t>& rates, int64_t sign) {
   const Shape s = check_scatter(source, out, first_row, kernel_size, rates, sign);
-  const Rates packed = pack_rates(rates, s.groups, "pac_shift_scatter");
+  const Rates packed = pack_rates(rates, s.groups, "pac");
   if (out.numel() == 0) return;
   const CurrentStream stream(out);
-  dispatch_cuda(out, "pac_shift_scatter", [&](auto type) {
+  dispatch_cuda(out, "pac", [&](auto type) {
     using T = decltype(type);
     constexpr int V = 16 / sizeof(T);
     const T* from = data_of<const T>(source);
@@ -151,10 +154,4 @@ void shift_scatter(
   });
 }
 
-SEGOPS_CUDA_KERNELS(m) {
-  m.impl("pac_shift_gather", TORCH_BOX(&shift_gather));
-  m.impl("pac_shift_scatter", TORCH_BOX(&shift_scatter));
-}
-
-}  // namespace
 }  // namespace segops::pac

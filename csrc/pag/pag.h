@@ -17,9 +17,9 @@
 //
 // Maps are (N, C, H, W) with any strides, but 1 along x or, with channels_last, along the channels.
 // The offsets of a map are (N, C, h, w) in the same order without gaps; those of several maps
-// follow each other, each from a multiple of 16 bytes on. Sums are taken in float32 (float64 for
-// float64) in a fixed order. Offsets that point outside their window are skipped. `out` and
-// `offsets` are written in full.
+// follow each other, each from a multiple of 16 bytes on, with zeros in the gaps. Sums are taken in
+// float32 (float64 for float64) in a fixed order. Offsets that point outside their window are
+// skipped. `out` and `offsets` are written in full.
 #pragma once
 
 #include "../common/tensor.h"
@@ -68,13 +68,16 @@ inline Axis axis(int64_t size, int64_t count, int64_t kernel, const char* op) {
   return {int32_t(size), int32_t(count), int32_t(kernel)};
 }
 
-inline Windows windows(const Tensor& map, const Tensor& pooled, const std::vector<int64_t>& kernel_size, const char* op) {
-  STD_TORCH_CHECK(kernel_size.empty() || kernel_size.size() == 2, op, ": kernel_size must be none or two ints");
+// Of a map that is pooled to height * width.
+inline Windows windows(
+    const Tensor& map, int64_t height, int64_t width, const std::vector<int64_t>& kernel_size, const char* op) {
   const bool given = !kernel_size.empty();
-  if (given) STD_TORCH_CHECK(kernel_size[0] > 0 && kernel_size[1] > 0, op, ": kernel_size must be positive");
+  if (given)
+    STD_TORCH_CHECK(
+        kernel_size.size() == 2 && kernel_size[0] > 0 && kernel_size[1] > 0, op, ": kernel_size must be two positive ints");
   Windows result{
-      axis(map.size(2), pooled.size(2), given ? kernel_size[0] : 0, op),
-      axis(map.size(3), pooled.size(3), given ? kernel_size[1] : 0, op), 0, false};
+      axis(map.size(2), height, given ? kernel_size[0] : 0, op), axis(map.size(3), width, given ? kernel_size[1] : 0, op), 0,
+      false};
   result.row = result.x.longest();
   const int64_t elements = int64_t(result.y.longest()) * result.row;
   STD_TORCH_CHECK(elements <= 65536, op, ": two bytes do not number windows of ", elements, " elements");
@@ -82,63 +85,18 @@ inline Windows windows(const Tensor& map, const Tensor& pooled, const std::vecto
   return result;
 }
 
-inline void check_map(const Tensor& map, const Tensor& like, bool channels_last, const char* op) {
-  STD_TORCH_CHECK(map.dim() == 4 && map.size(0) == like.size(0), op, ": maps must be (N, C, H, W) of one batch");
-  STD_TORCH_CHECK(map.scalar_type() == like.scalar_type(), op, ": maps differ in dtype");
-  const int64_t dim = channels_last ? 1 : 3;
-  STD_TORCH_CHECK(map.stride(dim) == 1 || map.size(dim) == 1, op, ": neighbours must lie side by side");
-}
-
-// Bytes of the offsets of `channels` channels pooled to out's size, without padding.
-inline int64_t offset_bytes(const Windows& w, const Tensor& out, int64_t channels) {
-  return out.size(0) * channels * out.size(2) * out.size(3) * (w.two_bytes ? 2 : 1);
-}
-
-// A map of pool: where its channels go, and its offsets, from this byte on; -1: it has none.
+// A map of pool: where its channels go, and the bytes of its offsets, up to `end`, and of the gap
+// behind them, up to `next`. Without offsets all three are -1.
 struct Part {
   Windows windows;
-  int64_t channels, first_channel, offsets;
+  int64_t channels, first_channel, offsets, end, next;
 };
 
-inline std::vector<Part> check_pool(
-    const std::vector<Tensor>& maps, const Tensor& out, const Tensor& offsets, const std::vector<int64_t>& kernel_size,
-    bool concat, bool channels_last) {
-  const char* op = "pag_pool";
-  STD_TORCH_CHECK(!maps.empty() && out.dim() == 4, op, ": needs maps and an out of (N, C, h, w)");
-  check_map(out, out, channels_last, op);
-  std::vector<Part> parts;
-  int64_t channels = 0, bytes = 0, needed = 0;
-  for (const Tensor& map : maps) {
-    check_map(map, out, channels_last, op);
-    const Windows w = windows(map, out, kernel_size, op);
-    const bool remembers = !kernel_size.empty() || !w.identity();
-    parts.push_back({w, map.size(1), concat ? channels : 0, remembers ? bytes : -1});
-    if (remembers) {
-      needed = bytes + offset_bytes(w, out, map.size(1));
-      bytes = round_up(needed, 16);
-    }
-    channels = concat ? channels + map.size(1) : map.size(1);
-    STD_TORCH_CHECK(channels <= out.size(1) && (concat || channels == out.size(1)), op, ": channels do not fit out's");
-  }
-  STD_TORCH_CHECK(channels == out.size(1), op, ": channels do not fit out's");
-  STD_TORCH_CHECK(
-      offsets.scalar_type() == ScalarType::Byte && offsets.numel() >= needed, op, ": offsets must be ", needed, " bytes");
-  STD_TORCH_CHECK(kernel_size.empty() || maps.size() == 1, op, ": kernel_size is for one map");
-  return parts;
-}
-
-// For scatter (small = pooled, large = out) and gather (small = out, large = input).
-inline Windows check_offsets(
-    const Tensor& small, const Tensor& large, const Tensor& offsets, const std::vector<int64_t>& kernel_size,
-    bool channels_last, const char* op) {
-  STD_TORCH_CHECK(small.dim() == 4 && small.size(1) == large.size(1), op, ": maps differ in channels");
-  check_map(small, large, channels_last, op);
-  check_map(large, large, channels_last, op);
-  const Windows w = windows(large, small, kernel_size, op);
-  STD_TORCH_CHECK(
-      offsets.scalar_type() == ScalarType::Byte && offsets.numel() >= offset_bytes(w, small, small.size(1)), op,
-      ": offsets must be bytes, ", offset_bytes(w, small, small.size(1)));
-  return w;
-}
+// What a device implements. Offsets are given by where they begin.
+void pool(
+    const std::vector<Tensor>& maps, const std::vector<Part>& parts, const Tensor& out, char* offsets, bool concat,
+    bool channels_last);
+void scatter(const Windows& windows, const Tensor& pooled, const char* offsets, const Tensor& out, bool channels_last);
+void gather(const Windows& windows, const Tensor& input, const char* offsets, const Tensor& out, bool channels_last);
 
 }  // namespace segops::pag

@@ -111,6 +111,7 @@ struct Map {
   View<const T> in;
   Windows windows;
   int width;      // pack_width
+  int gap;        // bytes behind the offsets that are zero
   void* offsets;  // or null
   int64_t channels, first_channel;
   int64_t begin;  // the first thread of this map, where each has its own
@@ -175,6 +176,7 @@ __global__ void __launch_bounds__(kThreads)
     while (first + 1 < maps.count && index >= maps.map[first + 1].begin) ++first;
   const int last = concat ? first + 1 : maps.count;
   const Map<T>& own = maps.map[first];
+  const int64_t end = last < maps.count ? maps.map[last].begin : work;
   const Position p = locate(index - own.begin, V, own.channels, height, width, channels_last);
 
   float sum[V];
@@ -183,6 +185,10 @@ __global__ void __launch_bounds__(kThreads)
     Largest<V> best;
     pool_windows<T, V>(m, p, channels_last, best);
     if (m.offsets) store_offsets<V>(m.offsets, m.windows.two_bytes, p.first, best.at);
+    if (m.gap && index + 1 == end) {
+      char* gap = static_cast<char*>(m.offsets) + (p.first + V) * (m.windows.two_bytes ? 2 : 1);
+      for (int k = 0; k < m.gap; ++k) gap[k] = 0;
+    }
 #pragma unroll
     for (int v = 0; v < V; ++v) sum[v] = i == first ? best.value[v] : sum[v] + best.value[v];
   }
@@ -281,13 +287,13 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const Pooled<T, const 
   *s.pooled.at(p.n, p.c, p.y, p.x) = value;
 }
 
+}  // namespace
+
 void pool(
-    std::vector<Tensor> maps, Tensor out, Tensor offsets, std::vector<int64_t> kernel_size, bool concat, bool channels_last) {
-  const std::vector<Part> parts = check_pool(maps, out, offsets, kernel_size, concat, channels_last);
+    const std::vector<Tensor>& maps, const std::vector<Part>& parts, const Tensor& out, char* offsets, bool concat,
+    bool channels_last) {
   STD_TORCH_CHECK(maps.size() <= kMaxMaps, "pag_pool: at most ", kMaxMaps, " maps");
-  if (out.numel() == 0) return;
   const CurrentStream stream(out);
-  char* offset_data = data_of<char>(offsets);
   const int64_t pixels = out.size(0) * out.size(2) * out.size(3);
   dispatch_cuda(out, "pag_pool", [&](auto type) {
     using T = decltype(type);
@@ -296,14 +302,14 @@ void pool(
     bool packs = packable<T, V>(out, channels_last);
     for (size_t m = 0; m < maps.size(); ++m) {
       packs = packs && packable<T, V>(maps[m], channels_last) && (channels_last || pack_width(parts[m].windows));
-      if (parts[m].offsets >= 0) packs = packs && reinterpret_cast<uintptr_t>(offset_data) % 16 == 0;
+      if (parts[m].offsets >= 0) packs = packs && reinterpret_cast<uintptr_t>(offsets) % 16 == 0;
     }
     Maps<T> packed{int(maps.size()), {}};
     int64_t work = 0;
     for (size_t m = 0; m < maps.size(); ++m) {
       const Part& part = parts[m];
-      void* at = part.offsets < 0 ? nullptr : offset_data + part.offsets;
-      packed.map[m] = {View<const T>(maps[m]), part.windows,       pack_width(part.windows), at,
+      void* at = part.offsets < 0 ? nullptr : offsets + part.offsets;
+      packed.map[m] = {View<const T>(maps[m]), part.windows,       pack_width(part.windows), int(part.next - part.end), at,
                        part.channels,          part.first_channel, concat ? work : 0};
       work = (concat ? work : 0) + pixels * part.channels / (packs ? V : 1);
     }
@@ -313,15 +319,13 @@ void pool(
   });
 }
 
-void scatter(Tensor pooled, Tensor offsets, Tensor out, std::vector<int64_t> kernel_size, bool channels_last) {
-  const Windows w = check_offsets(pooled, out, offsets, kernel_size, channels_last, "pag_scatter");
-  if (out.numel() == 0) return;
+void scatter(const Windows& w, const Tensor& pooled, const char* offsets, const Tensor& out, bool channels_last) {
   const CurrentStream stream(out);
   const int64_t windows = pooled.numel(), elements = out.numel();
   dispatch_cuda(out, "pag_scatter", [&](auto type) {
     using T = decltype(type);
     constexpr int V = 16 / sizeof(T);
-    const Pooled<const T, T> s{View<const T>(pooled), View<T>(out), w, offsets.const_data_ptr(), out.size(1), channels_last};
+    const Pooled<const T, T> s{View<const T>(pooled), View<T>(out), w, offsets, out.size(1), channels_last};
     const bool packs = packable<T, V>(pooled, channels_last) && packable<T, V>(out, channels_last) &&
                        reinterpret_cast<uintptr_t>(s.offsets) % 16 == 0;
     const int width = packs ? pack_width(w) : 0;
@@ -345,22 +349,13 @@ void scatter(Tensor pooled, Tensor offsets, Tensor out, std::vector<int64_t> ker
   });
 }
 
-void gather(Tensor input, Tensor offsets, Tensor out, std::vector<int64_t> kernel_size, bool channels_last) {
-  const Windows w = check_offsets(out, input, offsets, kernel_size, channels_last, "pag_gather");
-  if (out.numel() == 0) return;
+void gather(const Windows& w, const Tensor& input, const char* offsets, const Tensor& out, bool channels_last) {
   const CurrentStream stream(out);
   dispatch_cuda(out, "pag_gather", [&](auto type) {
     using T = decltype(type);
-    const Pooled<T, const T> s{View<T>(out), View<const T>(input), w, offsets.const_data_ptr(), out.size(1), channels_last};
+    const Pooled<T, const T> s{View<T>(out), View<const T>(input), w, offsets, out.size(1), channels_last};
     launch(gather_kernel<T>, blocks_for(out.numel()), kThreads, 0, stream, s, out.numel());
   });
 }
 
-SEGOPS_CUDA_KERNELS(m) {
-  m.impl("pag_pool", TORCH_BOX(&pool));
-  m.impl("pag_scatter", TORCH_BOX(&scatter));
-  m.impl("pag_gather", TORCH_BOX(&gather));
-}
-
-}  // namespace
 }  // namespace segops::pag

@@ -328,13 +328,16 @@ SEGOPS_WIDTHS(SEGOPS_POOL_OF_ALL)
 #undef SEGOPS_POOL_OF_ALL
 #undef SEGOPS_POOL
 
+}  // namespace
+
 void pool(
-    std::vector<Tensor> maps, Tensor out, Tensor offsets, std::vector<int64_t> kernel_size, bool concat, bool channels_last) {
-  const std::vector<Part> parts = check_pool(maps, out, offsets, kernel_size, concat, channels_last);
+    const std::vector<Tensor>& maps, const std::vector<Part>& parts, const Tensor& out, char* offsets, bool concat,
+    bool channels_last) {
   std::vector<Columns> columns;
   for (const Part& part : parts)
     if (!channels_last) columns.emplace_back(part.windows.x);
-  char* offset_data = data_of<char>(offsets);
+  for (const Part& part : parts)
+    if (part.next > part.end) std::memset(offsets + part.end, 0, part.next - part.end);
   const int64_t images = out.size(0), channels = out.size(1), height = out.size(2), width = out.size(3);
   dispatch<float, double, bf16, fp16>(out, "pag_pool", [&](auto type) {
     using T = decltype(type);
@@ -349,10 +352,21 @@ void pool(
     }
     const auto row = [&](size_t m, int64_t n, int64_t c, int64_t y, accumulator<T>* total, ColumnMaxima<T>* scratch) {
       const Part& part = parts[m];
-      const Offsets at{part.offsets < 0 ? nullptr : offset_data + part.offsets, part.windows.two_bytes};
-      const Target<T> target{to.at(n, part.first_channel + c, y, 0), non_temporal, total};
-      const Columns* x = channels_last ? nullptr : &columns[m];
-      pool_row({part.windows, from[m], part.channels, at, channels_last, n, c, y, target, to.pixel, x, scratch});
+      const Offsets at{part.offsets < 0 ? nullptr : offsets + part.offsets, part.windows.two_bytes};
+      // All in place: as locals they cost a nanosecond for each row.
+      pool_row(
+          {part.windows,
+           from[m],
+           part.channels,
+           at,
+           channels_last,
+           n,
+           c,
+           y,
+           {to.at(n, part.first_channel + c, y, 0), non_temporal, total},
+           to.pixel,
+           channels_last ? nullptr : &columns[m],
+           scratch});
     };
     const auto sum = [&](int64_t n, int64_t c, int64_t y, Total& total, ColumnMaxima<T>* scratch) {
       std::fill(total.begin(), total.end(), accumulator<T>(-0.));  // to which -0 may be added and stay
@@ -404,10 +418,8 @@ void pool(
   });
 }
 
-void gather(Tensor input, Tensor offsets, Tensor out, std::vector<int64_t> kernel_size, bool channels_last) {
-  const Windows w = check_offsets(out, input, offsets, kernel_size, channels_last, "pag_gather");
-  if (out.numel() == 0) return;
-  const Offsets at{static_cast<char*>(const_cast<void*>(offsets.const_data_ptr())), w.two_bytes};
+void gather(const Windows& w, const Tensor& input, const char* offsets, const Tensor& out, bool channels_last) {
+  const Offsets at{const_cast<char*>(offsets), w.two_bytes};
   const int64_t channels = out.size(1), height = out.size(2), planes = channels_last ? 1 : channels;
   dispatch<float, double, bf16, fp16>(out, "pag_gather", [&](auto type) {
     using T = decltype(type);
@@ -417,17 +429,10 @@ void gather(Tensor input, Tensor offsets, Tensor out, std::vector<int64_t> kerne
     share(out.size(0) * planes * height, out.size(3) * channels / planes, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         const int64_t n = r / height / planes, c = r / height % planes, y = r % height;
-        const Target<T> target{to.at(n, c, y, 0), non_temporal};
-        gather_row({w, from, channels, at, channels_last, n, c, y, target, to.pixel});
+        gather_row({w, from, channels, at, channels_last, n, c, y, {to.at(n, c, y, 0), non_temporal}, to.pixel});
       }
     });
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(segops, CPU, m) {
-  m.impl("pag_pool", TORCH_BOX(&pool));
-  m.impl("pag_gather", TORCH_BOX(&gather));
-}
-
-}  // namespace
 }  // namespace segops::pag

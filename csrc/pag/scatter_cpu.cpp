@@ -226,11 +226,11 @@ SEGOPS_WIDTHS(SEGOPS_SCATTER_OF_ALL)
 #undef SEGOPS_SCATTER_OF_ALL
 #undef SEGOPS_SCATTER
 
-void scatter(Tensor pooled, Tensor offsets, Tensor out, std::vector<int64_t> kernel_size, bool channels_last) {
-  const Windows w = check_offsets(pooled, out, offsets, kernel_size, channels_last, "pag_scatter");
-  const Offsets at{static_cast<char*>(const_cast<void*>(offsets.const_data_ptr())), w.two_bytes};
+}  // namespace
+
+void scatter(const Windows& w, const Tensor& pooled, const char* offsets, const Tensor& out, bool channels_last) {
+  const Offsets at{const_cast<char*>(offsets), w.two_bytes};
   const bool by_plane = !channels_last && w.overlap();
-  if (out.numel() == 0) return;
   const int64_t channels = out.size(1), planes = channels_last ? 1 : channels;
   const int64_t parts = by_plane ? 1 : channels_last ? w.y.size : w.y.count;
   dispatch<float, double, bf16, fp16>(out, "pag_scatter", [&](auto type) {
@@ -248,9 +248,4 @@ void scatter(Tensor pooled, Tensor offsets, Tensor out, std::vector<int64_t> ker
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(segops, CPU, m) {
-  m.impl("pag_scatter", TORCH_BOX(&scatter));
-}
-
-}  // namespace
 }  // namespace segops::pag

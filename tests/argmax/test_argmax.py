@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import segops
 
-from ..contract import Contract, Export, Use
+from ..contract import Contract, Export, Use, ops_of
 from ..targets import DTYPES, INTERPRETED, REFERENCE, TARGETS, matrix, runs
 
 # (N, C, h, w) -> (H, W), each for what it makes the kernels do. The first ones are the interpreter's.
@@ -145,19 +145,9 @@ class Predict(torch.nn.Module):
 
 
 def opcheck(device, backend):
-    yield (
-        torch.ops.segops.upsample_argmax,
-        (draw_with_image(((2, 3, 4, 5), (8, 11)), torch.float32, device)[0], [8, 11], backend),
-    )
-
-
-def kernels(device):
     logits, _ = draw_with_image(((2, 3, 4, 5), (8, 11)), torch.float32, device)
-    best, out = (
-        torch.zeros(size, dtype=dtype, device=device) for size, dtype in (((2, 4, 5), torch.int32), ((2, 8, 11), torch.int64))
-    )
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        yield torch.ops.segops.argmax_upsample, (logits.contiguous(memory_format=memory_format), best, out)
+        yield ops_of(backend).upsample_argmax, (logits.contiguous(memory_format=memory_format), [8, 11])
 
 
 def export():
@@ -196,7 +186,7 @@ USE = Use(
     tails=(((1, 5, 3, 17), (5, 33)), ((2, 33, 2, 3), (1, 130)), ((1, 2, 9, 9), (65, 7))),
     large=(((2, 9, 33, 34), (200, 210)), ((2, 9, 80, 90), (80, 90))),
     empty=(((0, 3, 4, 5), (9, 13)), ((0, 3, 4, 5), (4, 5))),
-    forward=("segops::upsample_argmax", "segops::argmax_upsample"),
+    forward=("segops::upsample_argmax",),
     autocast=((torch.bfloat16, torch.float32), (torch.float32,)),
 )
 L = torch.zeros(1, 2, 3, 4)
@@ -206,7 +196,6 @@ class TestUpsampleArgmax(Contract):
     USES = {"argmax": USE}
     EXPORTS = {"argmax": export()}
     OPCHECKS = {"argmax": opcheck}
-    KERNELS = kernels
     COMPILATIONS = compilations
     ERRORS = [
         (lambda: segops.upsample_argmax([1.0], 3), TypeError, "logits must be a torch.Tensor; got list"),

@@ -1,5 +1,6 @@
 """The boundary-aware loss: mathematics and accuracy, on every backend that runs here."""
 
+import importlib
 import inspect
 import itertools
 import math
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 import segops
 from benchmarks import measure
 from segops.ops.bal import reference
-from segops.ops.bal.edge import EdgeSettings, blur_factors
+from segops.ops.bal.edge import EdgeSettings
 from segops.ops.bal.op import LossSettings
 
 from ..accuracy import relative_error
@@ -268,11 +269,33 @@ def test_normalize(implementation):
             torch.testing.assert_close(edge, torch.full_like(edge, flat))
 
 
-@pytest.mark.parametrize("kernel", ["gaussian", "linear"])
-@pytest.mark.parametrize("kernel_size", [3, 5, 15, 35, 255])
-@pytest.mark.parametrize("sigma", [0.05, 1.0, 3.0, 100.0, 1e4])
+def triton_kernels():
+    pytest.importorskip("triton")
+    return importlib.import_module("segops.ops.bal.triton_kernels")
+
+
+def any_kernel(test):
+    test = pytest.mark.parametrize("kernel", ["gaussian", "linear"])(test)
+    test = pytest.mark.parametrize("kernel_size", [3, 5, 15, 35, 255])(test)
+    return pytest.mark.parametrize("sigma", [0.05, 1.0, 3.0, 100.0, 1e4])(test)
+
+
+@fast_implementations
+@any_kernel
+def test_blur_of_a_single_label(implementation, kernel, kernel_size, sigma):
+    """The kernel itself, up to where it leaves the map."""
+    device, _ = implementation
+    labels = torch.zeros(1, 40, 61, dtype=torch.int64)
+    labels[0, 19, 30] = 1
+    given = dict(kernel=kernel, kernel_size=kernel_size, sigma=sigma, beta=0, downsample=1)
+    value = segops.gaussian_edge(labels.to(device), 2, **given)
+    assert relative_error(value, edge_map(labels, 2, **given)) <= 1e-6
+    assert kernel == "linear" or (value >= 0).all()  # nothing cancels
+
+
+@any_kernel
 def test_blur_kernels_have_rank_two(kernel, kernel_size, sigma):
-    factors = blur_factors(kernel, kernel_size, sigma, torch.device("cpu"))
+    factors = triton_kernels().blur_factors(kernel, kernel_size, sigma, torch.device("cpu"))
     assert factors.dtype == torch.float32 and factors.shape == (4, kernel_size)
     u1, v1, u2, v2 = factors.double()
     f = reference.blur_kernel(kernel, kernel_size, sigma)
@@ -290,6 +313,7 @@ def test_blur_factors_are_made_once_and_where_they_are_used():
             seen.update(each.device.type for each in tree_leaves((args, result)) if isinstance(each, torch.Tensor))
             return result
 
+    blur_factors = triton_kernels().blur_factors
     seen, cpu = set(), torch.device("cpu")
     with Devices():
         assert blur_factors("gaussian", 7, 2.5, torch.device("meta")).shape == (4, 7)

@@ -3,9 +3,8 @@
 import torch
 
 import segops
-from segops.ops.bal.edge import blur_factors
 
-from ..contract import Contract, Export, Use
+from ..contract import Contract, Export, Use, ops_of
 from .compile_triton import compilations
 from .conftest import draw_labels
 
@@ -59,48 +58,32 @@ def use(function, call, draw, forward, **settings):
 
 
 BACKWARD = {
-    "backward": ("segops::bal_cross_entropy_grad", "segops::bal_softmax_grad"),
+    "backward": ("segops::bal_cross_entropy_grad",),
     "never": ("nll_loss", "upsample"),
     "autocast": ((torch.bfloat16, torch.float32, torch.float32), (torch.float32,)),
 }
-LOSS = ("segops::bal_boundary_loss", "segops::bal_blur", "segops::bal_softmax_loss")
+LOSS = ("segops::bal_boundary_loss",)
 
 
-def opcheck_of(dtype, per_pixel, memory_format=torch.contiguous_format):
+def opcheck_of(dtype, reduction, memory_format=torch.contiguous_format):
     def arguments(device, backend):
         logits, labels = draw(SIZES[0], torch.float32, device)
         logits, labels = logits.detach().contiguous(memory_format=memory_format).requires_grad_(), labels.to(dtype)
-        ops, weights = torch.ops.segops, (None, None)
-        if per_pixel:
+        ops, weights = ops_of(backend), (None, None)
+        if reduction == "none":
             weights = torch.rand(2, 3, 2, device=device), torch.rand(5, device=device)
-        yield ops.bal_classes, (labels, 5, 255)
+        yield torch.ops.segops_reference.bal_classes, (labels, 5, 255)
         for normalize in (None, "max", "mean"):
-            yield ops.bal_edge, (labels, 5, "gaussian", 5, 2.0, 0.5, 2, normalize, 255, backend)
-        settings = 0.1, 255, per_pixel, backend
+            yield ops.bal_edge, (labels, 5, "gaussian", 5, 2.0, 0.5, 2, normalize, 255)
+        settings = 0.1, 255, reduction
         yield ops.bal_cross_entropy, (logits, labels, *weights, *settings)
         with torch.no_grad():
-            loss, _, coefficients = ops.bal_cross_entropy(logits, labels, *weights, *settings)
-        yield (
-            ops.bal_cross_entropy_grad,
-            (torch.rand_like(loss), logits.detach(), labels, weights[1], coefficients, 255, backend),
-        )
-        settings = "linear", 3, 1.0, 0.5, 2, "mean", 0.0, 255, per_pixel, backend
+            loss, coefficients = ops.bal_cross_entropy(logits, labels, *weights, *settings)
+        yield ops.bal_cross_entropy_grad, (torch.rand_like(loss), logits.detach(), labels, weights[1], coefficients, 255)
+        settings = "linear", 3, 1.0, 0.5, 2, "mean", 0.0, 255, reduction
         yield ops.bal_boundary_loss, (logits, labels, weights[1], *settings)
 
     return arguments
-
-
-def kernels(device):
-    logits, labels = draw(SIZES[0], torch.float32, device)
-    ops, totals = torch.ops.segops, torch.zeros(2, dtype=torch.float64, device=device)
-    shapes = (2, 3, 4), (2, 2, 3, 4), (2, 3, 4), (4, *labels.shape), labels.shape
-    counts, rows, out, coefficients, loss = (torch.zeros(shape, device=device) for shape in shapes)
-    yield ops.bal_count_edges, (labels, counts, 5, 255)
-    yield ops.bal_blur, (counts, blur_factors("linear", 3, 1.0, labels.device), rows, out)
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        z = logits.detach().contiguous(memory_format=memory_format)
-        yield ops.bal_softmax_loss, (z, labels, out, None, coefficients, loss, totals, 0.1, 255)
-        yield ops.bal_softmax_grad, (loss, z, labels, None, coefficients, z.clone(), 255)
 
 
 def export(module):
@@ -121,20 +104,17 @@ class TestBoundaryAwareLoss(Contract):
         "boundary": use("boundary_aware_loss", boundary, draw, LOSS, **BACKWARD),
         "per pixel": use("boundary_aware_loss", per_pixel, draw, LOSS, **BACKWARD),
         "weighted": use("upsample_cross_entropy", weighted, draw_weighted, ("segops::bal_cross_entropy",), **BACKWARD),
-        "edges": use(
-            "gaussian_edge", edges, draw_labels_alone, ("segops::bal_edge", "segops::bal_count_edges", "segops::bal_blur")
-        ),
+        "edges": use("gaussian_edge", edges, draw_labels_alone, ("segops::bal_edge",)),
     }
     EXPORTS = {
         "boundary": export(segops.nn.BoundaryAwareLoss(normalize="mean")),
         "per pixel": export(segops.nn.UpsampleCrossEntropy(reduction="none")),
     }
     OPCHECKS = {
-        "int64": opcheck_of(torch.int64, False),
-        "int32, per pixel, channels_last": opcheck_of(torch.int32, True, torch.channels_last),
-        "uint8, per pixel": opcheck_of(torch.uint8, True),
+        "int64": opcheck_of(torch.int64, "mean"),
+        "int32, per pixel, channels_last": opcheck_of(torch.int32, "none", torch.channels_last),
+        "uint8, summed": opcheck_of(torch.uint8, "sum"),
     }
-    KERNELS = kernels
     COMPILATIONS = compilations
     ERRORS = [
         (lambda: edge(L.float(), 5), TypeError, r"labels must be int64, int32 or uint8; got torch\.float32"),
@@ -164,6 +144,8 @@ class TestBoundaryAwareLoss(Contract):
         (lambda: edge(L, 5, downsample=2.0), TypeError, r"downsample must be an int; got 2\.0"),
         (lambda: edge(L, 5, normalize="sum"), ValueError, "normalize must be None, 'max' or 'mean'; got 'sum'"),
         (lambda: edge(L, 5, normalize=True), ValueError, "normalize must be None, 'max' or 'mean'; got True"),
+        (lambda: edge(L, 5, beta=True), TypeError, "beta must be a number; got True"),
+        (lambda: edge(L, 5, kernel=["gaussian"]), ValueError, r"kernel must be 'gaussian' or 'linear'; got \['gaussian'\]"),
         (lambda: edge(L, 5, ignore_index=None), TypeError, "ignore_index must be an int; got None"),
         (lambda: cross_entropy(Z.long(), L), TypeError, r"logits must be float32, .* got torch\.int64"),
         (lambda: cross_entropy(Z.tolist(), L), TypeError, r"logits must be a torch\.Tensor; got list"),
@@ -191,6 +173,7 @@ class TestBoundaryAwareLoss(Contract):
         (lambda: cross_entropy(Z, L, label_smoothing=-0.1), ValueError, r"label_smoothing must be in \[0, 1\]; got -0\.1"),
         (lambda: cross_entropy(Z, L, label_smoothing=None), TypeError, "label_smoothing must be a number; got None"),
         (lambda: cross_entropy(Z, L, ignore_index=255.0), TypeError, r"ignore_index must be an int; got 255\.0"),
+        (lambda: (cross_entropy(Z, L, label_smoothing=1), cross_entropy(Z, L, label_smoothing=True)), TypeError, "got True"),
         (lambda: cross_entropy(Z, L, reduction="batchmean"), ValueError, "reduction must be 'mean', 'sum' or 'none'; got 'batchmean'"),
         (lambda: cross_entropy(Z, L, reduction=None), ValueError, "reduction must be 'mean', 'sum' or 'none'; got None"),
         (lambda: loss(Z.long(), L), TypeError, r"logits must be float32, .* got torch\.int64"),

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ TAKERS = {
 }  # fmt: skip
 
 
+ROOT = Path(__file__).parents[2]
 LOOK_AT_NO_LABEL = [EMULATED, *(each.values[0] for each in GPU)]
 
 
@@ -67,17 +69,14 @@ def test_any_int_may_be_ignored(implementation):
             assert torch.equal(loss == 0, labels.long() == ignore_index)
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        *GPU,
-        pytest.param(("cuda", "reference"), id="cuda-reference", marks=CUDA),
-        EMULATED_CUDA,
-    ],
-    indirect=True,
+on_gpus = pytest.mark.parametrize(
+    "target", [*GPU, pytest.param(("cuda", "reference"), id="cuda-reference", marks=CUDA), EMULATED_CUDA], indirect=True
 )
-def test_labels_out_of_range_on_a_gpu(target, monkeypatch):
-    """NaN where nobody waits for the answer, the CPU's error where somebody does."""
+
+
+@on_gpus
+def test_labels_out_of_range_on_a_gpu(target):
+    """NaN, as nobody waits for the answer."""
     logits, labels = draw(SIZES[0], torch.float32, target[0])
     labels[1, 3, 4] = 255
     wrong = labels.clone()
@@ -87,11 +86,26 @@ def test_labels_out_of_range_on_a_gpu(target, monkeypatch):
         assert function(logits, wrong).isnan()
         loss = function(logits, wrong, reduction="none")
         assert loss[1, 3, 4].isnan() and loss.isnan().sum() == 1
-    monkeypatch.setattr("segops.ops.bal.labels.CHECK_LABELS", True)  # as the environment has it at import
-    segops.boundary_aware_loss(logits, labels)
-    for take in (TAKERS["edge"], TAKERS["cross entropy"], TAKERS["boundary"]):
-        with pytest.raises(IndexError, match=says(7)):
-            take(logits, wrong)
+
+
+@on_gpus
+def test_labels_are_looked_at_where_the_environment_says_so(target):
+    """The CPU's error. The variable is read when segops is imported."""
+    program = f"from tests.bal.test_labels import raises; raises{target}"
+    environment = os.environ | {"SEGOPS_CHECK_LABELS": "1"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def raises(device, backend):
+    logits, labels = draw(SIZES[0], torch.float32, device)
+    wrong = labels.clone()
+    wrong[1, 3, 4] = 7
+    with segops.backend(backend):
+        segops.boundary_aware_loss(logits, labels)
+        for take in (TAKERS["edge"], TAKERS["cross entropy"], TAKERS["boundary"]):
+            with pytest.raises(IndexError, match=says(7)):
+                take(logits, wrong)
 
 
 @pytest.mark.parametrize("value, checked", [("1", True), ("0", False), (None, False)])

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a CPU, as the backend "emulated": the .cu files, compiled as they are by the host's compiler.
+"""The CUDA kernels on a CPU, as the backend "emulated": the ops with their .cu files, compiled as they are by the host's compiler.
 
 `cuda_on_cpu.h` says what stands for CUDA, `scheduler.cpp` how a launch runs. The environment's SEGOPS_SANITIZE=1 builds for
 AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded before Python: see `make sanitize`.
@@ -7,28 +7,28 @@ AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded before Pyt
 import ctypes
 import functools
 import os
-import re
 import subprocess
-import sys
 import threading
 from pathlib import Path
-from unittest import mock
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from segops.backend import REASONS
 from segops.ops.common import library
 
+from ..compiled import ROOT, shared_library
+
 FOLDER = Path(__file__).parent
-ROOT = FOLDER.parent.parent
 SANITIZE = os.environ.get("SEGOPS_SANITIZE") == "1"
 # Without the sanitizers' library, wrong addresses and indices call functions of scheduler.cpp.
 CHECKS = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"] if SANITIZE else ["-fsanitize=alignment,bounds"]
 FLAGS = ["-O1", "-std=c++17", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-DSEGOPS_EMULATION", *CHECKS]
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *(["-DSEGOPS_SANITIZE"] if SANITIZE else [])]
-NAMESPACE = "segops_emulated"
+NAMESPACE = "segops_emulated"  # of the C++ code; what tests call runs it twice
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 ONE_AT_A_TIME = threading.Lock()
+ENDS = (".cpp", "_cuda.cu")
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -54,54 +54,44 @@ def sanitizer_environment():
     }
 
 
-def implemented(*sources):
-    """The names of the ops that .cu files implement."""
-    return [name for source in sources for name in re.findall(r'm\.impl\("(\w+)"', source.read_text(encoding="utf-8"))]
-
-
 class Library:
-    """The ops of a library, by name, each run twice: forwards and in reverse. Both must write the same bits.
+    """The ops of C++ files, by name, each run twice: forwards and in reverse. Both must give the same bits.
 
-    What they write is poisoned before, with something else each time, so that an element that is left out differs.
+    What they allocate or write is poisoned before, with something else each time, so that an element that is left out differs.
     """
 
-    def __init__(self, name, sources, schema):
-        self.name, self.sources, self.schema = name, sources, schema
-        self.ops, self.failure = implemented(*sources), None
+    def __init__(self, name, sources, schemas):
+        self.name, self.sources = name, sources
+        self.schemas = {schema.partition("(")[0]: schema for schema in schemas}
+        self.failure = None
 
     def build(self):
-        import fcntl  # which only Unix has
-
-        from torch.utils.cpp_extension import load
-
         folder = ROOT / "build" / ("sanitized" if SANITIZE else "emulation") / self.name
         folder.mkdir(parents=True, exist_ok=True)
         files = [FOLDER / "scheduler.cpp"]
         for source in self.sources:
+            if source.suffix == ".cpp":
+                files.append(source)
+                continue
             files.append(folder / f"{source.stem}.cpp")  # a .cu would go to nvcc
             text = f'#include "{source}"\n'
             if not files[-1].exists() or files[-1].read_text(encoding="utf-8") != text:
                 files[-1].write_text(text, encoding="utf-8")
-        here = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where pip puts ninja
-        with mock.patch.dict(os.environ, PATH=here), open(folder / "guard", "w") as guard:
-            fcntl.flock(guard, fcntl.LOCK_EX)
-            (folder / "lock").unlink(missing_ok=True)  # of a build that was killed: PyTorch would wait for it
-            load(
-                f"segops_{self.name}",
-                [str(file) for file in files],
-                extra_cflags=FLAGS,
-                extra_include_paths=[str(FOLDER)],
-                extra_ldflags=CHECKS if SANITIZE else None,
-                build_directory=str(folder),
-                is_python_module=False,
-            )
-        reverse = ctypes.CDLL(str(folder / f"segops_{self.name}.so")).segops_emulation_reverse
-        for op in self.ops:
-            LIBRARY.define(f"{op}{self.schema(op)}")
+        library = shared_library(
+            f"segops_{self.name}",
+            files,
+            folder,
+            extra_cflags=FLAGS,
+            extra_include_paths=[str(FOLDER)],
+            extra_ldflags=CHECKS if SANITIZE else None,
+        )
+        reverse = ctypes.CDLL(str(library)).segops_emulation_reverse
+        for op, schema in self.schemas.items():
+            LIBRARY.define(schema)
             setattr(self, op, functools.partial(run_twice, getattr(getattr(torch.ops, NAMESPACE), op), reverse))
 
     def __getattr__(self, name):
-        if name not in self.ops:
+        if name not in self.schemas:
             raise AttributeError(name)
         if self.failure is None:
             try:
@@ -120,25 +110,19 @@ def run_twice(op, reverse, *arguments):
         for value, declared in zip(arguments, schema, strict=True)
         if declared.alias_info is not None and declared.alias_info.is_write and value is not None
     ]
-    results, before = [], [each.clone() for each in written]
+    results = []
     with ONE_AT_A_TIME:
         for reversed, number, integer in ((False, torch.nan, -77), (True, -77.0, 123456789)):
-            for each, value in zip(written, before, strict=True):
-                if each.dtype == torch.uint8:  # the bytes between the offsets of two maps belong to no kernel
-                    each.copy_(value)
-                else:
-                    each.fill_(number if each.is_floating_point() else integer)
+            for each in written:
+                each.fill_(number if each.is_floating_point() else integer)
             reverse(ctypes.c_bool(reversed))
-            op(*arguments)
-            results.append([each.view(INTEGERS[each.element_size()]).clone() for each in written])
+            returned = op(*arguments)
+            found = written if returned is None else tree_leaves(returned)
+            results.append([each.contiguous().view(INTEGERS[each.element_size()]).clone() for each in found])
     for number, (value, again) in enumerate(zip(*results, strict=True)):
         if not torch.equal(value, again):
             raise AssertionError(f"{op}: output {number} has elements that are not written, or depend on the order of threads")
-
-
-def schema_of(op):
-    """As the schema of the op that the file implements for CUDA, after its name."""
-    return re.sub(r"^\w+::\w+", "", str(getattr(torch.ops.segops, op).default._schema))
+    return returned
 
 
 def why_not(device_type, device_index, dtype):
@@ -149,7 +133,9 @@ def why_not(device_type, device_index, dtype):
 
 def register():
     """Makes segops know the backend. It is built when it is first used."""
-    sources = sorted((ROOT / "csrc").glob("*/*_cuda.cu"))
-    library.KERNELS["emulated"] = Library("emulated", sources, schema_of)
-    library.DEVICE_TYPES["emulated"] = "cuda"
+    sources = [
+        path for path in sorted((ROOT / "csrc").glob("*/*")) if path.name in (f"{path.parent.name}{end}" for end in ENDS)
+    ]
+    ops = Library("emulated", sources, library.schemas())
+    library.implement("emulated", "segops_emulated_twice", lambda name, _: lambda *arguments: getattr(ops, name)(*arguments))
     REASONS["emulated"] = why_not

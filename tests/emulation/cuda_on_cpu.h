@@ -147,8 +147,6 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize, S
 
 // The names of csrc/common/cuda.h.
 
-#define SEGOPS_CUDA_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(segops_emulated, CPU, m)
-
 namespace segops {
 
 struct CurrentStream {

@@ -355,7 +355,7 @@ void sort(Tensor keys, Tensor values, Tensor sorted_keys, Tensor sorted_values) 
 
 }  // namespace
 
-SEGOPS_CUDA_KERNELS(m) {
+STABLE_TORCH_LIBRARY_IMPL(segops_emulated, CPU, m) {
   m.impl("misaligned_load", TORCH_BOX(&misaligned_load));
   m.impl("read_out_of_bounds", TORCH_BOX(&read_out_of_bounds));
   m.impl("write_out_of_bounds", TORCH_BOX(&write_out_of_bounds));

@@ -7,6 +7,7 @@
 // have not begun. A kernel without barriers thus needs a single fiber, and no switches.
 
 #include "../../csrc/common/cuda.h"
+#include "../../csrc/common/op.h"
 
 #include <link.h>
 #include <ucontext.h>
@@ -365,6 +366,17 @@ void run(dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& 
 }
 
 }  // namespace segops::emulation
+
+// What tensors hold before it is written, which differs in reverse; floating-point numbers are NaN at first.
+void segops::poison(void* memory, size_t bytes, bool floating) {
+  if (bytes)
+    std::memset(
+        memory,
+        floating                        ? emulation::scheduler.reversed ? 0xc2 : 0xff
+        : emulation::scheduler.reversed ? 0x15
+                                        : 0xb3,
+        bytes);
+}
 
 // For the launches that follow.
 extern "C" __attribute__((visibility("default"))) void segops_emulation_reverse(bool reversed) {

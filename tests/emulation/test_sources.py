@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from . import ROOT, implemented
+from . import ROOT
 
 SOURCES = sorted((ROOT / "csrc").glob("*/*_cuda.cu"))
 ONLY_IN_COMMON = r"<<<|\basm\b|cuda(Launch|Func|Occupancy|Memcpy|Stream|Device)\w+\(|\bcub::|extern __shared__|SEGOPS_EMULATION"
@@ -14,9 +14,3 @@ ONLY_IN_COMMON = r"<<<|\basm\b|cuda(Launch|Func|Occupancy|Memcpy|Stream|Device)\
 def test_what_is_more_than_cpp_goes_through_common(source):
     code = re.sub(r"//.*", "", source.read_text(encoding="utf-8"))
     assert not re.findall(ONLY_IN_COMMON, code)
-
-
-def test_every_kernel_has_a_form_for_the_cpu():
-    on_cpu = sorted((ROOT / "csrc").glob("*/*_cpu.cpp"))
-    assert sorted(implemented(*SOURCES)) == sorted(implemented(*on_cpu))
-    assert {source.parent for source in SOURCES} == {source.parent for source in on_cpu}

@@ -4,7 +4,7 @@ import torch
 
 import segops
 
-from ..contract import Contract, Export, Use
+from ..contract import Contract, Export, Use, ops_of
 from .compile_triton import compilations
 from .conftest import Case
 
@@ -41,19 +41,12 @@ def opcheck_of(channels_last, channels, merge):
         case = Case((2, 24, 3, 4), channels, (1, 2, 3), merge, channels_last=channels_last)
         x, weight, bias = case.tensors(torch.float32, device)
         grad = torch.randn_like(case.plain(x, weight)).requires_grad_()
-        settings = (case.rates, merge, backend)
-        yield torch.ops.segops.pac, (x, weight, bias, *settings)
-        yield torch.ops.segops.pac_input_grad, (grad, weight, channels_last, *settings)
-        yield torch.ops.segops.pac_weight_grad, (grad, x, 3, channels_last, *settings)
+        ops = ops_of(backend)
+        yield ops.pac, (x, weight, bias, case.rates, merge)
+        yield ops.pac_input_grad, (grad, weight, channels_last, case.rates, merge)
+        yield ops.pac_weight_grad, (grad, x, 3, channels_last, case.rates, merge)
 
     return arguments
-
-
-def kernels(device):
-    planes, out = torch.randn(1, 4, 5, 9, 8, device=device), torch.empty(1, 4, 5, 1, 8, device=device)
-    bias, scattered = torch.randn(8, device=device), torch.empty(4, 5, 9, 8, device=device)
-    yield torch.ops.segops.pac_shift_gather, (planes, bias, out, (3, 3), (1, 2), 1)
-    yield torch.ops.segops.pac_shift_scatter, (out, scattered, 0, (3, 3), (1, 2), 1)
 
 
 def export():
@@ -73,7 +66,6 @@ class TestPyramidAtrousConv2d(Contract):
         "sum, channels_last": opcheck_of(True, 30, "sum"),
         "concat": opcheck_of(True, 20, "concat"),
     }
-    KERNELS = kernels
     COMPILATIONS = compilations
     ERRORS = [
         (lambda: pac(X[0], W), ValueError, r"input must have shape \(N, Cin, H, W\); got \(24, 9, 10\)"),

@@ -7,7 +7,7 @@ import torch
 import segops
 from segops.ops.pag.windows import offset_layout
 
-from ..contract import Contract, Export, Use
+from ..contract import Contract, Export, Use, ops_of
 from .compile_triton import compilations
 from .conftest import Case, Pooling, draw
 
@@ -24,8 +24,8 @@ def gate(merge, channels_last, sizes, tails):
         tails=tails,
         large=(((2, 8, 33, 45), ((8, 65, 90), (8, 129, 180), (8, 33, 45))),),
         empty=tuple(((0, *decoder[1:]), encoders) for decoder, encoders in sizes),
-        forward=("segops::pag", "segops::pag_pool"),
-        backward=("segops::pag_grad", "segops::pag_scatter"),
+        forward=("segops::pag",),
+        backward=("segops::pag_grad",),
         never=("max_pool2d", "aten::scatter", "aten::gather"),
         autocast=(
             (torch.bfloat16,),
@@ -56,8 +56,8 @@ def pooling(kernel, channels_last=False):
         tails=((2, 33, 7, 9), (1, 3, 7, 130), (1, 1, 17, 33)),
         large=((2, 16, 65, 67),),
         empty=((0, 3, 8, 10),),
-        forward=("segops::pag_max_pool", "segops::pag_max_unpool", "segops::pag_pool", "segops::pag_scatter"),
-        backward=("segops::pag_max_gather", "segops::pag_max_unpool", "segops::pag_scatter", "segops::pag_gather"),
+        forward=("segops::pag_max_pool", "segops::pag_max_unpool"),
+        backward=("segops::pag_max_gather", "segops::pag_max_unpool"),
         never=("max_pool2d", "aten::scatter", "aten::gather"),
         autocast=((torch.float32,), (torch.bfloat16,), (torch.float16,)),
     )
@@ -82,8 +82,8 @@ def unpooling():
         tails=((2, 33, 2, 3), (1, 3, 2, 65)),
         large=((2, 16, 33, 35),),
         empty=((0, 3, 3, 4),),
-        forward=("segops::pag_max_unpool", "segops::pag_scatter"),
-        backward=("segops::pag_max_gather", "segops::pag_gather"),
+        forward=("segops::pag_max_unpool",),
+        backward=("segops::pag_max_gather",),
         never=("aten::scatter", "aten::gather"),
         autocast=((torch.float32,), (torch.bfloat16,)),
     )
@@ -112,47 +112,30 @@ GATES = {
 
 def opcheck_of_gate(case):
     def arguments(device, backend):
+        ops, channels_last = ops_of(backend), case.channels_last[0]
         decoder, *encoders = case.maps(torch.float32, device)
-        settings = case.channels_last[0], backend
-        on = [each for each in encoders if each.shape[2] >= decoder.shape[2]]
-        for some in (on, []) if case.merge == "concat" else (on,):
-            yield torch.ops.segops.pag, (decoder, some, case.merge, *settings)
+        on = [decoder, *(each for each in encoders if each.shape[2] >= decoder.shape[2])]
+        for maps in (on, [decoder]):
+            yield ops.pag, (maps, case.merge, channels_last)
         with torch.no_grad():
-            out, offsets = torch.ops.segops.pag(decoder, on, case.merge, *settings)
-        (*_, place), _ = offset_layout([each.shape for each in on], decoder.shape)
-        part = out[:, -on[-1].shape[1] :]
-        yield torch.ops.segops.pag_grad, (part, offsets.narrow(0, *place), on[-1].shape[2:], *settings)
+            out, offsets = ops.pag(on, case.merge, channels_last)
+        (*_, (first_byte, _)), _ = offset_layout([each.shape for each in on])
+        _, channels, *size = on[-1].shape
+        yield ops.pag_grad, (out, offsets, out.shape[1] - channels, channels, first_byte, *size, channels_last)
 
     return arguments
 
 
 def opcheck_of_pooling(kernel, channels_last):
     def arguments(device, backend):
-        case, ops = Pooling((2, 3, 7, 9), kernel, channels_last), torch.ops.segops
-        settings, map = (case.sides, channels_last, backend), case.map(torch.float32, device)
+        case, ops = Pooling((2, 3, 7, 9), kernel, channels_last), ops_of(backend)
+        settings, map = (*case.sides, channels_last), case.map(torch.float32, device)
         yield ops.pag_max_pool, (map, *settings)
         pooled, offsets = (each.detach() for each in ops.pag_max_pool(map, *settings))
-        yield ops.pag_max_unpool, (pooled.requires_grad_(), offsets, case.sides, case.shape[2:], *settings[1:])
+        yield ops.pag_max_unpool, (pooled.requires_grad_(), offsets, *case.sides, *case.shape[2:], channels_last)
         yield ops.pag_max_gather, (map, offsets, *settings)
 
     return arguments
-
-
-def kernels(device):
-    ops = torch.ops.segops
-    for channels_last in (False, True):
-        small, large, merged = (
-            draw((2, c, *size), torch.float32, device, channels_last=channels_last)
-            for c, size in ((3, (4, 5)), (3, (8, 10)), (6, (4, 5)))
-        )
-        offsets = torch.zeros(128, dtype=torch.uint8, device=device)
-        yield ops.pag_pool, ([small, large], merged, offsets, [], True, channels_last)
-        yield ops.pag_pool, ([small, large], small.clone(), offsets, [], False, channels_last)
-        yield ops.pag_scatter, (small, offsets, large.clone(), [], channels_last)
-        offsets = torch.zeros_like(small, dtype=torch.uint8)
-        yield ops.pag_pool, ([large], small.clone(), offsets, [2, 2], True, channels_last)
-        yield ops.pag_scatter, (small, offsets, large.clone(), [2, 2], channels_last)
-        yield ops.pag_gather, (large, offsets, small.clone(), [2, 2], channels_last)
 
 
 def dims(*names):
@@ -253,7 +236,6 @@ class TestPartialAttentionGate(Contract):
         "pooling by 2": opcheck_of_pooling(2, False),
         "pooling by 3x2, channels_last": opcheck_of_pooling((3, 2), True),
     }
-    KERNELS = kernels
     COMPILATIONS = compilations
     ERRORS = [
         (lambda: gates(D, [E], merge="mean"), ValueError, "merge must be 'concat' or 'sum'; got 'mean'"),

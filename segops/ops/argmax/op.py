@@ -37,21 +37,10 @@ def upsample_argmax(logits, size):
     backend = select("upsample_argmax", logits)
     if backend == "reference" or library.under_functorch():
         return reference.upsample_argmax(logits.detach(), size)
-    return argmax(logits.detach(), size, backend)
+    return argmax(logits.detach(), size, backend=backend)
 
 
-# csrc/argmax/argmax.h says what it computes.
-argmax_upsample = library.kernel("argmax_upsample(Tensor logits, Tensor(a!) best, Tensor(b!) out) -> ()")
-
-
-@library.op("upsample_argmax(Tensor logits, SymInt[] size, str backend) -> Tensor")
+@library.op("upsample_argmax(Tensor logits, SymInt[] size) -> Tensor")
 class argmax:
     def empty(logits, size):
         return torch.empty((logits.shape[0], *size), dtype=torch.int64, device=logits.device)
-
-    def fill(out, logits, backend):
-        n, _, h, w = logits.shape
-        best = torch.empty((n, h, w), dtype=torch.int32, device=logits.device)
-        if library.device_type(logits, backend) == "cpu":  # whose kernels compute in the dtype of what they are given
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        argmax_upsample(logits, best, out, backend=backend)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from ..common.triton_resize import source
+from .op import argmax
 
 PIXELS_PER_PROGRAM = 256
 
@@ -85,14 +86,17 @@ def _upsample(
     tl.store(out + at, index.to(tl.int64), mask=mask)
 
 
-def argmax_upsample(logits, best, out):
-    _, classes, h, w = logits.shape
-    height, width = out.shape[1:]
-    resized = (h, w) != (height, width)
+def upsample_argmax(logits, size):
+    out = argmax.empty(logits, size)
+    if not out.numel():
+        return out
+    n, classes, h, w = logits.shape
+    best = torch.empty((n, h, w), dtype=torch.int32, device=logits.device)
     with torch.cuda.device_of(logits):
         _best[(triton.cdiv(best.numel(), PIXELS_PER_PROGRAM),)](
             logits, best, best.numel(), h, w, *logits.stride(), classes, PIXELS_PER_PROGRAM
         )  # fmt: skip
         _upsample[(triton.cdiv(out.numel(), PIXELS_PER_PROGRAM),)](
-            logits, best, out, out.numel(), height, width, h, w, *logits.stride(), classes, resized, PIXELS_PER_PROGRAM
+            logits, best, out, out.numel(), *size, h, w, *logits.stride(), classes, [h, w] != [*size], PIXELS_PER_PROGRAM
         )  # fmt: skip
+    return out

@@ -1,17 +1,16 @@
 """The gaussian edge map: the public function, its settings, the op `segops::bal_edge` behind it."""
 
+import functools
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from ...backend import select
 from ..common import library
 from ..common.checks import check_int, check_number
 from . import reference
-from .labels import check_labels, check_result, classes_of
+from .labels import check_labels, classes_of
 
 
 def gaussian_edge(
@@ -74,11 +73,11 @@ def gaussian_edge(
     """
     check_labels(labels)
     check_int("num_classes", num_classes, 1, 2**31 - 1)
-    settings = EdgeSettings(kernel, kernel_size, sigma, beta, downsample, normalize, ignore_index)
+    settings = edge_settings(kernel, kernel_size, sigma, beta, downsample, normalize, ignore_index)
     backend = select("gaussian_edge", labels)
     if backend == "reference" or library.under_functorch():
         return reference.gaussian_edge(classes_of(labels, num_classes, ignore_index), num_classes, settings)
-    return edge_map(labels, num_classes, *settings.arguments(), ignore_index, backend)
+    return edge_map(labels, num_classes, *settings.arguments(), ignore_index, backend=backend)
 
 
 @dataclass(frozen=True)
@@ -120,92 +119,25 @@ class EdgeSettings:
         return self.kernel, self.kernel_size, self.sigma, self.beta, self.downsample, self.normalize
 
 
-# csrc/bal/bal.h says what they compute.
-count_edges = library.kernel("bal_count_edges(Tensor labels, Tensor(a!) out, SymInt num_classes, int ignore_index) -> ()")
-blur = library.kernel("bal_blur(Tensor edges, Tensor factors, Tensor(a!) rows, Tensor(b!) out) -> ()")
+def remembered(settings):
+    """The class, or a function, of settings, which checks those of earlier calls no more."""
+    remembering = functools.lru_cache(typed=True)(settings)  # as True is 1
+
+    def make(*arguments):
+        if not torch.compiler.is_compiling():
+            try:
+                return remembering(*arguments)
+            except TypeError:  # the class's own, or of what has no hash: the class says which
+                pass
+        return settings(*arguments)
+
+    return make
 
 
-@library.op(f"bal_edge(Tensor labels, SymInt num_classes, {EdgeSettings.SCHEMA}, int ignore_index, str backend) -> Tensor")
+edge_settings = remembered(EdgeSettings)
+
+
+@library.op(f"bal_edge(Tensor labels, SymInt num_classes, {EdgeSettings.SCHEMA}, int ignore_index) -> Tensor")
 class edge_map:
     def empty(labels):
         return torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
-
-    def compute(labels, num_classes, backend, **settings):
-        edge = small_edge(labels, num_classes, EdgeSettings(**settings), backend)
-        return edge if settings["downsample"] == 1 else _upsample(edge, labels)
-
-
-def small_edge(labels, num_classes, settings, backend):
-    """E_G before its last upsampling, (N, ceil(H / downsample), ceil(W / downsample)). Upsampling
-    keeps beta, and the mean is of what is upsampled."""
-    n, h, w = labels.shape
-    shape = n, -(-h // settings.downsample), -(-w // settings.downsample)
-    edge = torch.empty(shape, dtype=torch.float32, device=labels.device)
-    if edge.numel() == 0:
-        return edge
-    count_edges(labels.contiguous(), edge, num_classes, settings.ignore_index, backend=backend)
-    check_result(edge, labels, num_classes, settings.ignore_index, backend)
-    if settings.kernel_size > 1:
-        counts, edge, rows = edge, torch.empty_like(edge), edge.new_empty((2, *edge.shape))
-        factors = blur_factors(settings.kernel, settings.kernel_size, settings.sigma, edge.device)
-        blur(counts, factors, rows, edge, backend=backend)
-    if settings.normalize == "max":
-        peak = edge.amax((1, 2), keepdim=True)
-        edge /= peak.where(peak > 0, 1)
-    edge += settings.beta
-    if settings.normalize == "mean":
-        mean = _upsample(edge, labels).mean((1, 2), keepdim=True)
-        edge = (edge / mean).where(mean != 0, 1)
-    return edge
-
-
-def _upsample(edge, labels):
-    return F.interpolate(edge[:, None], labels.shape[1:], mode="bilinear", align_corners=False)[:, 0]
-
-
-_BLUR_FACTORS = {}
-
-
-def blur_factors(kernel, kernel_size, sigma, device):
-    """(u1, v1, u2, v2), each of kernel_size, with blur_kernel = u1 v1^T + u2 v2^T: both kernels
-    have rank two.
-
-    Made once for each device: also in a CUDA graph's capture, where they are kept from later calls.
-    """
-    settings = kernel, kernel_size, sigma, device
-    if settings in _BLUR_FACTORS:
-        return _BLUR_FACTORS[settings]
-    if device.type != "cuda":
-        return _BLUR_FACTORS.setdefault(settings, _make_blur_factors(*settings))
-    if torch.cuda.is_current_stream_capturing():
-        return _make_blur_factors(*settings)  # memory of the graph's, which nobody writes before it runs
-    # Warming up for a graph, torch.compile has this thread's allocations come from the graph's
-    # memory: another thread's do not.
-    with ThreadPoolExecutor(1) as thread:
-        return _BLUR_FACTORS.setdefault(settings, thread.submit(_make_blur_factors_now, *settings).result())
-
-
-def _make_blur_factors_now(*settings):
-    factors = _make_blur_factors(*settings)
-    torch.cuda.current_stream(factors.device).synchronize()  # once: calls may come on any stream
-    return factors
-
-
-def _make_blur_factors(kernel, kernel_size, sigma, device):
-    """Computed where they are used: nothing is copied, which a capture would not allow.
-
-    None is negative, so that the two separable passes lose nothing to cancellation. With g the
-    gaussian on an axis, q its least value and p = g - q, the product g g' less its own least value
-    q^2 is p g' + q p'.
-    """
-    distance = torch.arange(kernel_size, dtype=torch.float64, device=device) - kernel_size // 2
-    ones = torch.ones_like(distance)
-    if kernel == "gaussian":
-        exponent = -(distance**2) / (kernel_size * sigma)
-        g, p = exponent.exp(), exponent.expm1() - exponent[0].expm1()
-        spread = -(2 * exponent[0]).expm1()  # 1 - q^2
-        factors = p / spread, g, g[0] / spread * ones, p
-    else:
-        slope = 0.5 - distance.abs() / (kernel_size - 1)
-        factors = slope, ones, ones, slope
-    return torch.stack(factors).float()

@@ -6,7 +6,8 @@ import torch
 
 from ..common import library
 
-# Whether labels are looked at on CUDA too, where that stalls the stream.
+# Whether labels are looked at on CUDA too, where that stalls the stream. csrc/bal/bal.cpp asks for
+# itself.
 CHECK_LABELS = os.environ.get("SEGOPS_CHECK_LABELS") == "1"
 
 
@@ -17,7 +18,8 @@ def check_labels(labels):
         raise TypeError(f"labels must be int64, int32 or uint8; got {labels.dtype}")
     if labels.dim() != 3:
         raise ValueError(f"labels must have shape (N, H, W); got {tuple(labels.shape)}")
-    if 0 in labels.shape[1:]:
+    _, height, width = labels.shape
+    if height == 0 or width == 0:
         raise ValueError(f"labels must have a height and a width of at least 1; got shape {tuple(labels.shape)}")
 
 
@@ -28,19 +30,14 @@ def index_classes(labels, num_classes, ignore_index):
     return labels.where(inside, -2).where(labels != ignore_index, -1)
 
 
-def _raise_on_bad_label(labels, num_classes, ignore_index):
-    bad = index_classes(labels, num_classes, ignore_index) == -2
-    if bad.any():
-        value = labels[bad][0].item()
+def raise_on_wrong_label(labels, num_classes, ignore_index):
+    """An IndexError, except on CUDA unless CHECK_LABELS."""
+    if labels.device.type == "cuda" and not CHECK_LABELS:
+        return
+    wrong = index_classes(labels, num_classes, ignore_index) == -2
+    if wrong.any():
+        value = labels[wrong][0].item()
         raise IndexError(f"labels must be in [0, {num_classes}) or ignore_index ({ignore_index}); got {value}")
-
-
-def check_result(result, labels, num_classes, ignore_index, backend):
-    """On the CPU a label out of range raises. The C++ kernels leave a NaN there, which costs
-    nothing to look for."""
-    on_cpu = library.device_type(labels, backend) == "cpu" and (backend == "triton" or result.isnan().any())
-    if on_cpu or CHECK_LABELS:
-        _raise_on_bad_label(labels, num_classes, ignore_index)
 
 
 def classes_of(labels, num_classes, ignore_index):
@@ -48,12 +45,12 @@ def classes_of(labels, num_classes, ignore_index):
     return (index_classes if library.under_functorch() else checked_classes)(labels, num_classes, ignore_index)
 
 
-@library.op("bal_classes(Tensor labels, SymInt num_classes, int ignore_index) -> Tensor")
-class checked_classes:
-    def empty(labels):
-        return torch.empty_like(labels, dtype=torch.int64)
+@torch.library.custom_op("segops_reference::bal_classes", mutates_args=())
+def checked_classes(labels: torch.Tensor, num_classes: int, ignore_index: int) -> torch.Tensor:
+    raise_on_wrong_label(labels, num_classes, ignore_index)
+    return index_classes(labels, num_classes, ignore_index)
 
-    def compute(labels, num_classes, ignore_index):
-        if labels.device.type != "cuda" or CHECK_LABELS:
-            _raise_on_bad_label(labels, num_classes, ignore_index)
-        return index_classes(labels, num_classes, ignore_index)
+
+@checked_classes.register_fake
+def _(labels, num_classes, ignore_index):
+    return torch.empty_like(labels, dtype=torch.int64)

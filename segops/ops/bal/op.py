@@ -15,8 +15,8 @@ from ..common.autocast import cast
 from ..common.checks import check_floating, check_int, check_logits, check_number
 from ..common.layout import memory_format
 from . import reference
-from .edge import EdgeSettings, small_edge
-from .labels import check_labels, check_result, classes_of
+from .edge import EdgeSettings, edge_settings, remembered
+from .labels import check_labels, classes_of
 
 
 def upsample_cross_entropy(
@@ -60,16 +60,20 @@ def upsample_cross_entropy(
         RuntimeError: a forced backend that cannot run here (see `segops.backend`); double backward.
     """
     check_class_weight(class_weight)
-    settings = LossSettings(label_smoothing, ignore_index, reduction)
-    logits, pixel_weight, class_weight = cast(logits, pixel_weight, class_weight, to=lambda *_: torch.float32)
+    settings = loss_settings(label_smoothing, ignore_index, reduction)
+    logits, pixel_weight, class_weight = cast(logits, pixel_weight, class_weight, to=_float32)
     _check_tensors(logits, labels, pixel_weight, class_weight)
-    pixel_weight, class_weight = (None if weight is None else weight.detach() for weight in (pixel_weight, class_weight))
+    if pixel_weight is not None:
+        pixel_weight = pixel_weight.detach()
+    if class_weight is not None:
+        class_weight = class_weight.detach()
     backend = select("upsample_cross_entropy", logits)
     if backend == "reference" or library.under_functorch():
-        _check_weight_size(pixel_weight, labels)
+        check_weight_size(pixel_weight, labels)
         classes = classes_of(labels, logits.shape[1], ignore_index)
         return reference.upsample_cross_entropy(logits, classes, pixel_weight, class_weight, settings)
-    return settings.reduce(*cross_entropy(logits, labels, pixel_weight, class_weight, *settings.arguments(), backend))
+    loss, _ = cross_entropy(logits, labels, pixel_weight, class_weight, *settings.arguments(), backend=backend)
+    return loss
 
 
 def boundary_aware_loss(
@@ -100,19 +104,23 @@ def boundary_aware_loss(
     keeps the scale of plain cross entropy, so that its learning rate carries over.
     """
     check_class_weight(class_weight)
-    settings = LossSettings(label_smoothing, ignore_index, reduction)
-    edge_settings = EdgeSettings(kernel, kernel_size, sigma, beta, downsample, normalize, ignore_index)
-    logits, class_weight = cast(logits, class_weight, to=lambda *_: torch.float32)
+    settings = loss_settings(label_smoothing, ignore_index, reduction)
+    of_edge = edge_settings(kernel, kernel_size, sigma, beta, downsample, normalize, ignore_index)
+    logits, class_weight = cast(logits, class_weight, to=_float32)
     _check_tensors(logits, labels, None, class_weight)
-    class_weight = None if class_weight is None else class_weight.detach()
+    if class_weight is not None:
+        class_weight = class_weight.detach()
     backend = select("boundary_aware_loss", logits)
     if backend == "reference" or library.under_functorch():
         classes = classes_of(labels, logits.shape[1], ignore_index)
-        edge = reference.gaussian_edge(classes, logits.shape[1], edge_settings)
+        edge = reference.gaussian_edge(classes, logits.shape[1], of_edge)
         return reference.upsample_cross_entropy(logits, classes, edge, class_weight, settings)
-    return settings.reduce(
-        *boundary_loss(logits, labels, class_weight, *edge_settings.arguments(), *settings.arguments(), backend)
-    )
+    loss, _ = boundary_loss(logits, labels, class_weight, *of_edge.arguments(), *settings.arguments(), backend=backend)
+    return loss
+
+
+def _float32(*_):
+    return torch.float32
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,7 @@ class LossSettings:
     ignore_index: int
     reduction: str
 
-    SCHEMA = "float label_smoothing, int ignore_index, bool per_pixel"
+    SCHEMA = "float label_smoothing, int ignore_index, str reduction"
 
     def __post_init__(self):
         check_number("label_smoothing", self.label_smoothing)
@@ -135,11 +143,10 @@ class LossSettings:
 
     def arguments(self):
         """Those of SCHEMA."""
-        return self.label_smoothing, self.ignore_index, self.reduction == "none"
+        return self.label_smoothing, self.ignore_index, self.reduction
 
-    def reduce(self, loss, count, _coefficients):
-        """What is asked for, of what the ops return: their sum, or the map of losses."""
-        return loss / count.clamp(min=1) if self.reduction == "mean" else loss
+
+loss_settings = remembered(LossSettings)
 
 
 def check_class_weight(class_weight):
@@ -150,7 +157,7 @@ def check_class_weight(class_weight):
             raise ValueError(f"class_weight must have shape (C,), one per class; got {tuple(class_weight.shape)}")
 
 
-def _check_weight_size(pixel_weight, labels):
+def check_weight_size(pixel_weight, labels):
     """Apart from the other checks, inside the op: export would make guards of its comparisons."""
     if pixel_weight is not None and not all(0 < a <= b for a, b in zip(pixel_weight.shape[1:], labels.shape[1:], strict=True)):
         raise ValueError(
@@ -165,124 +172,74 @@ def _check_tensors(logits, labels, pixel_weight, class_weight):
     check_labels(labels)
     if labels.shape[0] != logits.shape[0]:
         raise ValueError(f"labels must have logits' batch of {logits.shape[0]}; got shape {tuple(labels.shape)}")
-    others = [("labels", labels)]
+    _check_device("labels", labels, logits)
     if pixel_weight is not None:
         check_floating("pixel_weight", pixel_weight)
         if pixel_weight.dim() != 3 or pixel_weight.shape[0] != logits.shape[0]:
             raise ValueError(
                 f"pixel_weight must have shape ({logits.shape[0]}, H, W), at most the labels' size; got {tuple(pixel_weight.shape)}"
             )
-        others.append(("pixel_weight", pixel_weight))
+        _check_device("pixel_weight", pixel_weight, logits)
     if class_weight is not None:
         if class_weight.shape[0] != logits.shape[1]:
             raise ValueError(
                 f"class_weight must have shape ({logits.shape[1]},), one per class; got {tuple(class_weight.shape)}"
             )
-        others.append(("class_weight", class_weight))
-    for name, tensor in others:
-        if tensor.device != logits.device:
-            raise ValueError(f"{name} must be on logits' device {logits.device}; got {tensor.device}")
+        _check_device("class_weight", class_weight, logits)
 
 
-# csrc/bal/bal.h says what they compute.
-softmax_loss = library.kernel(
-    "bal_softmax_loss(Tensor logits, Tensor labels, Tensor? pixel_weight, Tensor? class_weight, Tensor(a!) coefficients, "
-    "Tensor(b!)? loss, Tensor(c!) totals, float label_smoothing, int ignore_index) -> ()"
-)
-softmax_grad = library.kernel(
-    "bal_softmax_grad(Tensor grad, Tensor logits, Tensor labels, Tensor? class_weight, Tensor coefficients, Tensor(a!) out, "
-    "int ignore_index) -> ()"
-)
+def _check_device(name, tensor, logits):
+    if tensor.device != logits.device:
+        raise ValueError(f"{name} must be on logits' device {logits.device}; got {tensor.device}")
 
 
-def _empty_loss(logits, labels, label_smoothing, per_pixel):
-    """The sum of the losses, or (N, H, W) of them; the number of pixels that are not ignored; what
-    the gradient needs of each."""
-    maps = 4 if label_smoothing > 0 else 3
-    coefficients = torch.empty((maps, *labels.shape), dtype=_wide(logits.dtype), device=logits.device)
-    return coefficients.new_empty(labels.shape if per_pixel else ()), coefficients.new_empty(()), coefficients
+# The loss that the reduction asks for, and what the gradient needs: csrc/bal/bal.h.
 
 
-def _fill_loss(out, logits, labels, pixel_weight, class_weight, label_smoothing, ignore_index, per_pixel, backend):
-    loss, count, coefficients = out
-    _check_weight_size(pixel_weight, labels)
-    totals = torch.zeros(2, dtype=torch.float64, device=logits.device)  # of the losses, and of the pixels not ignored
-    if labels.numel():
-        softmax_loss(
-            _logits(logits, backend), labels.contiguous(), _weights(pixel_weight, logits), _weights(class_weight, logits),
-            coefficients, loss if per_pixel else None, totals, label_smoothing, ignore_index, backend=backend,
-        )  # fmt: skip
-        check_result(totals, labels, logits.shape[1], ignore_index, backend)
-    if not per_pixel:
-        loss.copy_(totals[0])
-    count.copy_(totals[1])
+def _empty_loss(logits, labels, label_smoothing, reduction):
+    maps, dtype = 4 if label_smoothing > 0 else 3, torch.promote_types(logits.dtype, torch.float32)
+    loss = torch.empty(labels.shape if reduction == "none" else (), dtype=dtype, device=logits.device)
+    return loss, torch.empty(maps * labels.numel() + 1, dtype=dtype, device=logits.device)
 
 
-def _setup_context(ctx, out, logits, labels, class_weight, ignore_index, backend):
-    _, count, coefficients = out
-    ctx.settings = {"ignore_index": ignore_index, "backend": backend}
+def _setup_context(ctx, out, logits, labels, class_weight, ignore_index):
+    _, coefficients = out
+    ctx.ignore_index = ignore_index
     ctx.save_for_backward(logits, labels, class_weight, coefficients)
-    ctx.mark_non_differentiable(count, coefficients)
+    ctx.mark_non_differentiable(coefficients)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, *_):
-    return (None if grad is None else cross_entropy_grad(grad, *ctx.saved_tensors, **ctx.settings),)
+def _backward(ctx, needed, grad, _):
+    if grad is None:
+        return (None,)
+    return (cross_entropy_grad(grad, *ctx.saved_tensors, ctx.ignore_index, backend=ctx.backend),)
 
 
 @library.op(
     "bal_cross_entropy(Tensor logits, Tensor labels, Tensor? pixel_weight, Tensor? class_weight, "
-    f"{LossSettings.SCHEMA}, str backend) -> (Tensor, Tensor, Tensor)"
+    f"{LossSettings.SCHEMA}) -> (Tensor, Tensor)"
 )
 class cross_entropy:
-    empty, fill, setup_context, backward = _empty_loss, _fill_loss, _setup_context, _backward
+    empty, setup_context, backward = _empty_loss, _setup_context, _backward
 
 
 # The same with the edge map for weights. One op, for its downsampled size must stay out of what
 # export traces.
 @library.op(
     "bal_boundary_loss(Tensor logits, Tensor labels, Tensor? class_weight, "
-    f"{EdgeSettings.SCHEMA}, {LossSettings.SCHEMA}, str backend) -> (Tensor, Tensor, Tensor)"
+    f"{EdgeSettings.SCHEMA}, {LossSettings.SCHEMA}) -> (Tensor, Tensor)"
 )
 class boundary_loss:
     empty, setup_context, backward = _empty_loss, _setup_context, _backward
 
-    def compute(logits, labels, class_weight, label_smoothing, ignore_index, per_pixel, backend, **edge_settings):
-        edge = small_edge(labels, logits.shape[1], EdgeSettings(**edge_settings, ignore_index=ignore_index), backend)
-        out = _empty_loss(logits, labels, label_smoothing, per_pixel)
-        _fill_loss(out, logits, labels, edge, class_weight, label_smoothing, ignore_index, per_pixel, backend)
-        return out
-
 
 @library.op(
     "bal_cross_entropy_grad(Tensor grad, Tensor logits, Tensor labels, Tensor? class_weight, Tensor coefficients, "
-    "int ignore_index, str backend) -> Tensor"
+    "int ignore_index) -> Tensor"
 )
 class cross_entropy_grad:
     def empty(logits):
         return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device, memory_format=memory_format(logits))
 
-    def fill(out, grad, logits, labels, class_weight, coefficients, ignore_index, backend):
-        wide = _logits(logits, backend)
-        written = out if out.dtype == wide.dtype else torch.empty_like(out, dtype=wide.dtype)
-        softmax_grad(
-            grad.to(coefficients.dtype).contiguous(), wide, labels.contiguous(), _weights(class_weight, logits), coefficients,
-            written, ignore_index, backend=backend,
-        )  # fmt: skip
-        if written is not out:
-            out.copy_(written)
-
     backward = library.no_double_backward("upsample_cross_entropy")
-
-
-def _wide(dtype):
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _logits(logits, backend):
-    """As kernels take them: on a CPU in the dtype that is computed in."""
-    return logits.to(_wide(logits.dtype)) if library.device_type(logits, backend) == "cpu" else logits
-
-
-def _weights(weights, logits):
-    return None if weights is None else weights.to(_wide(logits.dtype)).contiguous()

@@ -1,13 +1,19 @@
-"""The kernels of the boundary-aware loss in Triton; csrc/bal/bal.h gives their arguments and
-mathematics. The gradient gathers per logit: every softmax in its footprint is computed again from
-its coefficients, and nothing is added to memory.
+"""The boundary-aware loss in Triton; csrc/bal/bal.h gives the kernels' arguments and mathematics.
+
+The gradient gathers per logit: every softmax in its footprint is computed again from its
+coefficients, and nothing is added to memory.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from ..common.triton_resize import first_output, share_of, source
+from .labels import raise_on_wrong_label
+from .op import check_weight_size, cross_entropy, cross_entropy_grad
 
 PIXELS_PER_PROGRAM = 128
 COLUMNS_PER_PROGRAM = 16
@@ -253,7 +259,7 @@ def _softmax_grad(
     tl.store(to, total.to(out.dtype.element_ty), mask=own_class[:, None] & own_column[None, :])
 
 
-def bal_count_edges(labels, out, num_classes, ignore_index):
+def _run_count_edges(labels, out, num_classes, ignore_index):
     (_, height, width), (_, h, w) = labels.shape, out.shape
     resized = (h, w) != (height, width)
     taps = [2 * full // small + 3 if resized else 1 for full, small in ((height, h), (width, w))]
@@ -263,17 +269,18 @@ def bal_count_edges(labels, out, num_classes, ignore_index):
         )  # fmt: skip
 
 
-def bal_blur(edges, factors, rows, out):
+def _run_blur(edges, factors):
+    """In place."""
     _, h, w = edges.shape
     grid, size = (triton.cdiv(edges.numel(), PIXELS_PER_PROGRAM),), factors.shape[1]
-    with torch.cuda.device_of(out):
+    rows = edges.new_empty((2, *edges.shape))
+    with torch.cuda.device_of(edges):
         _blur_x[grid](edges, factors, rows, edges.numel(), w, size, PIXELS_PER_PROGRAM)
-        _blur_y[grid](rows, factors, out, edges.numel(), h, w, size, PIXELS_PER_PROGRAM)
+        _blur_y[grid](rows, factors, edges, edges.numel(), h, w, size, PIXELS_PER_PROGRAM)
 
 
-def bal_softmax_loss(
-    logits, labels, pixel_weight, class_weight, coefficients, loss, totals, label_smoothing, ignore_index
-):  # fmt: skip
+def _run_softmax_loss(logits, labels, pixel_weight, class_weight, coefficients, loss, label_smoothing, ignore_index):
+    """Returns the sum of the losses and the number of pixels that are not ignored."""
     resized = logits.shape[2:] != labels.shape[1:]
     weight_h, weight_w = (0, 0) if pixel_weight is None else pixel_weight.shape[1:]
     weight_resized = pixel_weight is not None and pixel_weight.shape != labels.shape
@@ -285,10 +292,10 @@ def bal_softmax_loss(
             *logits.shape[2:], weight_h, weight_w, *logits.stride(), 1 - label_smoothing, label_smoothing / logits.shape[1],
             ignore_index, logits.shape[1], resized, weight_resized, label_smoothing > 0, PIXELS_PER_PROGRAM,
         )  # fmt: skip
-    totals.copy_(partial.sum(0, dtype=totals.dtype))
+    return partial.sum(0, dtype=torch.float64).to(partial.dtype)
 
 
-def bal_softmax_grad(grad, logits, labels, class_weight, coefficients, out, ignore_index):
+def _run_softmax_grad(grad, logits, labels, class_weight, coefficients, out, ignore_index):
     n, classes, h, w = logits.shape
     resized = (h, w) != labels.shape[1:]
     # Two intervals between logits, and at the border half of one more, which the second logit looks
@@ -297,9 +304,123 @@ def bal_softmax_grad(grad, logits, labels, class_weight, coefficients, out, igno
         triton.cdiv(5 * full, 2 * small) + 2 if resized else 1 for full, small in zip(labels.shape[1:], (h, w), strict=True)
     ]
     grid = (triton.cdiv(n * h * w, COLUMNS_PER_PROGRAM), triton.cdiv(classes, CLASSES_PER_PROGRAM))
+    smoothed = coefficients.numel() > 4 * labels.numel()
     with torch.cuda.device_of(logits):
         _softmax_grad[grid](
             grad, logits, labels, class_weight, coefficients, out, labels.numel(), n * h * w, *labels.shape[1:], h, w, classes,
-            int(grad.numel() > 1), *logits.stride(), *out.stride(), ignore_index,
-            *taps, resized, coefficients.shape[0] == 4, COLUMNS_PER_PROGRAM, CLASSES_PER_PROGRAM,
+            int(grad.dim() > 0), *logits.stride(), *out.stride(), ignore_index,
+            *taps, resized, smoothed, COLUMNS_PER_PROGRAM, CLASSES_PER_PROGRAM,
         )  # fmt: skip
+
+
+_BLUR_FACTORS = {}
+
+
+def blur_factors(kernel, kernel_size, sigma, device):
+    """(u1, v1, u2, v2) of bal.h's BlurKernel, each of kernel_size.
+
+    Made once for each device: also in a CUDA graph's capture, where they are kept from later calls.
+    """
+    settings = kernel, kernel_size, sigma, device
+    if settings in _BLUR_FACTORS:
+        return _BLUR_FACTORS[settings]
+    if device.type != "cuda":
+        return _BLUR_FACTORS.setdefault(settings, _make_blur_factors(*settings))
+    if torch.cuda.is_current_stream_capturing():
+        return _make_blur_factors(*settings)  # memory of the graph's, which nobody writes before it runs
+    # Warming up for a graph, torch.compile has this thread's allocations come from the graph's
+    # memory: another thread's do not.
+    with ThreadPoolExecutor(1) as thread:
+        return _BLUR_FACTORS.setdefault(settings, thread.submit(_make_blur_factors_now, *settings).result())
+
+
+def _make_blur_factors_now(*settings):
+    factors = _make_blur_factors(*settings)
+    torch.cuda.current_stream(factors.device).synchronize()  # once: calls may come on any stream
+    return factors
+
+
+def _make_blur_factors(kernel, kernel_size, sigma, device):
+    """Computed where they are used: nothing is copied, which a capture would not allow."""
+    distance = torch.arange(kernel_size, dtype=torch.float64, device=device) - kernel_size // 2
+    ones = torch.ones_like(distance)
+    if kernel == "gaussian":
+        exponent = -(distance**2) / (kernel_size * sigma)
+        g, p = exponent.exp(), exponent.expm1() - exponent[0].expm1()
+        spread = -(2 * exponent[0]).expm1()  # 1 - q^2
+        factors = p / spread, g, g[0] / spread * ones, p
+    else:
+        slope = 0.5 - distance.abs() / (kernel_size - 1)
+        factors = slope, ones, ones, slope
+    return torch.stack(factors).float()
+
+
+def _upsample(edge, labels):
+    return F.interpolate(edge[:, None], labels.shape[1:], mode="bilinear", align_corners=False)[:, 0]
+
+
+def _small_edge(labels, num_classes, kernel, kernel_size, sigma, beta, downsample, normalize, ignore_index):
+    """E_G before its last upsampling: `small_edge` of bal.cpp."""
+    n, h, w = labels.shape
+    edge = torch.empty((n, -(-h // downsample), -(-w // downsample)), dtype=torch.float32, device=labels.device)
+    if edge.numel() == 0:
+        return edge
+    raise_on_wrong_label(labels, num_classes, ignore_index)
+    _run_count_edges(labels.contiguous(), edge, num_classes, ignore_index)
+    if kernel_size > 1:
+        _run_blur(edge, blur_factors(kernel, kernel_size, sigma, edge.device))
+    if normalize == "max":
+        peak = edge.amax((1, 2), keepdim=True)
+        edge /= peak.where(peak > 0, 1)
+    edge += beta
+    if normalize == "mean":
+        mean = _upsample(edge, labels).mean((1, 2), keepdim=True)
+        edge = (edge / mean).where(mean != 0, 1)
+    return edge
+
+
+def bal_edge(labels, *settings):
+    edge = _small_edge(labels, *settings)
+    return edge if edge.shape == labels.shape else _upsample(edge, labels)
+
+
+def _logits(logits):
+    """As kernels take them: interpreted, in the dtype that is computed in."""
+    return logits if logits.is_cuda else logits.float()
+
+
+def _weights(weights):
+    return None if weights is None else weights.float().contiguous()
+
+
+def bal_cross_entropy(logits, labels, pixel_weight, class_weight, label_smoothing, ignore_index, reduction):
+    loss, coefficients = cross_entropy.empty(logits, labels, label_smoothing, reduction)
+    check_weight_size(pixel_weight, labels)
+    if not labels.numel():
+        return loss.zero_(), coefficients.fill_(1)
+    raise_on_wrong_label(labels, logits.shape[1], ignore_index)
+    total, count = _run_softmax_loss(
+        _logits(logits), labels.contiguous(), _weights(pixel_weight), _weights(class_weight), coefficients,
+        loss if reduction == "none" else None, label_smoothing, ignore_index,
+    )  # fmt: skip
+    divisor = coefficients[-1].copy_(count.clamp(min=1)) if reduction == "mean" else coefficients[-1].fill_(1)
+    return loss if reduction == "none" else total / divisor, coefficients
+
+
+def bal_boundary_loss(logits, labels, class_weight, *settings):
+    *of_edge, label_smoothing, ignore_index, reduction = settings
+    edge = _small_edge(labels, logits.shape[1], *of_edge, ignore_index)
+    return bal_cross_entropy(logits, labels, edge, class_weight, label_smoothing, ignore_index, reduction)
+
+
+def bal_cross_entropy_grad(grad, logits, labels, class_weight, coefficients, ignore_index):
+    out, wide = cross_entropy_grad.empty(logits), _logits(logits)
+    if not out.numel():
+        return out
+    written = out if out.dtype == wide.dtype else torch.empty_like(out, dtype=wide.dtype)
+    grad = grad.float()
+    _run_softmax_grad(
+        grad.contiguous() if grad.dim() else grad / coefficients[-1], wide, labels.contiguous(), _weights(class_weight),
+        coefficients, written, ignore_index,
+    )  # fmt: skip
+    return out.copy_(written) if written is not out else out

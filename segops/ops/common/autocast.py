@@ -5,6 +5,8 @@ import torch
 
 def autocast_dtype(tensor):
     """The dtype that autocast asks for on the tensor's device, or None where it is off."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     device = tensor.device.type
     enabled = device != "meta" and torch.is_autocast_enabled(device)  # it raises for meta, which has no autocast
     return torch.get_autocast_dtype(device) if enabled else None
@@ -16,6 +18,8 @@ def cast(*arguments, to):
 
     Any argument may be of the wrong type: that is for the checks that follow to say.
     """
+    if not torch._C._is_any_autocast_enabled():
+        return arguments
     dtype = autocast_dtype(arguments[0]) if _is_floating(arguments[0]) else None
     if dtype is None:
         return arguments

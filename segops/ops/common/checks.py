@@ -4,6 +4,7 @@ import sys
 
 import torch
 
+INTEGERS = (int, torch.SymInt)
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -15,6 +16,10 @@ def check_floating(name, tensor):
 
 
 def check_map(name, tensor):
+    if isinstance(tensor, torch.Tensor) and tensor.dtype in FLOATING and tensor.layout is torch.strided:
+        shape = tensor.shape
+        if len(shape) == 4 and shape[1] and shape[2] and shape[3]:
+            return
     check_floating(name, tensor)
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor; got layout {tensor.layout}")
@@ -28,7 +33,8 @@ def check_logits(logits):
     check_floating("logits", logits)
     if logits.dim() != 4:
         raise ValueError(f"logits must have shape (N, C, h, w); got {tuple(logits.shape)}")
-    if 0 in logits.shape[1:]:
+    _, classes, height, width = logits.shape
+    if classes == 0 or height == 0 or width == 0:
         raise ValueError(f"logits must have classes, a height and a width of at least 1; got shape {tuple(logits.shape)}")
 
 
@@ -38,7 +44,7 @@ def check_merge(merge):
 
 
 def is_int(value):
-    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+    return isinstance(value, INTEGERS) and not isinstance(value, bool)
 
 
 def positive_pair(name, value):

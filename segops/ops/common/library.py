@@ -1,178 +1,241 @@
-"""An op, and a kernel, each in one declaration:
+"""An op in one declaration:
 
-    @library.op("scale(Tensor input, float factor, str backend) -> Tensor")
+    @library.op("scale(Tensor input, float factor) -> Tensor")
     class scale:
         def empty(input):
             return torch.empty_like(input)
 
-        def fill(out, input, factor, backend):
-            scale_kernel(input, factor, out, backend=backend)
+        def setup_context(ctx, out, factor):
+            ctx.factor = factor
 
-        def setup_context(ctx, out, factor, backend):
-            ctx.settings = {"factor": factor, "backend": backend}
+        def backward(ctx, needed, grad):
+            return (scale(grad, ctx.factor, backend=ctx.backend),)
 
-        def backward(ctx, grad):
-            return (scale(grad, **ctx.settings),)
+    scale(input, 2.0, backend="native")
 
+Each backend has it under a name of its own:
 
-    scale_kernel = library.kernel("scale_kernel(Tensor input, float factor, Tensor(a!) out) -> ()")
-
-The namespace is `torch.ops.segops`.
+    torch.ops.segops.scale           "native": C++ and CUDA, csrc/OP/OP.cpp; needs no Python
+    torch.ops.segops_triton.scale    "triton": the function `scale` in the op's triton_kernels.py
 """
 
 import importlib
 import inspect
+import operator
 
 import torch
 from torch.autograd import forward_ad
 
+from ...backend import load_library
 from .autocast import autocast_dtype
 
-LIBRARY = torch.library.Library("segops", "FRAGMENT")
-
-# What has a backend's kernels, by the names of their schemas; Triton's are modules of the ops.
-KERNELS = {"native": torch.ops.segops}
-# The type of device that a backend's kernels are written for, where it is not that of the tensors.
-DEVICE_TYPES = {}
+_DECLARED = []
+_BACKENDS = {}  # as the arguments of _Op.implement
 
 
 def op(schema):
     """Declares an op by a class of plain functions, which take those of the schema's arguments that
     they name:
 
-        empty(...)                      the results, not filled yet; also what tracing sees
-        fill(out, ...)                  computes them, unless the first is empty
-        compute(...)                    in place of fill: makes the results itself, where something
-                                        else takes memory before
+        empty(...)                      the results, not filled yet: what tracing sees
         setup_context(ctx, out, ...)    as of `torch.autograd.Function`: what backward needs
-        backward(ctx, *grads)           the gradients of the first arguments, a tuple; the others
-                                        have none
+        backward(ctx, needed, *grads)   the gradients of the first arguments, or of the tensors of a
+                                        first argument that is a list: a tuple; the others have
+                                        none. `needed` says which of them are wanted, `ctx.backend`
+                                        where forward ran
 
-    Autocast is off in fill and compute, which run on the backend that the argument of that name
-    says. Without backward, what requires a gradient is to be detached first. The class becomes the
-    op itself.
+    Without backward, what requires a gradient is to be detached first. The class becomes a function
+    of the arguments and of `backend`, by keyword.
 
     Raises:
         TypeError: functions, or arguments of theirs, that are none of these; a schema that has
-            defaults, arguments by keyword alone, no tensor as its first argument, or results that
+            defaults, arguments by keyword alone, no tensors as its first argument, or results that
             are not tensors.
     """
-    parsed = torch._C.parse_schema(schema)
-    name, names, single = parsed.name, [argument.name for argument in parsed.arguments], len(parsed.returns) == 1
-    types = [str(parsed.arguments[0].type), *(str(result.type) for result in parsed.returns)]
-    if (
-        any(each.kwarg_only or each.has_default_value() for each in parsed.arguments)
-        or types[1:] == []
-        or {*types} != {"Tensor"}
-    ):
-        raise TypeError(
-            f"{name} must take a Tensor first, no defaults and nothing by keyword alone, and return Tensors; got {schema}"
-        )
 
     def declare(functions):
-        _check(name, {each for each in vars(functions) if not each.startswith("__")})
-        empty = _pick(functions.empty, names)
-        if hasattr(functions, "compute"):
-            compute = _pick(functions.compute, names)
-        else:
-            fill = _pick(functions.fill, names, 1)
-
-            def compute(arguments):
-                out = empty(arguments)
-                if (out if single else out[0]).numel():
-                    fill(arguments, out)
-                return out
-
-        def run(*arguments):
-            if autocast_dtype(arguments[0]) is None:
-                return compute(arguments)
-            with torch.autocast(arguments[0].device.type, enabled=False):
-                return compute(arguments)
-
-        setup_context = None
-        if hasattr(functions, "setup_context"):
-            remember = _pick(functions.setup_context, names, 2)
-
-            def setup_context(ctx, inputs, output):
-                remember(inputs, ctx, output)
-
-        def backward(ctx, *grads):
-            grads = functions.backward(ctx, *grads)
-            return *grads, *(None,) * (len(names) - len(grads))
-
-        LIBRARY.define(schema)
-        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"segops::{name}", lambda *arguments: empty(arguments), lib=LIBRARY)
-        if hasattr(functions, "backward"):
-            torch.library.register_autograd(f"segops::{name}", backward, setup_context=setup_context, lib=LIBRARY)
-        return getattr(torch.ops.segops, name)
+        declared = _Op(schema, functions)
+        for arguments in _BACKENDS.values():
+            declared.implement(*arguments)
+        _DECLARED.append(declared)
+        return declared
 
     return declare
 
 
+def implement(backend, namespace, find=None):
+    """Has all ops run on a backend, as ops of a namespace; find(name, module) returns the Python
+    function that computes one. Without it they are a library's, which may have defined them."""
+    _BACKENDS[backend] = backend, torch.library.Library(namespace, "FRAGMENT"), find
+    for declared in _DECLARED:
+        declared.implement(*_BACKENDS[backend])
+
+
+def schemas():
+    """Of all ops that were declared."""
+    return [declared.schema for declared in _DECLARED]
+
+
+def start():
+    """Loads the libraries, and has the ops that were declared run on the backends of segops."""
+    load_library("cpu", schemas())
+    implement("native", "segops")
+    load_library("cuda", schemas())  # which implements what is defined
+    implement("triton", "segops_triton", _find_triton)
+
+
+def _find_triton(name, module):
+    def run(*arguments):
+        # Importing Triton takes a second: only those who use it pay.
+        return getattr(importlib.import_module(f"{module.rpartition('.')[0]}.triton_kernels"), name)(*arguments)
+
+    return run
+
+
+class _Op:
+    def __init__(self, schema, functions):
+        parsed = torch._C.parse_schema(schema)
+        self.schema, self.name, self.module = schema, parsed.name, functions.__module__
+        types = [str(parsed.arguments[0].type), *(str(result.type) for result in parsed.returns)]
+        if (
+            any(each.kwarg_only or each.has_default_value() for each in parsed.arguments)
+            or types[0] not in ("Tensor", "List[Tensor]")
+            or {*types[1:]} != {"Tensor"}
+        ):
+            raise TypeError(
+                f"{self.name} must take Tensors first, no defaults and nothing by keyword alone, and return Tensors; got {schema}"
+            )
+        _check(self.name, {each for each in vars(functions) if not each.startswith("__")})
+        self._names = [argument.name for argument in parsed.arguments]
+        self._listed = types[0] == "List[Tensor]"
+        self.empty = functions.empty
+        self._allocated = _pick(functions.empty, self._names)
+        self._backward = getattr(functions, "backward", None)
+        self._remember = getattr(functions, "setup_context", lambda ctx, out: None)
+        self._remembered = _pick(self._remember, self._names, 2)
+        self._runs = {}  # by backend
+
+    def __call__(self, *arguments, backend):
+        return self._runs[backend](*arguments)
+
+    def implement(self, backend, library, find):
+        ops = getattr(torch.ops, library.ns)
+        if not hasattr(ops, self.name):
+            library.define(self.schema)
+        if find is not None:
+            library.impl(self.name, _without_autocast(find(self.name, self.module)), "CompositeExplicitAutograd")
+        qualified = f"{library.ns}::{self.name}"
+        torch.library.register_fake(qualified, lambda *arguments: self.empty(*self._allocated(arguments)), lib=library)
+        traced = getattr(ops, self.name).default
+        if self._backward is None:
+            self._runs[backend] = traced
+        else:
+            forward, backward = self._derivative(backend)
+            torch.library.register_autograd(qualified, backward, setup_context=forward, lib=library)
+            self._runs[backend] = self._eager(backend, traced)
+
+    def _derivative(self, backend):
+        """For `register_autograd`, which tracing sees."""
+        others = [None] * (len(self._names) - 1)
+
+        def setup_context(ctx, inputs, output):
+            ctx.backend = backend
+            self._remember(ctx, output, *self._remembered(inputs))
+
+        def backward(ctx, *grads):
+            if self._listed:
+                return list(self._backward(ctx, ctx.needs_input_grad[0], *grads)), *others
+            grads = self._backward(ctx, ctx.needs_input_grad, *grads)
+            return *grads, *others[len(grads) - 1 :]
+
+        return setup_context, backward
+
+    def _eager(self, backend, traced):
+        """The same at the price of a bare `torch.autograd.Function`, where every call of Python
+        counts; tensors of a list are arguments of their own."""
+        below_autograd, any_requires_grad = torch._C._AutoDispatchBelowAutograd, torch._C._any_requires_grad
+        dispatch_modes, tracing = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
+        bare, others = traced._op, len(self._names) - 1
+        remember, remembered, differentiate, padding = self._remember, self._remembered, self._backward, (None,) * others
+
+        def forward(ctx, *arguments):
+            with below_autograd():
+                out = bare(*arguments)
+            ctx.backend = backend
+            remember(ctx, out, *remembered(arguments))
+            return out
+
+        def backward(ctx, *grads):
+            grads = differentiate(ctx, ctx.needs_input_grad, *grads)
+            return grads + padding[len(grads) - 1 :]
+
+        def forward_of_list(ctx, *arguments):
+            end = len(arguments) - others
+            return forward(ctx, list(arguments[:end]), *arguments[end:])
+
+        def backward_of_list(ctx, *grads):
+            needed = ctx.needs_input_grad
+            return differentiate(ctx, needed[: len(needed) - others], *grads) + padding
+
+        functions = (forward_of_list, backward_of_list) if self._listed else (forward, backward)
+        functions = dict(zip(("forward", "backward"), map(staticmethod, functions), strict=True))
+        # Not its own `apply`, which asks for functorch once more.
+        apply = super(torch.autograd.Function, type(self.name, (torch.autograd.Function,), functions)).apply
+        function = (lambda tensors, *others: apply(*tensors, *others)) if self._listed else apply
+
+        def run(*arguments):
+            if torch.is_grad_enabled():
+                # Who records or changes what ops do is to see the op as such.
+                if torch.compiler.is_compiling() or dispatch_modes() or under_functorch() or tracing() is not None:
+                    return traced(*arguments)
+                if any_requires_grad(*arguments):
+                    return function(*arguments)
+            elif torch.compiler.is_compiling() or tracing() is not None:
+                return traced(*arguments)
+            with below_autograd():
+                return bare(*arguments)
+
+        return run
+
+
 def _check(name, functions):
-    unknown = functions - {"empty", "fill", "compute", "setup_context", "backward"}
+    unknown = functions - {"empty", "setup_context", "backward"}
     if unknown:
         raise TypeError(f"{name} must have no functions but those of `op`; it has {', '.join(sorted(unknown))}")
-    if (
-        "empty" not in functions
-        or len(functions & {"fill", "compute"}) != 1
-        or functions & {"setup_context", "backward"} == {"setup_context"}
-    ):
-        raise TypeError(
-            f"{name} must have empty, and fill or compute, and backward with setup_context; it has {', '.join(sorted(functions))}"
-        )
+    if "empty" not in functions or functions == {"empty", "setup_context"}:
+        raise TypeError(f"{name} must have empty, and backward with setup_context; it has {', '.join(sorted(functions))}")
 
 
 def _pick(function, names, leading=0):
-    """call(arguments, *leading) of a function that takes some of the arguments, of these names;
-    what it does not name goes to its **others, if it has that."""
-    parameters = list(inspect.signature(function).parameters.values())[leading:]
-    wanted = [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
+    """A function that picks, of the arguments of these names, those that another takes."""
+    wanted = list(inspect.signature(function).parameters)[leading:]
     if not set(wanted) <= set(names):
         raise TypeError(
             f"{function.__qualname__} must take arguments of the schema, {', '.join(names)}; it takes {', '.join(wanted)}"
         )
     taken = [names.index(each) for each in wanted]
-    others = [i for i in range(len(names)) if i not in taken] if len(wanted) < len(parameters) else []
+    return operator.itemgetter(*taken) if len(taken) > 1 else lambda arguments: [arguments[i] for i in taken]
 
-    def call(arguments, *leading):
-        return function(*leading, *[arguments[i] for i in taken], **{names[i]: arguments[i] for i in others})
 
-    return call
+def _without_autocast(function):
+    def run(*arguments):
+        first = arguments[0]
+        first = first[0] if isinstance(first, list) else first
+        if autocast_dtype(first) is None:
+            return function(*arguments)
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*arguments)
+
+    return run
 
 
 def no_double_backward(function):
     """The `backward` of an op that is itself that of segops.`function`, and has no derivative."""
 
-    def backward(ctx, *grads):
+    def backward(ctx, needed, *grads):
         raise RuntimeError(f"segops.{function}: double backward not supported (the reference backend has it)")
 
     return backward
-
-
-def kernel(schema):
-    """Declares a kernel, OP_name: C++ and CUDA register theirs at the foot of its file, Triton's is
-    the function of that name in the op's triton_kernels.py.
-
-    Returns run(*arguments, backend=...), which calls the kernel of a backend.
-    """
-    name = schema.partition("(")[0]
-    module = f"segops.ops.{name.partition('_')[0]}.triton_kernels"
-    LIBRARY.define(schema)
-    torch.library.register_fake(f"segops::{name}", lambda *arguments: None, lib=LIBRARY)
-
-    def run(*arguments, backend):
-        # Importing Triton takes a second: only those who use it pay.
-        kernels = KERNELS[backend] if backend in KERNELS else importlib.import_module(module)
-        return getattr(kernels, name)(*arguments)
-
-    return run
-
-
-def device_type(tensor, backend):
-    """The type of the device that computes: what is chosen by device is chosen by this."""
-    return DEVICE_TYPES.get(backend, tensor.device.type)
 
 
 def under_functorch():

@@ -2,7 +2,8 @@
 `pac_weight_grad` behind it.
 
 This file is the worked example of an op. From top to bottom: the public function (validate, pick
-the backend, call the op), its settings, the ops.
+the backend, call the op), its settings, the declarations of the ops; what computes them is
+csrc/pac/pac.cpp, and for Triton triton_kernels.py.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from ..common import library
 from ..common.autocast import cast
 from ..common.checks import FLOATING, check_merge, is_int
 from ..common.layout import format_of, is_channels_last, memory_format
-from . import factorised, reference
+from . import reference
 
 MAX_RATES = 64  # kMaxRates in csrc/pac/pac_cuda.cu
 
@@ -63,7 +64,7 @@ def pyramid_atrous_conv2d(input, weight, bias=None, *, rates=(1, 3, 5, 7, 9), me
     backend = select("pyramid_atrous_conv2d", input)
     if backend == "reference" or not _pays(weight, settings.rates) or library.under_functorch():
         return reference.pyramid_atrous_conv2d(input, weight, bias, settings.rates, merge)
-    return pac(input, weight, bias, settings.rates, merge, backend)
+    return pac(input, weight, bias, settings.rates, merge, backend=backend)
 
 
 @dataclass(frozen=True)
@@ -136,30 +137,26 @@ def _check_tensors(input, weight, bias):
 # The ops are bilinear, and closed under differentiation: each derivative of one is another of them.
 
 
-@library.op("pac(Tensor input, Tensor weight, Tensor? bias, int[] rates, str merge, str backend) -> Tensor")
+@library.op("pac(Tensor input, Tensor weight, Tensor? bias, int[] rates, str merge) -> Tensor")
 class pac:
     def empty(input, weight, rates, merge):
         n, _, h, w = input.shape
         shape = (n, weight.shape[0] * _groups(rates, merge), h, w)
         return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
 
-    def fill(out, input, weight, bias, rates, merge, backend):
-        if not _is_zero(out, input, weight):
-            factorised.forward(input, weight, bias, rates, merge, out, backend)
-
-    def setup_context(ctx, out, input, weight, rates, merge, backend):
+    def setup_context(ctx, out, input, weight, rates, merge):
         ctx.save_for_backward(input, weight)
-        ctx.settings = {"rates": rates, "merge": merge, "backend": backend}
+        ctx.settings = rates, merge
 
-    def backward(ctx, grad):
-        input, weight = ctx.saved_tensors
-        rates, merge = ctx.settings["rates"], ctx.settings["merge"]
+    def backward(ctx, needed, grad):
+        (input, weight), (rates, merge) = ctx.saved_tensors, ctx.settings
         grad_input = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_input = pac_input_grad(grad, weight, is_channels_last(input), **ctx.settings)
-        if ctx.needs_input_grad[1]:
-            grad_weight = pac_weight_grad(grad, input, weight.shape[-1], is_channels_last(weight), **ctx.settings)
-        if ctx.needs_input_grad[2]:
+        if needed[0]:
+            grad_input = pac_input_grad(grad, weight, is_channels_last(input), *ctx.settings, backend=ctx.backend)
+        if needed[1]:
+            last = is_channels_last(weight)
+            grad_weight = pac_weight_grad(grad, input, weight.shape[-1], last, *ctx.settings, backend=ctx.backend)
+        if needed[2]:
             # Every branch adds the bias: to the one output of "sum", to its own of "concat".
             total = grad.sum((0, 2, 3), dtype=torch.promote_types(grad.dtype, torch.float32))
             total = total * len(rates) if merge == "sum" else total.view(len(rates), -1).sum(0)
@@ -167,64 +164,47 @@ class pac:
         return grad_input, grad_weight, grad_bias
 
 
-@library.op("pac_input_grad(Tensor grad, Tensor weight, bool channels_last, int[] rates, str merge, str backend) -> Tensor")
+@library.op("pac_input_grad(Tensor grad, Tensor weight, bool channels_last, int[] rates, str merge) -> Tensor")
 class pac_input_grad:
     def empty(grad, weight, channels_last):
         n, _, h, w = grad.shape
         shape = (n, weight.shape[1], h, w)
         return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=format_of(channels_last))
 
-    def fill(out, grad, weight, rates, merge, backend):
-        if not _is_zero(out, grad, weight):
-            factorised.input_gradient(grad, weight, rates, merge, out, backend)
-
-    def setup_context(ctx, out, grad, weight, rates, merge, backend):
+    def setup_context(ctx, out, grad, weight, rates, merge):
         ctx.save_for_backward(grad, weight)
-        ctx.settings = {"rates": rates, "merge": merge, "backend": backend}
+        ctx.settings = rates, merge
 
-    def backward(ctx, gg):
+    def backward(ctx, needed, gg):
         grad, weight = ctx.saved_tensors
         grad_grad = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_grad = pac(gg, weight, None, **ctx.settings)
-        if ctx.needs_input_grad[1]:
-            grad_weight = pac_weight_grad(grad, gg, weight.shape[-1], is_channels_last(weight), **ctx.settings)
+        if needed[0]:
+            grad_grad = pac(gg, weight, None, *ctx.settings, backend=ctx.backend)
+        if needed[1]:
+            last = is_channels_last(weight)
+            grad_weight = pac_weight_grad(grad, gg, weight.shape[-1], last, *ctx.settings, backend=ctx.backend)
         return grad_grad, grad_weight
 
 
-@library.op(
-    "pac_weight_grad(Tensor grad, Tensor input, int kernel_size, bool channels_last, int[] rates, str merge, str backend) -> Tensor"
-)
+@library.op("pac_weight_grad(Tensor grad, Tensor input, int kernel_size, bool channels_last, int[] rates, str merge) -> Tensor")
 class pac_weight_grad:
     def empty(grad, input, kernel_size, channels_last, rates, merge):
         shape = (grad.shape[1] // _groups(rates, merge), input.shape[1], kernel_size, kernel_size)
         return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=format_of(channels_last))
 
-    def fill(out, grad, input, rates, merge, backend):
-        if not _is_zero(out, grad, input):
-            factorised.weight_gradient(grad, input, rates, merge, out, backend)
-
-    def setup_context(ctx, out, grad, input, rates, merge, backend):
+    def setup_context(ctx, out, grad, input, rates, merge):
         ctx.save_for_backward(grad, input)
-        ctx.settings = {"rates": rates, "merge": merge, "backend": backend}
+        ctx.settings = rates, merge
 
-    def backward(ctx, gg):
+    def backward(ctx, needed, gg):
         grad, input = ctx.saved_tensors
         grad_grad = grad_input = None
-        if ctx.needs_input_grad[0]:
-            grad_grad = pac(input, gg, None, **ctx.settings)
-        if ctx.needs_input_grad[1]:
-            grad_input = pac_input_grad(grad, gg, is_channels_last(input), **ctx.settings)
+        if needed[0]:
+            grad_grad = pac(input, gg, None, *ctx.settings, backend=ctx.backend)
+        if needed[1]:
+            grad_input = pac_input_grad(grad, gg, is_channels_last(input), *ctx.settings, backend=ctx.backend)
         return grad_grad, grad_input
 
 
 def _groups(rates, merge):
     return len(rates) if merge == "concat" else 1
-
-
-def _is_zero(out, *factors):
-    """Whether there is nothing to sum up; then `out` is filled with zeros."""
-    empty = any(factor.numel() == 0 for factor in factors)
-    if empty:
-        out.zero_()
-    return empty

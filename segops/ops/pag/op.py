@@ -65,14 +65,15 @@ def partial_attention_gate(decoder, encoders, *, merge="concat"):
     check_merge(merge)
     if not isinstance(encoders, (list, tuple)):
         raise TypeError(f"encoders must be a list or tuple of torch.Tensor; got {type(encoders).__name__}")
-    decoder, *encoders = cast(decoder, *encoders, to=lambda _, dtypes: functools.reduce(torch.promote_types, dtypes))
-    encoders = _switched_on(decoder, encoders, merge)
+    maps = cast(decoder, *encoders, to=_widest)
+    maps, has_huge_windows = _switched_on(maps, merge)
+    decoder = maps[0]
     backend = select("partial_attention_gate", decoder)
     if library.under_functorch():
-        return reference.partial_attention_gate(decoder, encoders, merge)
-    if backend == "reference" or len(encoders) >= MAX_MAPS or _has_huge_windows(decoder, encoders):
-        return _laid_out(reference.partial_attention_gate(decoder, encoders, merge), decoder)
-    return pag(decoder, encoders, merge, is_channels_last(decoder), backend)[0]
+        return reference.partial_attention_gate(decoder, maps[1:], merge)
+    if backend == "reference" or has_huge_windows or len(maps) > MAX_MAPS:
+        return _laid_out(reference.partial_attention_gate(decoder, maps[1:], merge), decoder)
+    return pag(maps, merge, is_channels_last(decoder), backend=backend)[0]
 
 
 def max_pool2d_with_offsets(input, kernel_size):
@@ -113,7 +114,7 @@ def max_pool2d_with_offsets(input, kernel_size):
     if backend == "reference":
         pooled, offsets = reference.max_pool2d_with_offsets(input, kernel_size)
         return _laid_out(pooled, input), _laid_out(offsets, input)
-    return pag_max_pool(input, kernel_size, is_channels_last(input), backend)
+    return pag_max_pool(input, *kernel_size, is_channels_last(input), backend=backend)
 
 
 def max_unpool2d_with_offsets(pooled, offsets, kernel_size, output_size):
@@ -150,43 +151,49 @@ def max_unpool2d_with_offsets(pooled, offsets, kernel_size, output_size):
         return reference.max_unpool2d_with_offsets(pooled, offsets, kernel_size, size)
     if backend == "reference":
         return _laid_out(reference.max_unpool2d_with_offsets(pooled, offsets, kernel_size, size), pooled)
-    return pag_max_unpool(pooled, offsets, kernel_size, size, is_channels_last(pooled), backend)
+    return pag_max_unpool(pooled, offsets, *kernel_size, *size, is_channels_last(pooled), backend=backend)
+
+
+def _widest(_, dtypes):
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def _laid_out(result, like):
     return result.contiguous(memory_format=memory_format(like))
 
 
-def _switched_on(decoder, encoders, merge):
-    """Raises the errors of `partial_attention_gate` that are about its maps; returns the encoder
-    maps that are on."""
+def _switched_on(maps, merge):
+    """Raises the errors of `partial_attention_gate` that are about its maps, the first of which is
+    the decoder; returns the decoder and the encoder maps that are on, and whether any of these has
+    windows that two bytes do not number."""
+    decoder = maps[0]
     check_map("decoder", decoder)
-    on = []
-    for i, encoder in enumerate(encoders):
-        name = f"encoders[{i}]"
+    shape, dtype, device = decoder.shape, decoder.dtype, decoder.device
+    n, channels, height, width = shape
+    on, has_huge_windows = [decoder], False
+    for i in range(1, len(maps)):
+        encoder, name = maps[i], f"encoders[{i - 1}]"
         check_map(name, encoder)
-        if encoder.dtype != decoder.dtype:
-            raise TypeError(f"{name} must have decoder's dtype {decoder.dtype}; got {encoder.dtype}")
-        if encoder.device != decoder.device:
-            raise ValueError(f"{name} must be on decoder's device {decoder.device}; got {encoder.device}")
-        if encoder.shape[0] != decoder.shape[0]:
-            raise ValueError(f"{name} must have decoder's batch of {decoder.shape[0]}; got shape {tuple(encoder.shape)}")
-        if encoder.shape[2] < decoder.shape[2] or encoder.shape[3] < decoder.shape[3]:
+        if encoder.dtype != dtype:
+            raise TypeError(f"{name} must have decoder's dtype {dtype}; got {encoder.dtype}")
+        if encoder.device != device:
+            raise ValueError(f"{name} must be on decoder's device {device}; got {encoder.device}")
+        its = encoder.shape
+        if its[0] != n:
+            raise ValueError(f"{name} must have decoder's batch of {n}; got shape {tuple(its)}")
+        if its[2] < height or its[3] < width:
             continue
-        if merge == "sum" and encoder.shape[1] != decoder.shape[1]:
-            raise ValueError(
-                f"{name} must have decoder's {decoder.shape[1]} channels where merge is 'sum'; got shape {tuple(encoder.shape)}"
-            )
+        if merge == "sum" and its[1] != channels:
+            raise ValueError(f"{name} must have decoder's {channels} channels where merge is 'sum'; got shape {tuple(its)}")
         on.append(encoder)
-    return on
-
-
-def _has_huge_windows(decoder, encoders):
-    return any(has_windows_above(65536, each.shape, decoder.shape) for each in encoders)  # which two bytes do not number
+        has_huge_windows = has_huge_windows or has_windows_above(65536, its, shape)
+    return on, has_huge_windows
 
 
 def _check_kernel(kernel_size):
     """Raises on a bad kernel_size; returns it as [kh, kw]."""
+    if type(kernel_size) is int and 1 <= kernel_size <= 16:
+        return [kernel_size, kernel_size]
     sides = positive_pair("kernel_size", kernel_size)
     if sides[0] * sides[1] > 256:
         raise ValueError(f"kernel_size must have at most 256 elements, which a byte can number; got {kernel_size!r}")
@@ -199,166 +206,131 @@ def _check_unpooling(pooled, offsets, kernel_size, output_size):
         raise TypeError(f"offsets must be a torch.Tensor; got {type(offsets).__name__}")
     if offsets.dtype != torch.uint8:
         raise TypeError(f"offsets must be uint8; got {offsets.dtype}")
-    if offsets.shape != pooled.shape:
-        raise ValueError(f"offsets must have pooled's shape {tuple(pooled.shape)}; got {tuple(offsets.shape)}")
+    shape = pooled.shape
+    if offsets.shape != shape:
+        raise ValueError(f"offsets must have pooled's shape {tuple(shape)}; got {tuple(offsets.shape)}")
     if offsets.device != pooled.device:
         raise ValueError(f"offsets must be on pooled's device {pooled.device}; got {offsets.device}")
     if not isinstance(output_size, (list, tuple)) or not all(map(is_int, output_size)):
         raise TypeError(f"output_size must be ints (H, W), or a shape that ends in them; got {output_size!r}")
-    size = list(output_size[-2:])
-    if (len(output_size) == 4 and tuple(output_size[:2]) != tuple(pooled.shape[:2])) or len(output_size) not in (2, 4):
+    sides = len(output_size)
+    if sides != 2 and (sides != 4 or tuple(output_size[:2]) != tuple(shape[:2])):
         raise ValueError(
-            f"output_size must be (H, W), or (N, C, H, W) with pooled's {tuple(pooled.shape[:2])}; got {tuple(output_size)}"
+            f"output_size must be (H, W), or (N, C, H, W) with pooled's {tuple(shape[:2])}; got {tuple(output_size)}"
         )
-    for side, count, step in zip(size, pooled.shape[2:], kernel_size, strict=True):
-        if -(-side // step) != count:  # with inequalities, export would not see that it always holds
-            fitting = " x ".join(f"[{k * (n - 1) + 1}, {k * n}]" for n, k in zip(pooled.shape[2:], kernel_size, strict=True))
-            raise ValueError(
-                f"output_size must be in {fitting} for pooled size {tuple(pooled.shape[2:])} and kernel_size {tuple(kernel_size)}; "
-                f"got {tuple(output_size)}"
-            )
-    return size
+    (height, width), (kernel_h, kernel_w), (_, _, h, w) = output_size[-2:], kernel_size, shape
+    # With inequalities, export would not see that it always holds.
+    if -(-height // kernel_h) != h or -(-width // kernel_w) != w:
+        fitting = " x ".join(f"[{k * (n - 1) + 1}, {k * n}]" for n, k in ((h, kernel_h), (w, kernel_w)))
+        raise ValueError(
+            f"output_size must be in {fitting} for pooled size {(h, w)} and kernel_size {(kernel_h, kernel_w)}; "
+            f"got {tuple(output_size)}"
+        )
+    return [height, width]
 
 
-# csrc/pag/pag.h says what they compute.
-pool = library.kernel(
-    "pag_pool(Tensor[] maps, Tensor(a!) out, Tensor(b!) offsets, int[] kernel_size, bool concat, bool channels_last) -> ()"
-)
-scatter = library.kernel(
-    "pag_scatter(Tensor pooled, Tensor offsets, Tensor(a!) out, int[] kernel_size, bool channels_last) -> ()"
-)
-gather = library.kernel("pag_gather(Tensor input, Tensor offsets, Tensor(a!) out, int[] kernel_size, bool channels_last) -> ()")
+# csrc/pag/pag.h says what they compute. `channels_last` is how an op reads and writes its maps, and
+# its offsets: backward must know without looking at strides.
 
 
-# The merged maps, and the offsets of all pooled ones.
-# `channels_last` is how an op reads and writes its maps, and its offsets: backward must know
-# without looking at strides.
-@library.op("pag(Tensor decoder, Tensor[] encoders, str merge, bool channels_last, str backend) -> (Tensor, Tensor)")
+# The merged maps, the first being the decoder, and the offsets of all pooled ones.
+@library.op("pag(Tensor[] maps, str merge, bool channels_last) -> (Tensor, Tensor)")
 class pag:
-    def empty(decoder, encoders, merge, channels_last):
-        n, c, h, w = decoder.shape
-        channels = c + sum(each.shape[1] for each in encoders) if merge == "concat" else c
-        _, nbytes = offset_layout([each.shape for each in encoders], decoder.shape)
-        # The large one first: the other way round a forward pass took 6 % longer on a CPU.
-        out = _empty((n, channels, h, w), decoder, channels_last)
-        return out, torch.empty(nbytes, dtype=torch.uint8, device=decoder.device)
+    def empty(maps, merge, channels_last):
+        shapes = [each.shape for each in maps]
+        n, c, h, w = shapes[0]
+        channels = sum(shape[1] for shape in shapes) if merge == "concat" else c
+        _, nbytes = offset_layout(shapes)
+        out = _empty((n, channels, h, w), maps[0], channels_last)
+        return out, torch.empty(nbytes, dtype=torch.uint8, device=out.device)
 
-    def fill(out, decoder, encoders, merge, channels_last, backend):
-        out, offsets = out
-        maps = [_readable(each, channels_last) for each in (decoder, *encoders)]
-        pool(maps, out, offsets, [], merge == "concat", channels_last, backend=backend)
-        layout, _ = offset_layout([each.shape for each in encoders], decoder.shape)
-        for begin, nbytes in filter(None, layout):
-            if nbytes % 16:
-                offsets[begin + nbytes :][: -nbytes % 16] = 0  # what comes out of an op is never by chance
-
-    def setup_context(ctx, out, decoder, encoders, merge, channels_last, backend):
+    def setup_context(ctx, out, maps, merge, channels_last):
         _, offsets = out
-        ctx.shapes = [each.shape for each in (decoder, *encoders)]
-        ctx.merge, ctx.settings = merge, {"channels_last": channels_last, "backend": backend}
+        ctx.shapes = [each.shape for each in maps]
+        ctx.concat, ctx.channels_last = merge == "concat", channels_last
         ctx.save_for_backward(offsets)
         ctx.mark_non_differentiable(offsets)
         ctx.set_materialize_grads(False)
 
-    def backward(ctx, grad, _):
+    def backward(ctx, needed, grad, _):
         if grad is None:
-            return None, [None] * (len(ctx.shapes) - 1)
+            return (None,) * len(ctx.shapes)
         (offsets,) = ctx.saved_tensors
-        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
-        layout, _ = offset_layout(ctx.shapes, ctx.shapes[0])
+        layout, _ = offset_layout(ctx.shapes)
         grads, channel = [], 0
-        for shape, need, place in zip(ctx.shapes, needed, layout, strict=True):
-            part = None
-            if need:
-                part = grad.narrow(1, channel, shape[1]) if ctx.merge == "concat" else grad
-                if place is not None:
-                    part = pag_grad(part, offsets.narrow(0, *place), shape[2:], **ctx.settings)
-            grads.append(part)
-            channel += shape[1]
-        return grads[0], grads[1:]
+        for shape, need, place in zip(ctx.shapes, needed, layout, strict=False):
+            _, channels, height, width = shape
+            if not need:
+                grads.append(None)
+            elif place is not None:
+                part = channel, channels, place[0], height, width, ctx.channels_last
+                grads.append(pag_grad(grad, offsets, *part, backend=ctx.backend))
+            else:
+                grads.append(grad.narrow(1, channel, channels) if ctx.concat else grad)
+            if ctx.concat:
+                channel += channels
+        return tuple(grads)
 
 
-@library.op("pag_grad(Tensor grad, Tensor offsets, SymInt[] size, bool channels_last, str backend) -> Tensor")
+@library.op(
+    "pag_grad(Tensor grad, Tensor offsets, SymInt first_channel, SymInt channels, SymInt first_byte, "
+    "SymInt height, SymInt width, bool channels_last) -> Tensor"
+)
 class pag_grad:
-    def empty(grad, size, channels_last):
-        return _empty((*grad.shape[:2], *size), grad, channels_last)
-
-    def fill(out, grad, offsets, channels_last, backend):
-        scatter(_readable(grad, channels_last), offsets, out, [], channels_last, backend=backend)
+    def empty(grad, channels, height, width, channels_last):
+        return _empty((grad.shape[0], channels, height, width), grad, channels_last)
 
     backward = library.no_double_backward("partial_attention_gate")
 
 
 # The other three are linear, once where the maxima lie is known: unpool and gather are each other's
 # derivative.
-@library.op("pag_max_pool(Tensor input, int[] kernel_size, bool channels_last, str backend) -> (Tensor, Tensor)")
+@library.op("pag_max_pool(Tensor input, int kernel_h, int kernel_w, bool channels_last) -> (Tensor, Tensor)")
 class pag_max_pool:
-    def empty(input, kernel_size, channels_last):
-        n, c, *size = input.shape
-        shape = (n, c, *(-(-side // step) for side, step in zip(size, kernel_size, strict=True)))
+    def empty(input, kernel_h, kernel_w, channels_last):
+        n, c, h, w = input.shape
+        shape = (n, c, -(-h // kernel_h), -(-w // kernel_w))
         return _empty(shape, input, channels_last), _empty(shape, input, channels_last, torch.uint8)
 
-    def fill(out, input, kernel_size, channels_last, backend):
-        pooled, offsets = out
-        pool([_readable(input, channels_last)], pooled, offsets, kernel_size, True, channels_last, backend=backend)
-
-    def setup_context(ctx, out, input, kernel_size, channels_last, backend):
+    def setup_context(ctx, out, input, kernel_h, kernel_w, channels_last):
         _, offsets = out
-        ctx.settings = {"kernel_size": kernel_size, "size": input.shape[2:], "channels_last": channels_last, "backend": backend}
+        ctx.settings = kernel_h, kernel_w, *input.shape[2:], channels_last
         ctx.save_for_backward(offsets)
         ctx.mark_non_differentiable(offsets)
         ctx.set_materialize_grads(False)
 
-    def backward(ctx, grad, _):
-        return (None if grad is None else pag_max_unpool(grad, *ctx.saved_tensors, **ctx.settings),)
+    def backward(ctx, needed, grad, _):
+        return (None if grad is None else pag_max_unpool(grad, *ctx.saved_tensors, *ctx.settings, backend=ctx.backend),)
 
 
 @library.op(
-    "pag_max_unpool(Tensor pooled, Tensor offsets, int[] kernel_size, SymInt[] size, bool channels_last, str backend) -> Tensor"
+    "pag_max_unpool(Tensor pooled, Tensor offsets, int kernel_h, int kernel_w, SymInt height, SymInt width, "
+    "bool channels_last) -> Tensor"
 )
 class pag_max_unpool:
-    def empty(pooled, size, channels_last):
-        return _empty((*pooled.shape[:2], *size), pooled, channels_last)
+    def empty(pooled, height, width, channels_last):
+        return _empty((*pooled.shape[:2], height, width), pooled, channels_last)
 
-    def fill(out, pooled, offsets, kernel_size, channels_last, backend):
-        offsets = _dense(offsets, channels_last)
-        scatter(_readable(pooled, channels_last), offsets, out, kernel_size, channels_last, backend=backend)
-
-    def setup_context(ctx, out, offsets, kernel_size, channels_last, backend):
-        ctx.settings = {"kernel_size": kernel_size, "channels_last": channels_last, "backend": backend}
+    def setup_context(ctx, out, offsets, kernel_h, kernel_w, channels_last):
+        ctx.settings = kernel_h, kernel_w, channels_last
         ctx.save_for_backward(offsets)
 
-    def backward(ctx, grad):
-        return (pag_max_gather(grad, *ctx.saved_tensors, **ctx.settings),)
+    def backward(ctx, needed, grad):
+        return (pag_max_gather(grad, *ctx.saved_tensors, *ctx.settings, backend=ctx.backend),)
 
 
-@library.op("pag_max_gather(Tensor input, Tensor offsets, int[] kernel_size, bool channels_last, str backend) -> Tensor")
+@library.op("pag_max_gather(Tensor input, Tensor offsets, int kernel_h, int kernel_w, bool channels_last) -> Tensor")
 class pag_max_gather:
     def empty(input, offsets, channels_last):
         return _empty(offsets.shape, input, channels_last)
 
-    def fill(out, input, offsets, kernel_size, channels_last, backend):
-        offsets = _dense(offsets, channels_last)
-        gather(_readable(input, channels_last), offsets, out, kernel_size, channels_last, backend=backend)
-
-    def setup_context(ctx, out, input, offsets, kernel_size, channels_last, backend):
-        ctx.settings = {"kernel_size": kernel_size, "size": input.shape[2:], "channels_last": channels_last, "backend": backend}
+    def setup_context(ctx, out, input, offsets, kernel_h, kernel_w, channels_last):
+        ctx.settings = kernel_h, kernel_w, *input.shape[2:], channels_last
         ctx.save_for_backward(offsets)
 
-    def backward(ctx, grad):
-        return (pag_max_unpool(grad, *ctx.saved_tensors, **ctx.settings),)
+    def backward(ctx, needed, grad):
+        return (pag_max_unpool(grad, *ctx.saved_tensors, *ctx.settings, backend=ctx.backend),)
 
 
 def _empty(shape, like, channels_last, dtype=None):
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=format_of(channels_last))
-
-
-def _readable(tensor, channels_last):
-    """The tensor with neighbours side by side along x, or along the channels: a kernel does with
-    any other strides."""
-    dim = 1 if channels_last else 3
-    return tensor if tensor.stride(dim) == 1 or tensor.shape[dim] == 1 else _dense(tensor, channels_last)
-
-
-def _dense(tensor, channels_last):
-    return tensor.contiguous(memory_format=format_of(channels_last))

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..common.layout import format_of
+from . import op
 from .windows import longest_window, offset_layout
 
 ELEMENTS_PER_PROGRAM = 512
@@ -129,10 +131,8 @@ def _gather(
     tl.store(to, value, mask=valid)
 
 
-def _windows(size, count, kernel_size):
+def _windows(size, count):
     """(kernel, longest window) along both axes; a kernel of 0 is adaptive."""
-    if kernel_size:
-        return tuple(kernel_size), tuple(kernel_size)
     longest = tuple(map(longest_window, size, count))
     return tuple(0 if a % b else a // b for a, b in zip(size, count, strict=True)), longest
 
@@ -141,49 +141,94 @@ def _typed(offsets, longest):
     return offsets if math.prod(longest) <= 256 else offsets.view(torch.uint16)
 
 
+def _readable(tensor, channels_last):
+    """The tensor with neighbours side by side along x, or along the channels: a kernel does with
+    any other strides."""
+    dim = 1 if channels_last else 3
+    return tensor if tensor.stride(dim) == 1 or tensor.shape[dim] == 1 else _dense(tensor, channels_last)
+
+
+def _dense(tensor, channels_last):
+    return tensor.contiguous(memory_format=format_of(channels_last))
+
+
 def _launch(kernel, out, *arguments, **constants):
     elements = out.numel()
     with torch.cuda.device_of(out):  # Triton launches on the current device; a CPU tensor is the interpreter's
         kernel[(triton.cdiv(elements, ELEMENTS_PER_PROGRAM),)](*arguments, elements, **constants, ELEMENTS=ELEMENTS_PER_PROGRAM)
 
 
-def pag_pool(maps, out, offsets, kernel_size, concat, channels_last):
+def pag(maps, merge, channels_last):
+    out, offsets = op.pag.empty(maps, merge, channels_last)
+    if not out.numel():
+        return out, offsets
+    maps = [_readable(each, channels_last) for each in maps]
     size = tuple(out.shape[2:])
-    windows = [_windows(tuple(each.shape[2:]), size, kernel_size) for each in maps]
-    if kernel_size:
-        places = [offsets]
-    else:
-        layout, _ = offset_layout([each.shape for each in maps], out.shape)
-        places = [
-            None if place is None else _typed(offsets.narrow(0, *place), longest)
-            for place, (_, longest) in zip(layout, windows, strict=True)
-        ]
+    windows = [_windows(tuple(each.shape[2:]), size) for each in maps]
+    layout, _ = offset_layout([each.shape for each in maps])
+    for begin, nbytes in filter(None, layout):
+        if nbytes % 16:
+            offsets[begin + nbytes :][: -nbytes % 16] = 0  # what comes out of an op is never by chance
+    places = [
+        None if place is None else _typed(offsets.narrow(0, *place), longest)
+        for place, (_, longest) in zip(layout, windows, strict=True)
+    ]
     # Under concat each map has a stretch of the output to itself; a sum is of all maps at once.
-    groups = [[m] for m in range(len(maps))] if concat else [range(len(maps))]
-    channel = 0
+    groups, channel = [[m] for m in range(len(maps))] if merge == "concat" else [range(len(maps))], 0
     for group in groups:
         to = out.narrow(1, channel, maps[group[0]].shape[1])
         channel += to.shape[1]
+        _pool_group([maps[m] for m in group], [windows[m] for m in group], [places[m] for m in group], to, channels_last)
+    return out, offsets
+
+
+def _pool_group(maps, windows, places, out, channels_last):
+    _launch(
+        _pool, out, tuple(maps), tuple(tuple(each.stride()) for each in maps), tuple(tuple(each.shape[2:]) for each in maps),
+        tuple(out if place is None else place for place in places), out, out.stride(), *out.shape[1:],
+        KERNELS=tuple(kernel for kernel, _ in windows), LONGEST=tuple(longest for _, longest in windows),
+        REMEMBERS=tuple(place is not None for place in places), CHANNELS_LAST=channels_last,
+    )  # fmt: skip
+
+
+def pag_grad(grad, offsets, first_channel, channels, first_byte, height, width, channels_last):
+    out = op.pag_grad.empty(grad, channels, height, width, channels_last)
+    part = grad.narrow(1, first_channel, channels)
+    return _scatter_into(out, part, offsets[first_byte:], _windows((height, width), tuple(grad.shape[2:])), channels_last)
+
+
+def pag_max_pool(input, kernel_h, kernel_w, channels_last):
+    pooled, offsets = op.pag_max_pool.empty(input, kernel_h, kernel_w, channels_last)
+    windows = (kernel_h, kernel_w), (kernel_h, kernel_w)
+    if pooled.numel():
+        _pool_group([_readable(input, channels_last)], [windows], [offsets], pooled, channels_last)
+    return pooled, offsets
+
+
+def pag_max_unpool(pooled, offsets, kernel_h, kernel_w, height, width, channels_last):
+    out = op.pag_max_unpool.empty(pooled, height, width, channels_last)
+    windows = (kernel_h, kernel_w), (kernel_h, kernel_w)
+    return _scatter_into(out, pooled, _dense(offsets, channels_last), windows, channels_last)
+
+
+def _scatter_into(out, pooled, offsets, windows, channels_last):
+    if out.numel():
+        kernel, longest = windows
+        pooled = _readable(pooled, channels_last)
         _launch(
-            _pool, to, tuple(maps[m] for m in group), tuple(tuple(maps[m].stride()) for m in group),
-            tuple(tuple(maps[m].shape[2:]) for m in group), tuple(out if places[m] is None else places[m] for m in group),
-            to, to.stride(), to.shape[1], *size,
-            KERNELS=tuple(windows[m][0] for m in group), LONGEST=tuple(windows[m][1] for m in group),
-            REMEMBERS=tuple(places[m] is not None for m in group), CHANNELS_LAST=channels_last,
+            _scatter, out, pooled, pooled.stride(), _typed(offsets, longest), out, out.stride(), *out.shape[1:],
+            *pooled.shape[2:], KERNEL=kernel, LONGEST=longest, HOLDERS=tuple(1 if k else 2 for k in kernel),
+            CHANNELS_LAST=channels_last,
         )  # fmt: skip
+    return out
 
 
-def pag_scatter(pooled, offsets, out, kernel_size, channels_last):
-    kernel, longest = _windows(tuple(out.shape[2:]), tuple(pooled.shape[2:]), kernel_size)
-    _launch(
-        _scatter, out, pooled, pooled.stride(), _typed(offsets, longest), out, out.stride(), *out.shape[1:], *pooled.shape[2:],
-        KERNEL=kernel, LONGEST=longest, HOLDERS=tuple(1 if k else 2 for k in kernel), CHANNELS_LAST=channels_last,
-    )  # fmt: skip
-
-
-def pag_gather(input, offsets, out, kernel_size, channels_last):
-    kernel, longest = _windows(tuple(input.shape[2:]), tuple(out.shape[2:]), kernel_size)
-    _launch(
-        _gather, out, input, input.stride(), _typed(offsets, longest), out, out.stride(), *out.shape[1:], *input.shape[2:],
-        KERNEL=kernel, LONGEST=longest, CHANNELS_LAST=channels_last,
-    )  # fmt: skip
+def pag_max_gather(input, offsets, kernel_h, kernel_w, channels_last):
+    out = op.pag_max_gather.empty(input, offsets, channels_last)
+    if out.numel():
+        input, offsets = _readable(input, channels_last), _dense(offsets, channels_last)
+        _launch(
+            _gather, out, input, input.stride(), offsets, out, out.stride(), *out.shape[1:], *input.shape[2:],
+            KERNEL=(kernel_h, kernel_w), LONGEST=(kernel_h, kernel_w), CHANNELS_LAST=channels_last,
+        )  # fmt: skip
+    return out

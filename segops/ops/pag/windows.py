@@ -22,11 +22,11 @@ def is_pooled(shape, out_shape):
     return shape[2] != out_shape[2] or shape[3] != out_shape[3]
 
 
-def offset_layout(shapes, out_shape):
-    """What the offsets of maps of these shapes, pooled to out_shape, take: [(first byte, bytes) or
-    None, where a map is not pooled], and the bytes of all. They follow each other, each from a
-    multiple of 16 bytes on."""
-    layout, end = [], 0
+def offset_layout(shapes):
+    """What the offsets of maps of these shapes, pooled to the first one's size, take: [(first byte,
+    bytes) or None, where a map is not pooled], and the bytes of all. They follow each other, each
+    from a multiple of 16 bytes on."""
+    layout, end, out_shape = [], 0, shapes[0]
     for shape in shapes:
         if not is_pooled(shape, out_shape):
             layout.append(None)

@@ -1,0 +1,205 @@
+// The ops: memory, the checks of what comes in, and the kernels of bal.h.
+
+#include "bal.h"
+
+#include "../common/op.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+namespace segops::bal {
+namespace {
+
+// Whether labels are looked at on CUDA too, where that stalls the stream.
+const bool kCheckLabels = [] {
+  const char* value = std::getenv("SEGOPS_CHECK_LABELS");
+  return value != nullptr && std::string(value) == "1";
+}();
+
+// Raises an IndexError in Python for the first label that is wrong.
+void check_labels(const Tensor& labels, int64_t classes, int64_t ignore_index, bool wrong) {
+  if (!wrong && (kOnCpu || !kCheckLabels)) return;
+  using torch::headeronly::DeviceType;
+  const Tensor here = kOnCpu ? labels : torch::stable::to(labels, torch::stable::Device(DeviceType::CPU));
+  const Labels values(here, classes, ignore_index, "bal");
+  for (int64_t i = 0; i < here.numel(); ++i)
+    if (values.at(i) == kWrong)
+      throw std::out_of_range(
+          "labels must be in [0, " + std::to_string(classes) + ") or ignore_index (" + std::to_string(ignore_index) +
+          "); got " + std::to_string(values.value(i)));
+}
+
+std::string text_of(const Sizes& sizes) {
+  std::string text;
+  for (const int64_t size : sizes) text += (text.empty() ? "(" : ", ") + std::to_string(size);
+  return text + ")";
+}
+
+LossShape check_loss(
+    const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& pixel_weight,
+    const std::optional<Tensor>& class_weight, bool smoothed) {
+  STD_TORCH_CHECK(logits.dim() == 4 && labels.dim() == 3, "bal_cross_entropy: needs logits (N, C, h, w) and labels (N, H, W)");
+  LossShape s{logits.size(0), logits.size(1), logits.size(2), logits.size(3), labels.size(1), labels.size(2), 0, 0, smoothed};
+  STD_TORCH_CHECK(
+      s.classes > 0 && s.h > 0 && s.w > 0 && s.height > 0 && s.width > 0 && labels.size(0) == s.images,
+      "bal_cross_entropy: logits and labels must have one batch, classes, heights and widths");
+  if (pixel_weight) {
+    STD_TORCH_CHECK(
+        pixel_weight->dim() == 3 && pixel_weight->size(0) == s.images, "bal_cross_entropy: pixel_weight must be (N, h', w')");
+    s.weight_h = pixel_weight->size(1);
+    s.weight_w = pixel_weight->size(2);
+    // Here, as torch.export would make guards of these comparisons. A ValueError in Python.
+    if (s.weight_h < 1 || s.weight_h > s.height || s.weight_w < 1 || s.weight_w > s.width)
+      throw std::invalid_argument(
+          "pixel_weight must have at most the labels' size " + text_of({s.height, s.width}) + " and no empty side; got shape " +
+          text_of(sizes_of(*pixel_weight)));
+  }
+  STD_TORCH_CHECK(!class_weight || class_weight->numel() == s.classes, "bal_cross_entropy: class_weight must be (C)");
+  return s;
+}
+
+// As the kernels take them: on the CPU in the dtype that is computed in.
+Tensor readable(const Tensor& logits) {
+  return kOnCpu ? converted(logits, wide(logits.scalar_type())) : logits;
+}
+
+std::optional<Tensor> readable(const std::optional<Tensor>& weight, const Tensor& logits) {
+  if (!weight) return weight;
+  return packed(converted(*weight, wide(logits.scalar_type())));
+}
+
+// PyTorch's bilinear upsampling of a packed map (N, h, w) to the labels' size.
+Tensor upsampled(const Tensor& map, const Tensor& labels) {
+  const int64_t n = map.size(0), h = map.size(1), w = map.size(2), height = labels.size(1), width = labels.size(2);
+  // The size goes by factors: below autograd, the dispatcher takes no list of SymInts.
+  const auto factor = [](int64_t in, int64_t out) {
+    const double exact = double(out) / double(in);
+    return double(in) * exact < double(out) ? std::nextafter(exact, double(out)) : exact;
+  };
+  const std::optional<std::vector<double>> factors{{factor(h, height), factor(w, width)}};
+  const Tensor planes = reinterpret(map, {n, 1, h, w}, {h * w, h * w, w, 1});
+  const Tensor out = aten("upsample_bilinear2d", "vec", planes, std::optional<Sizes>(), false, factors);
+  return reinterpret(out, {n, height, width}, {height * width, width, 1});
+}
+
+struct EdgeSettings {
+  std::string kernel;
+  int64_t kernel_size;
+  double sigma, beta;
+  int64_t downsample;
+  std::optional<std::string> normalize;
+};
+
+// E_G before its last upsampling, (N, ceil(H / downsample), ceil(W / downsample)). Upsampling keeps
+// beta, and the mean is of what is upsampled.
+Tensor small_edge(const Tensor& labels, int64_t classes, const EdgeSettings& settings, int64_t ignore_index) {
+  STD_TORCH_CHECK(
+      labels.dim() == 3 && settings.kernel_size % 2 == 1 && settings.kernel_size > 0 && settings.downsample > 0,
+      "bal_edge: needs labels (N, H, W), an odd kernel_size and a positive downsample");
+  Tensor edge = empty(
+      {labels.size(0), ceil_div(labels.size(1), settings.downsample), ceil_div(labels.size(2), settings.downsample)},
+      ScalarType::Float, labels);
+  if (edge.numel() == 0) return edge;
+  const bool by_mean = settings.normalize == "mean", by_max = settings.normalize == "max";
+  const double beta = by_max ? 0 : settings.beta;  // which comes last
+  const bool blurred = settings.kernel_size > 1;
+  const bool wrong = count_edges(labels, edge, classes, ignore_index, blurred ? 0 : beta);
+  check_labels(labels, classes, ignore_index, wrong);
+  if (blurred) {
+    const BlurKernel kernel(settings.kernel == "gaussian", settings.kernel_size, settings.sigma);
+    blur(edge, kernel, beta, empty({2 * edge.numel() + 4 * kernel.size}, ScalarType::Float, labels));
+  }
+  if (by_max) normalise(edge, torch::stable::amax(edge, {1, 2}), false, settings.beta);
+  if (by_mean) {
+    const Tensor full = settings.downsample == 1 ? edge : upsampled(edge, labels);
+    const std::optional<Sizes> dims{{1, 2}};
+    normalise(edge, aten("mean", "dim", full, dims, false, std::optional<ScalarType>()), true, 0);
+  }
+  return edge;
+}
+
+Tensor edge(
+    Tensor labels, int64_t classes, std::string kernel, int64_t kernel_size, double sigma, double beta, int64_t downsample,
+    std::optional<std::string> normalize, int64_t ignore_index) {
+  labels = packed(labels);
+  const Tensor map = small_edge(labels, classes, {kernel, kernel_size, sigma, beta, downsample, normalize}, ignore_index);
+  if (map.numel() == 0) return empty(sizes_of(labels), ScalarType::Float, labels);
+  return downsample == 1 ? map : upsampled(map, labels);
+}
+
+// The loss, and the coefficients.
+std::tuple<Tensor, Tensor> cross_entropy(
+    Tensor logits, Tensor labels, std::optional<Tensor> pixel_weight, std::optional<Tensor> class_weight,
+    double label_smoothing, int64_t ignore_index, std::string reduction) {
+  const LossShape s = check_loss(logits, labels, pixel_weight, class_weight, label_smoothing > 0);
+  const ScalarType dtype = wide(logits.scalar_type());
+  Tensor coefficients = empty({s.coefficients()}, dtype, logits);
+  Tensor loss = empty(reduction == "none" ? Sizes{s.images, s.height, s.width} : Sizes{}, dtype, logits);
+  if (s.images == 0) {
+    torch::stable::fill_(coefficients, 1);
+    torch::stable::fill_(loss, 0);
+    return {loss, coefficients};
+  }
+  labels = packed(labels);
+  const bool wrong = softmax_loss(
+      s, readable(logits), labels, readable(pixel_weight, logits), readable(class_weight, logits), coefficients, loss,
+      label_smoothing, ignore_index, reduction == "mean");
+  check_labels(labels, s.classes, ignore_index, wrong);
+  return {loss, coefficients};
+}
+
+// The same with the edge map for weights. One op, for its downsampled size must stay out of what
+// export traces.
+std::tuple<Tensor, Tensor> boundary_loss(
+    Tensor logits, Tensor labels, std::optional<Tensor> class_weight, std::string kernel, int64_t kernel_size, double sigma,
+    double beta, int64_t downsample, std::optional<std::string> normalize, double label_smoothing, int64_t ignore_index,
+    std::string reduction) {
+  labels = packed(labels);
+  const EdgeSettings settings{kernel, kernel_size, sigma, beta, downsample, normalize};
+  const Tensor edge = small_edge(labels, logits.size(1), settings, ignore_index);
+  return cross_entropy(logits, labels, edge, class_weight, label_smoothing, ignore_index, reduction);
+}
+
+Tensor cross_entropy_grad(
+    Tensor grad, Tensor logits, Tensor labels, std::optional<Tensor> class_weight, Tensor coefficients, int64_t ignore_index) {
+  LossShape s = check_loss(logits, labels, std::nullopt, class_weight, false);
+  s.smoothed = coefficients.numel() != s.coefficients();
+  const ScalarType dtype = wide(logits.scalar_type());
+  STD_TORCH_CHECK(
+      coefficients.numel() == s.coefficients() && coefficients.is_contiguous() && coefficients.scalar_type() == dtype &&
+          (grad.dim() == 0 || grad.numel() == labels.numel()),
+      "bal_cross_entropy_grad: needs what bal_cross_entropy returned of these logits and labels, and a gradient of its loss");
+  const Sizes sizes = sizes_of(logits);
+  const bool channels_last = is_channels_last(logits);
+  Tensor out = empty_map(sizes, logits.scalar_type(), logits, channels_last);
+  if (s.images == 0) return out;
+  const bool narrowed = kOnCpu && logits.scalar_type() != dtype;
+  const Tensor written = narrowed ? empty_map(sizes, dtype, logits, channels_last) : out;
+  softmax_grad(
+      s, packed(converted(grad, dtype)), readable(logits), packed(labels), readable(class_weight, logits), coefficients,
+      written, ignore_index);
+  if (narrowed) copy(written, out);
+  return out;
+}
+
+}  // namespace
+
+#define SEGOPS_EDGE_SETTINGS "str kernel, int kernel_size, float sigma, float beta, int downsample, str? normalize"
+#define SEGOPS_LOSS_SETTINGS "float label_smoothing, int ignore_index, str reduction"
+
+SEGOPS_OPS(op) {
+  op("bal_edge(Tensor labels, SymInt num_classes, " SEGOPS_EDGE_SETTINGS ", int ignore_index) -> Tensor", TORCH_BOX(&edge));
+  op("bal_cross_entropy(Tensor logits, Tensor labels, Tensor? pixel_weight, Tensor? class_weight, " SEGOPS_LOSS_SETTINGS
+     ") -> (Tensor, Tensor)",
+     TORCH_BOX(&cross_entropy));
+  op("bal_boundary_loss(Tensor logits, Tensor labels, Tensor? class_weight, " SEGOPS_EDGE_SETTINGS ", " SEGOPS_LOSS_SETTINGS
+     ") -> (Tensor, Tensor)",
+     TORCH_BOX(&boundary_loss));
+  op("bal_cross_entropy_grad(Tensor grad, Tensor logits, Tensor labels, Tensor? class_weight, Tensor coefficients, int "
+     "ignore_index) -> Tensor",
+     TORCH_BOX(&cross_entropy_grad));
+}
+
+}  // namespace segops::bal
