@@ -233,7 +233,7 @@ Tensor accumulate(const std::optional<Tensor>& total, const Tensor& a, const Ten
     SEGOPS_ATEN(add_Tensor, one->get(), other.get(), 1., &sum);
     return Tensor(sum);
   };
-  if (kOnCpu && m * n < 2048) {
+  if (kOnCpu && m * n < 1 << 14) {
     // The BLAS sums so small a product in one long sequence, and loses a digit to rounding: in
     // pieces it keeps it.
     std::optional<Tensor> sum;
