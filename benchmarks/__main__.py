@@ -1,4 +1,5 @@
-"""`segops bench`, `python -m benchmarks`: runs the suites, checks before it times, and writes the evidence of each op."""
+"""`segops bench`, `python -m benchmarks`: runs the suites, checks before it times, and writes the evidence of each op; `overhead`
+times what a call of each costs."""
 
 import argparse
 import tempfile
@@ -10,14 +11,14 @@ try:
 except ImportError as error:
     raise ImportError("the benchmarks need pytest-benchmark: pip install 'segops[bench]'") from error
 
-from . import measure, report
+from . import measure, overhead, report
 from .suites import OPS
 
 HERE = Path(__file__).parent
 
 
 def add_arguments(parser):
-    parser.add_argument("ops", nargs="*", metavar="OP", help=f"the ops to run, of {', '.join(OPS)} (default: all)")
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"the ops to run, of {', '.join(OPS)} (default: all); or overhead")
     parser.add_argument("-k", dest="select", default="", help="only the benchmarks that match, as pytest -k")
     parser.add_argument(
         "--out", default="benchmarks/results", type=Path, help="folder for the results (default: benchmarks/results)"
@@ -28,9 +29,13 @@ def add_arguments(parser):
 
 
 def run(options):
+    if options.ops == ["overhead"]:
+        print(overhead.run(options.out, options.name))
+        print(f"\nwritten: {options.out}/overhead-{options.name}.json, .csv, .md\n")
+        return
     for op in options.ops:
         if op not in OPS:
-            raise ValueError(f"OP must be one of {', '.join(OPS)}; got {op}")
+            raise ValueError(f"OP must be one of {', '.join(OPS)}, or overhead alone; got {op}")
 
     status = 0
     raw = options.report

@@ -100,6 +100,17 @@ def floor(case, kind):
     return moved / measure.copy_rate(DEVICE) * 1e3
 
 
+def resized(logits):
+    return F.interpolate(logits, (8, 8), mode="bilinear", align_corners=False).argmax(1)
+
+
+CALLS = {
+    "upsample_argmax": measure.Call(
+        lambda: [torch.randn(1, 5, 4, 4)], lambda logits: segops.upsample_argmax(logits, (8, 8)), resized, {"forward": 2.0}
+    )
+}
+
+
 # What benchmarks/gpu.sh tries first: functions of a `trials.Setup` that return error over bound.
 
 

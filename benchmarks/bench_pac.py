@@ -164,6 +164,20 @@ def floor(case, kind):
     return (1 if kind == "forward" else 3) * milliseconds
 
 
+def call(channels):
+    """Both at rates 1, 3, 5, 7 and 9, on a map of so many channels."""
+
+    def draw():
+        shapes = (1, channels, 4, 4), (channels, channels, 3, 3), (channels,)
+        return [torch.randn(shape) for shape in shapes]
+
+    plain = partial(reference.pyramid_atrous_conv2d, rates=(1, 3, 5, 7, 9), merge="sum")
+    return measure.Call(draw, segops.pyramid_atrous_conv2d, plain, {"forward": 1.2, "full": 1.2})
+
+
+CALLS = {f"pyramid_atrous_conv2d, {channels} channels": call(channels) for channels in (4, 64)}
+
+
 # What benchmarks/gpu.sh tries first: functions of a `trials.Setup` that return error over bound.
 
 

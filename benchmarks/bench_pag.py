@@ -206,6 +206,22 @@ def bars(case, kind, baselines, best):
     return {name: (case.bar if name == best else None, None, KEPT if name == "eager" else None) for name in baselines}
 
 
+CALLS = {
+    "partial_attention_gate": measure.Call(
+        lambda: [torch.randn(1, 8, 4, 4), torch.randn(1, 8, 8, 8)],
+        lambda decoder, encoder: segops.partial_attention_gate(decoder, [encoder]),
+        lambda decoder, encoder: torch.cat([decoder, F.max_pool2d(encoder, 2)], 1),
+        {"forward": 4.0, "full": 1.8},
+    ),
+    "max_pool2d_with_offsets": measure.Call(
+        lambda: [torch.randn(1, 8, 8, 8)],
+        lambda input: segops.max_pool2d_with_offsets(input, 2),
+        lambda input: F.max_pool2d(input, 2, ceil_mode=True, return_indices=True),
+        {"forward": 4.0, "full": 1.8},
+    ),
+}
+
+
 # What benchmarks/gpu.sh tries first: functions of a `trials.Setup` that return error over bound.
 
 

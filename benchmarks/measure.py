@@ -8,6 +8,7 @@ import random
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,6 +35,17 @@ class Headline:
     eager: str = "eager"  # the best baseline without torch.compile
     kinds: tuple = ("forward", "full")
     slow: bool = False  # cuDNN's autotuning takes seconds: such ops come last
+
+
+@dataclass(frozen=True)
+class Call:
+    """What `python -m benchmarks overhead` times: an op on maps so small that only the call costs, and what PyTorch needs for the
+    same, both functions of `draw()`'s tensors. Bars are times PyTorch's time, at most."""
+
+    draw: Callable
+    op: Callable
+    plain: Callable
+    bars: dict  # of "forward" without gradients, and of "full", forward and backward
 
 
 def synchronise():
