@@ -14,7 +14,6 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #endif
 
-#include <initializer_list>
 #include <string>
 
 // At the foot of an op's file: SEGOPS_OPS(op) { op("name(Tensor x) -> Tensor", TORCH_BOX(&name)); }

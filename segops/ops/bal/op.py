@@ -206,13 +206,9 @@ def _setup_context(ctx, out, logits, labels, class_weight, ignore_index):
     _, coefficients = out
     ctx.ignore_index = ignore_index
     ctx.save_for_backward(logits, labels, class_weight, coefficients)
-    ctx.mark_non_differentiable(coefficients)
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, needed, grad, _):
-    if grad is None:
-        return (None,)
+def _backward(ctx, needed, grad):
     return (cross_entropy_grad(grad, *ctx.saved_tensors, ctx.ignore_index, backend=ctx.backend),)
 
 

@@ -39,10 +39,11 @@ def op(schema):
 
         empty(...)                      the results, not filled yet: what tracing sees
         setup_context(ctx, out, ...)    as of `torch.autograd.Function`: what backward needs
-        backward(ctx, needed, *grads)   the gradients of the first arguments, or of the tensors of a
-                                        first argument that is a list: a tuple; the others have
-                                        none. `needed` says which of them are wanted, `ctx.backend`
-                                        where forward ran
+        backward(ctx, needed, grad)     by the gradient of the first result, the others having none,
+                                        those of the first arguments, or of the tensors of a first
+                                        argument that is a list: a tuple; the others have none.
+                                        `needed` says which are wanted, `ctx.backend` where forward
+                                        ran
 
     Without backward, what requires a gradient is to be detached first. The class becomes a function
     of the arguments and of `backend`, by keyword.
@@ -107,7 +108,7 @@ class _Op:
             )
         _check(self.name, {each for each in vars(functions) if not each.startswith("__")})
         self._names = [argument.name for argument in parsed.arguments]
-        self._listed = types[0] == "List[Tensor]"
+        self._listed, self._single = types[0] == "List[Tensor]", len(types) == 2
         self.empty = functions.empty
         self._allocated = _pick(functions.empty, self._names)
         self._backward = getattr(functions, "backward", None)
@@ -140,42 +141,51 @@ class _Op:
 
         def setup_context(ctx, inputs, output):
             ctx.backend = backend
+            if not self._single:
+                ctx.mark_non_differentiable(*output[1:])
+                ctx.set_materialize_grads(False)
             self._remember(ctx, output, *self._remembered(inputs))
 
-        def backward(ctx, *grads):
+        def backward(ctx, grad, *_):
             if self._listed:
-                return list(self._backward(ctx, ctx.needs_input_grad[0], *grads)), *others
-            grads = self._backward(ctx, ctx.needs_input_grad, *grads)
+                needed = ctx.needs_input_grad[0]
+                return [None] * len(needed) if grad is None else list(self._backward(ctx, needed, grad)), *others
+            grads = (None,) if grad is None else self._backward(ctx, ctx.needs_input_grad, grad)
             return *grads, *others[len(grads) - 1 :]
 
         return setup_context, backward
 
     def _eager(self, backend, traced):
         """The same at the price of a bare `torch.autograd.Function`, where every call of Python
-        counts; tensors of a list are arguments of their own."""
+        counts: of the first result alone, the others are left in a list that goes along. Tensors of
+        a list are arguments of their own."""
         below_autograd, any_requires_grad = torch._C._AutoDispatchBelowAutograd, torch._C._any_requires_grad
         dispatch_modes, tracing = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
-        bare, others = traced._op, len(self._names) - 1
-        remember, remembered, differentiate, padding = self._remember, self._remembered, self._backward, (None,) * others
+        remember, remembered, differentiate = self._remember, self._remembered, self._backward
+        bare, single, others = traced._op, self._single, len(self._names)
+        padding = (None,) * others
 
         def forward(ctx, *arguments):
             with below_autograd():
-                out = bare(*arguments)
+                out = bare(*arguments[:-1])
             ctx.backend = backend
             remember(ctx, out, *remembered(arguments))
-            return out
+            if single:
+                return out
+            arguments[-1].extend(out)
+            return out[0]
 
-        def backward(ctx, *grads):
-            grads = differentiate(ctx, ctx.needs_input_grad, *grads)
+        def backward(ctx, grad):
+            grads = differentiate(ctx, ctx.needs_input_grad, grad)
             return grads + padding[len(grads) - 1 :]
 
         def forward_of_list(ctx, *arguments):
             end = len(arguments) - others
             return forward(ctx, list(arguments[:end]), *arguments[end:])
 
-        def backward_of_list(ctx, *grads):
+        def backward_of_list(ctx, grad):
             needed = ctx.needs_input_grad
-            return differentiate(ctx, needed[: len(needed) - others], *grads) + padding
+            return differentiate(ctx, needed[: len(needed) - others], grad) + padding
 
         functions = (forward_of_list, backward_of_list) if self._listed else (forward, backward)
         functions = dict(zip(("forward", "backward"), map(staticmethod, functions), strict=True))
@@ -189,7 +199,9 @@ class _Op:
                 if torch.compiler.is_compiling() or dispatch_modes() or under_functorch() or tracing() is not None:
                     return traced(*arguments)
                 if any_requires_grad(*arguments):
-                    return function(*arguments)
+                    results = []
+                    first = function(*arguments, results)
+                    return first if single else (first, *results[1:])
             elif torch.compiler.is_compiling() or tracing() is not None:
                 return traced(*arguments)
             with below_autograd():

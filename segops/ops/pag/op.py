@@ -249,16 +249,12 @@ class pag:
         ctx.shapes = [each.shape for each in maps]
         ctx.concat, ctx.channels_last = merge == "concat", channels_last
         ctx.save_for_backward(offsets)
-        ctx.mark_non_differentiable(offsets)
-        ctx.set_materialize_grads(False)
 
-    def backward(ctx, needed, grad, _):
-        if grad is None:
-            return (None,) * len(ctx.shapes)
+    def backward(ctx, needed, grad):
         (offsets,) = ctx.saved_tensors
         layout, _ = offset_layout(ctx.shapes)
         grads, channel = [], 0
-        for shape, need, place in zip(ctx.shapes, needed, layout, strict=False):
+        for shape, need, place in zip(ctx.shapes, needed, layout, strict=True):
             _, channels, height, width = shape
             if not need:
                 grads.append(None)
@@ -296,11 +292,9 @@ class pag_max_pool:
         _, offsets = out
         ctx.settings = kernel_h, kernel_w, *input.shape[2:], channels_last
         ctx.save_for_backward(offsets)
-        ctx.mark_non_differentiable(offsets)
-        ctx.set_materialize_grads(False)
 
-    def backward(ctx, needed, grad, _):
-        return (None if grad is None else pag_max_unpool(grad, *ctx.saved_tensors, *ctx.settings, backend=ctx.backend),)
+    def backward(ctx, needed, grad):
+        return (pag_max_unpool(grad, *ctx.saved_tensors, *ctx.settings, backend=ctx.backend),)
 
 
 @library.op(
