@@ -78,11 +78,13 @@ def _load(device, name, schemas):
     path = _path(device)
     if name == "_C_cuda" and not torch.version.cuda:  # which could not load it
         raise ImportError("this torch is a build without CUDA")
-    if importlib.util.find_spec(f"segops.{name}") is None or not path.exists():
+    if importlib.util.find_spec(f"segops.{name}") is None:
         raise ImportError(f"segops.{name} was not built at installation (pip install -v . says why)")
+    if not path.exists():
+        raise ImportError(f"segops.{name} has lost its library, segops/{path.name}: install segops again")
     text = path.read_bytes()
     for schema in schemas:
-        if schema.encode() + b"\0" not in text:
+        if schema.encode() + b"\0" not in text or not _agrees(schema):
             raise ImportError(
                 f"segops/{path.name} was built for other Python files than these, it has no op {schema}: install segops again"
             )
@@ -92,6 +94,12 @@ def _load(device, name, schemas):
         return importlib.import_module(f"segops.{name}")
     except Exception as error:
         raise ImportError(f"segops.{name} does not load: {error}") from error
+
+
+def _agrees(schema):
+    """Whether an op of this name, if it is defined already, has this schema."""
+    op = getattr(torch.ops.segops, schema.partition("(")[0], None)
+    return op is None or str(op.default._schema) == f"segops::{torch._C.parse_schema(schema)}"
 
 
 def _is_loaded(device, schemas):
@@ -208,7 +216,7 @@ REASONS = {"native": _why_not_native, "triton": _why_not_triton, "reference": la
 _requested = _check(os.environ.get("SEGOPS_BACKEND") or "auto", "the environment variable SEGOPS_BACKEND")
 
 
-_SELECTED = {}
+_SELECTED = {}  # what can run stays the same for as long as the process lives
 
 
 def select(op, tensor):

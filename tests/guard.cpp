@@ -28,7 +28,7 @@ struct Block {
 
 std::mutex mutex;
 std::map<void*, Block> blocks;  // by what was handed out
-int64_t damaged = 0, handed_out = 0;
+int64_t damaged = 0;
 
 void release(void* data) {
   const std::lock_guard<std::mutex> lock(mutex);
@@ -48,7 +48,6 @@ struct Guard final : c10::Allocator {
     void* data = memory + kMargin;
     const std::lock_guard<std::mutex> lock(mutex);
     blocks[data] = {memory, bytes, byte};
-    ++handed_out;
     return {data, data, &release, c10::Device(c10::DeviceType::CPU)};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
@@ -62,15 +61,21 @@ c10::Allocator* before = nullptr;
 
 extern "C" void segops_guard_begin(unsigned char byte) {
   guard.byte = byte;
-  damaged = handed_out = 0;
+  damaged = 0;
   before = c10::GetCPUAllocator();
   c10::SetCPUAllocator(&guard, 100);
 }
 
-// How many blocks were handed out, or -1 if any has a margin that was changed.
-extern "C" int64_t segops_guard_end() {
+// Whether memory that begins here was handed out, and has not been given back.
+extern "C" bool segops_guard_holds(void* data) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  return blocks.count(data) > 0;
+}
+
+// Whether all margins are as they were.
+extern "C" bool segops_guard_end() {
   c10::SetCPUAllocator(before, 100);
   const std::lock_guard<std::mutex> lock(mutex);
   for (const auto& [data, block] : blocks) damaged += block.damaged();
-  return damaged ? -1 : handed_out;
+  return damaged == 0;
 }

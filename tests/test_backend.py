@@ -162,6 +162,17 @@ def test_a_copy_of_the_library_may_be_loaded_already(tmp_path):
     assert shown.stdout.strip() == "ran" and not shown.stderr, shown.stderr
 
 
+def test_a_copy_that_is_loaded_already_must_be_of_these_files(tmp_path):
+    copy = tmp_path / "libsegops_cpu.so"
+    text = Path(segops.library_path()).read_bytes()
+    copy.write_bytes(text.replace(b"upsample_argmax(Tensor logits,", b"upsample_argmax(Tensor logitz,"))
+    program = (
+        f"import torch; torch.ops.load_library({str(copy)!r}); import segops; from segops.backend import build_info;"
+        "print(build_info()['cpu'])"
+    )
+    assert "built for other Python files than these" in python("-c", program).stdout
+
+
 def test_schemas_are_the_libraries_own():
     """Python's texts, by which it defines the ops where there is no library, say the same."""
     assert isinstance(build_info()["cpu"], dict)

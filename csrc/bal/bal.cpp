@@ -4,6 +4,7 @@
 
 #include "../common/op.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -31,12 +32,6 @@ void check_labels(const Tensor& labels, int64_t classes, int64_t ignore_index, b
           "); got " + std::to_string(values.value(i)));
 }
 
-std::string text_of(const Sizes& sizes) {
-  std::string text;
-  for (const int64_t size : sizes) text += (text.empty() ? "(" : ", ") + std::to_string(size);
-  return text + ")";
-}
-
 LossShape check_loss(
     const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& pixel_weight,
     const std::optional<Tensor>& class_weight, bool smoothed) {
@@ -56,7 +51,10 @@ LossShape check_loss(
           "pixel_weight must have at most the labels' size " + text_of({s.height, s.width}) + " and no empty side; got shape " +
           text_of(sizes_of(*pixel_weight)));
   }
-  STD_TORCH_CHECK(!class_weight || class_weight->numel() == s.classes, "bal_cross_entropy: class_weight must be (C)");
+  STD_TORCH_CHECK(
+      !class_weight || (class_weight->dim() == 1 && class_weight->numel() == s.classes),
+      "bal_cross_entropy: class_weight must be (C)");
+  check_devices("bal_cross_entropy", logits, {&labels, some(pixel_weight), some(class_weight)});
   return s;
 }
 
@@ -96,19 +94,25 @@ struct EdgeSettings {
 // beta, and the mean is of what is upsampled.
 Tensor small_edge(const Tensor& labels, int64_t classes, const EdgeSettings& settings, int64_t ignore_index) {
   STD_TORCH_CHECK(
-      labels.dim() == 3 && settings.kernel_size % 2 == 1 && settings.kernel_size > 0 && settings.downsample > 0,
-      "bal_edge: needs labels (N, H, W), an odd kernel_size and a positive downsample");
-  Tensor edge = empty(
-      {labels.size(0), ceil_div(labels.size(1), settings.downsample), ceil_div(labels.size(2), settings.downsample)},
-      ScalarType::Float, labels);
-  if (edge.numel() == 0) return edge;
+      labels.dim() == 3 && labels.size(1) > 0 && labels.size(2) > 0 && classes > 0 && classes <= 0x7fffffff,
+      "bal_edge: needs labels (N, H, W), and from 1 to 2^31 - 1 classes");
+  STD_TORCH_CHECK(
+      settings.kernel_size % 2 == 1 && settings.kernel_size > 0 && settings.downsample > 0 &&
+          (settings.kernel == "gaussian" || settings.kernel == "linear") &&
+          (!settings.normalize || settings.normalize == "max" || settings.normalize == "mean"),
+      "bal_edge: needs an odd kernel_size, a positive downsample, a kernel and a normalize that it knows");
+  // What is larger than the map leaves one row or column, as its own size does.
+  const int64_t downsample = std::min(settings.downsample, std::max(labels.size(1), labels.size(2)));
+  const int64_t h = ceil_div(labels.size(1), downsample), w = ceil_div(labels.size(2), downsample);
+  Tensor edge = empty({labels.size(0), h, w}, ScalarType::Float, labels);
+  if (labels.size(0) == 0) return edge;
   const bool by_mean = settings.normalize == "mean", by_max = settings.normalize == "max";
   const double beta = by_max ? 0 : settings.beta;  // which comes last
   const bool blurred = settings.kernel_size > 1;
   const bool wrong = count_edges(labels, edge, classes, ignore_index, blurred ? 0 : beta);
   check_labels(labels, classes, ignore_index, wrong);
   if (blurred) {
-    const BlurKernel kernel(settings.kernel == "gaussian", settings.kernel_size, settings.sigma);
+    const BlurKernel kernel(settings.kernel == "gaussian", settings.kernel_size, settings.sigma, std::max(h, w));
     blur(edge, kernel, beta, empty({2 * edge.numel() + 4 * kernel.size}, ScalarType::Float, labels));
   }
   if (by_max) normalise(edge, torch::stable::amax(edge, {1, 2}), false, settings.beta);
@@ -125,7 +129,7 @@ Tensor edge(
     std::optional<std::string> normalize, int64_t ignore_index) {
   labels = packed(labels);
   const Tensor map = small_edge(labels, classes, {kernel, kernel_size, sigma, beta, downsample, normalize}, ignore_index);
-  if (map.numel() == 0) return empty(sizes_of(labels), ScalarType::Float, labels);
+  if (labels.size(0) == 0) return empty(sizes_of(labels), ScalarType::Float, labels);
   return downsample == 1 ? map : upsampled(map, labels);
 }
 
@@ -134,6 +138,8 @@ std::tuple<Tensor, Tensor> cross_entropy(
     Tensor logits, Tensor labels, std::optional<Tensor> pixel_weight, std::optional<Tensor> class_weight,
     double label_smoothing, int64_t ignore_index, std::string reduction) {
   const LossShape s = check_loss(logits, labels, pixel_weight, class_weight, label_smoothing > 0);
+  STD_TORCH_CHECK(
+      reduction == "mean" || reduction == "sum" || reduction == "none", "bal_cross_entropy: no reduction '", reduction, "'");
   const ScalarType dtype = wide(logits.scalar_type());
   Tensor coefficients = empty({s.coefficients()}, dtype, logits);
   Tensor loss = empty(reduction == "none" ? Sizes{s.images, s.height, s.width} : Sizes{}, dtype, logits);
@@ -156,6 +162,7 @@ std::tuple<Tensor, Tensor> boundary_loss(
     Tensor logits, Tensor labels, std::optional<Tensor> class_weight, std::string kernel, int64_t kernel_size, double sigma,
     double beta, int64_t downsample, std::optional<std::string> normalize, double label_smoothing, int64_t ignore_index,
     std::string reduction) {
+  check_loss(logits, labels, std::nullopt, class_weight, false);
   labels = packed(labels);
   const EdgeSettings settings{kernel, kernel_size, sigma, beta, downsample, normalize};
   const Tensor edge = small_edge(labels, logits.size(1), settings, ignore_index);
@@ -171,6 +178,7 @@ Tensor cross_entropy_grad(
       coefficients.numel() == s.coefficients() && coefficients.is_contiguous() && coefficients.scalar_type() == dtype &&
           (grad.dim() == 0 || grad.numel() == labels.numel()),
       "bal_cross_entropy_grad: needs what bal_cross_entropy returned of these logits and labels, and a gradient of its loss");
+  check_devices("bal_cross_entropy_grad", logits, {&grad, &coefficients});
   const Sizes sizes = sizes_of(logits);
   const bool channels_last = is_channels_last(logits);
   Tensor out = empty_map(sizes, logits.scalar_type(), logits, channels_last);

@@ -94,27 +94,27 @@ struct Antialias {
 // less its own least value q^2 is p g' + q p'.
 struct BlurKernel {
   bool gaussian;
-  int64_t size;
-  double spread, least, least_less_1, range;  // of the gaussian: size sigma, q, q - 1, 1 - q^2
+  int64_t size;                               // of what is kept: taps that can touch the map
+  double steps;                               // of the linear one, from end to end
+  double spread, least, least_less_1, range;  // of the gaussian: kernel_size sigma, q, q - 1, 1 - q^2
 
-  BlurKernel(bool gaussian, int64_t size, double sigma)
+  BlurKernel(bool gaussian, int64_t kernel_size, double sigma, int64_t longest_side)
       : gaussian(gaussian),
-        size(size),
-        spread(double(size) * sigma),
-        least(std::exp(exponent(0))),
-        least_less_1(std::expm1(exponent(0))),
-        range(-std::expm1(2 * exponent(0))) {}
+        size(2 * (kernel_size / 2 < longest_side ? kernel_size / 2 : longest_side) + 1),
+        steps(double(kernel_size - 1)),
+        spread(double(kernel_size) * sigma),
+        least(std::exp(exponent(kernel_size / 2))),
+        least_less_1(std::expm1(exponent(kernel_size / 2))),
+        range(-std::expm1(2 * exponent(kernel_size / 2))) {}
 
-  SEGOPS_HOST_DEVICE double exponent(int64_t k) const {
-    const double distance = double(k - size / 2);
-    return -(distance * distance) / spread;
-  }
+  SEGOPS_HOST_DEVICE double exponent(int64_t distance) const { return -(double(distance) * double(distance)) / spread; }
   // factors (u1, v1, u2, v2), each of `size`: those of k <= size / 2, and of its mirror image.
   SEGOPS_HOST_DEVICE void write(int64_t k, float* factors) const {
-    const double slope = 0.5 - double(size / 2 - k) / double(size - 1);
-    double values[4] = {slope, 1, 1, slope};
+    const int64_t distance = size / 2 - k;
+    const double linear = 0.5 - double(distance) / steps;
+    double values[4] = {linear, 1, 1, linear};
     if (gaussian) {
-      const double g = std::exp(exponent(k)), p = std::expm1(exponent(k)) - least_less_1;
+      const double g = std::exp(exponent(distance)), p = std::expm1(exponent(distance)) - least_less_1;
       values[0] = p / range;
       values[1] = g;
       values[2] = least / range;

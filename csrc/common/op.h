@@ -77,15 +77,38 @@ Tensor aten(const char* name, const char* overload, const Arguments&... argument
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// Null if there is none.
+inline const Tensor* some(const std::optional<Tensor>& tensor) {
+  return tensor ? &*tensor : nullptr;
+}
+
+// Raises unless the others lie where the first does.
+inline void check_devices(const char* op, const Tensor& first, const std::vector<const Tensor*>& others) {
+  for (const Tensor* other : others)
+    STD_TORCH_CHECK(
+        !other || (other->is_cpu() == first.is_cpu() && other->get_device_index() == first.get_device_index()), op,
+        ": tensors lie on different devices");
+}
+
 using Sizes = std::vector<int64_t>;
+
+inline std::string text_of(const Sizes& sizes) {
+  std::string text;
+  for (const int64_t size : sizes) text += (text.empty() ? "(" : ", ") + std::to_string(size);
+  return text + ")";
+}
 
 inline Tensor empty_strided(const Sizes& sizes, const Sizes& strides, ScalarType dtype, const Tensor& like) {
   int32_t device = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  const auto error = aoti_torch_empty_strided(
       int64_t(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device, like.get_device_index(), &handle));
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device, like.get_device_index(), &handle);
+  // Which PyTorch has explained on stderr. By these words programs know that memory was short.
+  STD_TORCH_CHECK(
+      error == AOTI_TORCH_SUCCESS, like.is_cpu() ? "" : "CUDA ", "out of memory. segops asked for a tensor of shape ",
+      text_of(sizes));
   Tensor tensor(handle);
 #ifdef SEGOPS_EMULATION
   const bool integer = dtype == ScalarType::Byte || dtype == ScalarType::Int || dtype == ScalarType::Long;

@@ -259,7 +259,26 @@ bool is_zero(Tensor& out, const Tensor& one, const Tensor& other) {
   return true;
 }
 
+void check(const char* op, const Tensor& map, const Tensor& other, const Sizes& rates, const std::string& merge) {
+  STD_TORCH_CHECK(map.dim() == 4 && other.dim() == 4, op, ": needs tensors of four dimensions");
+  STD_TORCH_CHECK(map.scalar_type() == other.scalar_type(), op, ": tensors differ in dtype");
+  check_devices(op, map, {&other});
+  STD_TORCH_CHECK(!rates.empty() && *std::min_element(rates.begin(), rates.end()) > 0, op, ": rates must hold positive ints");
+  STD_TORCH_CHECK(merge == "sum" || merge == "concat", op, ": merge must be 'sum' or 'concat'");
+}
+
+void check_kernel(const char* op, int64_t height, int64_t width) {
+  STD_TORCH_CHECK(height == width && height % 2 == 1, op, ": the kernel must be square and odd");
+}
+
 Tensor pac(Tensor input, Tensor weight, std::optional<Tensor> bias, std::vector<int64_t> rates, std::string merge) {
+  check("pac", input, weight, rates, merge);
+  check_kernel("pac", weight.size(2), weight.size(3));
+  STD_TORCH_CHECK(weight.size(1) == input.size(1), "pac: weight must have input's channels");
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "pac: bias must be (C), of weight's filters");
+    check_devices("pac", input, {&*bias});
+  }
   const int64_t groups = groups_of(rates, merge);
   Tensor out = empty_map(
       {input.size(0), weight.size(0) * groups, input.size(2), input.size(3)}, input.scalar_type(), input,
@@ -276,10 +295,13 @@ Tensor pac(Tensor input, Tensor weight, std::optional<Tensor> bias, std::vector<
 
 // The adjoint of pac in the input.
 Tensor pac_input_grad(Tensor grad, Tensor weight, bool channels_last, std::vector<int64_t> rates, std::string merge) {
+  check("pac_input_grad", grad, weight, rates, merge);
+  check_kernel("pac_input_grad", weight.size(2), weight.size(3));
+  const int64_t groups = groups_of(rates, merge);
+  STD_TORCH_CHECK(grad.size(1) == weight.size(0) * groups, "pac_input_grad: grad must have the channels of pac's output");
   Tensor out = empty_map({grad.size(0), weight.size(1), grad.size(2), grad.size(3)}, grad.scalar_type(), grad, channels_last);
   if (is_zero(out, grad, weight)) return out;
   const ScalarType dtype = compute_dtype(grad);
-  const int64_t groups = groups_of(rates, merge);
   rates = clamped(rates, grad);
   const Pixels to = buffer_for(out, 1, dtype);
   convolve(pixels_of(grad, groups, dtype), Filter(weight, rates, to.h, to.w).transposed(), std::nullopt, rates, -1, to);
@@ -290,7 +312,13 @@ Tensor pac_input_grad(Tensor grad, Tensor weight, bool channels_last, std::vecto
 // The adjoint of pac in the weight.
 Tensor pac_weight_grad(
     Tensor grad, Tensor input, int64_t kernel_size, bool channels_last, std::vector<int64_t> rates, std::string merge) {
+  check("pac_weight_grad", grad, input, rates, merge);
+  check_kernel("pac_weight_grad", kernel_size, kernel_size);
   const int64_t groups = groups_of(rates, merge), c_out = grad.size(1) / groups, c_in = input.size(1);
+  STD_TORCH_CHECK(
+      grad.size(0) == input.size(0) && grad.size(2) == input.size(2) && grad.size(3) == input.size(3) &&
+          grad.size(1) == c_out * groups,
+      "pac_weight_grad: grad must have input's batch and size, and the channels of pac's output");
   Tensor out = empty_map({c_out, c_in, kernel_size, kernel_size}, grad.scalar_type(), grad, channels_last);
   if (is_zero(out, grad, input)) return out;
   const ScalarType dtype = compute_dtype(input);

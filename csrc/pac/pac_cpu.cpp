@@ -134,7 +134,7 @@ void sum_rows(
 void shift_gather(
     const Tensor& planes, const std::optional<Tensor>& bias, const Tensor& out, const std::vector<int64_t>& kernel_size,
     const std::vector<int64_t>& rates, int64_t sign) {
-  const Shape s = check_gather(planes, bias, out, kernel_size, rates, sign);
+  const Shape s(out, kernel_size, sign);
   const int64_t source_stride = s.taps() * s.channels, group_stride = out.stride(3);
   const int64_t rates_per_group = int64_t(rates.size()) / s.groups;
 
@@ -163,7 +163,7 @@ void shift_gather(
 void shift_scatter(
     const Tensor& source, const Tensor& out, int64_t first_row, const std::vector<int64_t>& kernel_size,
     const std::vector<int64_t>& rates, int64_t sign) {
-  const Shape s = check_scatter(source, out, first_row, kernel_size, rates, sign);
+  const Shape s(source, kernel_size, sign);
   const int64_t source_stride = s.groups * s.channels;
   const int64_t rates_per_group = int64_t(rates.size()) / s.groups;
 

@@ -114,7 +114,7 @@ bool fits(std::initializer_list<const void*> pointers, std::initializer_list<int
 void shift_gather(
     const Tensor& planes, const std::optional<Tensor>& bias, const Tensor& out, const std::vector<int64_t>& kernel_size,
     const std::vector<int64_t>& rates, int64_t sign) {
-  const Shape s = check_gather(planes, bias, out, kernel_size, rates, sign);
+  const Shape s(out, kernel_size, sign);
   const Rates packed = pack_rates(rates, s.groups, "pac");
   if (out.numel() == 0) return;
   const CurrentStream stream(out);
@@ -137,7 +137,7 @@ void shift_gather(
 void shift_scatter(
     const Tensor& source, const Tensor& out, int64_t first_row, const std::vector<int64_t>& kernel_size,
     const std::vector<int64_t>& rates, int64_t sign) {
-  const Shape s = check_scatter(source, out, first_row, kernel_size, rates, sign);
+  const Shape s(source, kernel_size, sign);
   const Rates packed = pack_rates(rates, s.groups, "pac");
   if (out.numel() == 0) return;
   const CurrentStream stream(out);

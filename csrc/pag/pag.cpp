@@ -9,6 +9,7 @@ namespace segops::pag {
 namespace {
 
 void check_map(const Tensor& map, const Tensor& like, const char* op) {
+  check_devices(op, like, {&map});
   STD_TORCH_CHECK(map.dim() == 4 && map.size(0) == like.size(0), op, ": maps must be (N, C, H, W) of one batch");
   STD_TORCH_CHECK(map.scalar_type() == like.scalar_type(), op, ": maps differ in dtype");
 }
@@ -56,7 +57,8 @@ Tensor pag_grad(
   const char* op = "pag_grad";
   STD_TORCH_CHECK(grad.dim() == 4, op, ": needs grad (N, C, h, w)");
   STD_TORCH_CHECK(
-      first_channel >= 0 && channels >= 0 && first_channel + channels <= grad.size(1), op, ": grad has not these channels");
+      first_channel >= 0 && channels >= 0 && channels <= grad.size(1) - first_channel, op, ": grad has not these channels");
+  check_devices(op, grad, {&offsets});
   const int64_t images = grad.size(0), height = grad.size(2), width = grad.size(3);
   if (channels < grad.size(1))
     grad = reinterpret(
@@ -68,7 +70,7 @@ Tensor pag_grad(
   const int64_t bytes = grad.numel() * (w.two_bytes ? 2 : 1);
   STD_TORCH_CHECK(
       offsets.scalar_type() == ScalarType::Byte && offsets.is_contiguous() && first_byte >= 0 &&
-          first_byte + bytes <= offsets.numel(),
+          first_byte <= offsets.numel() - bytes,
       op, ": offsets must have ", bytes, " bytes from ", first_byte, " on");
   if (out.numel() > 0) scatter(w, grad, data_of<const char>(offsets) + first_byte, out, channels_last);
   return out;
@@ -84,6 +86,7 @@ Windows byte_windows(const Tensor& map, int64_t height, int64_t width, int64_t k
 }
 
 void check_offsets(const Tensor& offsets, const Tensor& map, const char* op) {
+  check_devices(op, map, {&offsets});
   STD_TORCH_CHECK(map.dim() == 4 && offsets.dim() == 4, op, ": map and offsets must be (N, C, H, W)");
   STD_TORCH_CHECK(
       offsets.scalar_type() == ScalarType::Byte && offsets.size(0) == map.size(0) && offsets.size(1) == map.size(1), op,

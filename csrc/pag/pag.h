@@ -72,9 +72,7 @@ inline Axis axis(int64_t size, int64_t count, int64_t kernel, const char* op) {
 inline Windows windows(
     const Tensor& map, int64_t height, int64_t width, const std::vector<int64_t>& kernel_size, const char* op) {
   const bool given = !kernel_size.empty();
-  if (given)
-    STD_TORCH_CHECK(
-        kernel_size.size() == 2 && kernel_size[0] > 0 && kernel_size[1] > 0, op, ": kernel_size must be two positive ints");
+  if (given) STD_TORCH_CHECK(kernel_size[0] > 0 && kernel_size[1] > 0, op, ": the kernel must be positive");
   Windows result{
       axis(map.size(2), height, given ? kernel_size[0] : 0, op), axis(map.size(3), width, given ? kernel_size[1] : 0, op), 0,
       false};

@@ -727,3 +727,37 @@ def test_upsample_cross_entropy_module_takes_pixel_weights():
     resized = F.interpolate(Z, L.shape[1:], mode="bilinear")
     loss = segops.nn.UpsampleCrossEntropy()(Z, L)
     assert relative_error(loss, F.cross_entropy(resized.double(), L, ignore_index=255)) < 1e-6
+
+
+@fast_targets
+def test_settings_far_beyond_the_map(target):
+    """One pixel is left of the map; of the kernel, what can touch it."""
+    labels = torch.randint(0, 8, (2, 6, 6), generator=torch.Generator().manual_seed(0)).to(target[0])
+    small = segops.gaussian_edge(labels, 8, downsample=6, kernel_size=3)
+    for downsample in (2**40, 2**63 - 1):
+        assert torch.equal(segops.gaussian_edge(labels, 8, downsample=downsample, kernel_size=3), small)
+    if target[1] != "triton":  # which makes the whole kernel
+        for kernel in ("gaussian", "linear"):
+            edge = segops.gaussian_edge(labels, 8, kernel=kernel, kernel_size=2**62 + 1, sigma=1e-9)
+            assert edge.isfinite().all() and (edge >= 0.5).all()
+
+
+def test_ops_refuse_what_does_not_fit():
+    """By themselves: Python may not have checked it."""
+    ops, logits, labels = torch.ops.segops, torch.zeros(2, 3, 4, 5), torch.zeros(2, 8, 9, dtype=torch.int64)
+    settings, loss = ("gaussian", 3, 1.0, 0.5, 2, None), (0.0, 255, "mean")
+    for call, message in (
+        (lambda: ops.bal_edge(labels, 3, "box", 3, 1.0, 0.5, 2, None, 255), "bal_edge: needs .* a kernel"),
+        (lambda: ops.bal_edge(labels, 3, "linear", 2, 1.0, 0.5, 2, None, 255), "bal_edge: needs an odd kernel_size"),
+        (lambda: ops.bal_edge(labels, 3, "linear", 3, 1.0, 0.5, 0, None, 255), "bal_edge: needs .* a positive downsample"),
+        (lambda: ops.bal_edge(labels, 3, "linear", 3, 1.0, 0.5, 2, "sum", 255), "bal_edge: needs .* a normalize"),
+        (lambda: ops.bal_edge(labels, 2**40, *settings, 255), "bal_edge: needs .* 2\\^31 - 1 classes"),
+        (lambda: ops.bal_edge(labels[0], 3, *settings, 255), "bal_edge: needs labels"),
+        (lambda: ops.bal_cross_entropy(logits, labels, None, None, 0.0, 255, "batchmean"), "no reduction 'batchmean'"),
+        (lambda: ops.bal_cross_entropy(logits, labels[:1], None, None, *loss), "must have one batch"),
+        (lambda: ops.bal_cross_entropy(logits, labels, None, torch.ones(1, 3), *loss), "class_weight must be"),
+        (lambda: ops.bal_boundary_loss(logits[0], labels, None, *settings, *loss), "needs logits"),
+        (lambda: ops.bal_cross_entropy_grad(torch.ones(()), logits, labels, None, torch.ones(3), 255), "needs what bal_cross"),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match=message):
+            call()

@@ -75,7 +75,7 @@ def test_accuracy_of_large_maps(shape, channels):
 @pytest.mark.parametrize("c_in, c_out", [(8, 40), (40, 8)])
 def test_accuracy_in_strips_and_blocks(target, c_in, c_out, merge, monkeypatch):
     """As maps have it that do not fit the workspace at once; the emulation's is small."""
-    size = (150, 150) if target == ("cpu", "native") else (45, 50)
+    size = {("cpu", "native"): (150, 150), ("cuda", "native"): (700, 700)}.get(target, (45, 50))
     if target[1] == "triton":
         from segops.ops.pac import triton_kernels
 
@@ -161,6 +161,41 @@ def test_tensors_that_begin_where_no_pack_does(target, channels, merge):
         out = case.op(*moved)
         found = [out.detach(), *gradients([out], moved, [shifted(grad) if i == 3 else grad])]
         assert_same(found, expected)
+
+
+@pytest.mark.parametrize("channels", [8, 24])
+@pytest.mark.parametrize("merge", ["sum", "concat"])
+def test_gradients_are_adjoint(target, channels, merge):
+    """<pac(x, w), y> = <x, its input gradient of y> = <w, its weight gradient of y>, exactly: in integers."""
+    (device, backend), rates = target, (1, 2, 5)
+    x, w = torch.randint(-3, 4, (2, 16, 7, 6)).float().to(device), torch.randint(-3, 4, (channels, 16, 3, 3)).float().to(device)
+    out = op.pac(x, w, None, rates, merge, backend=backend)
+    y = torch.randint(-3, 4, out.shape).float().to(device)
+    by_x = op.pac_input_grad(y, w, False, rates, merge, backend=backend)
+    by_w = op.pac_weight_grad(y, x, 3, False, rates, merge, backend=backend)
+    assert (out * y).sum() == (x * by_x).sum() == (w * by_w).sum() != 0
+
+
+def test_ops_refuse_what_does_not_fit():
+    """By themselves: Python may not have checked it."""
+    ops, x, w, bias = torch.ops.segops, torch.ones(1, 8, 9, 9), torch.ones(40, 8, 3, 3), torch.ones(40)
+    for call, message in (
+        (lambda: ops.pac(x, w, None, [], "sum"), "pac: rates must hold positive ints"),
+        (lambda: ops.pac(x, w, None, [1, 0], "sum"), "pac: rates must hold positive ints"),
+        (lambda: ops.pac(x, w, None, [1, 2], "max"), "pac: merge must be 'sum' or 'concat'"),
+        (lambda: ops.pac(x, w[..., :2, :2], None, [1, 2], "sum"), "pac: the kernel must be square and odd"),
+        (lambda: ops.pac(x, w[:, :7], None, [1, 2], "sum"), "pac: weight must have input's channels"),
+        (lambda: ops.pac(x, w, bias[:1], [1, 2], "concat"), "pac: bias must be"),
+        (lambda: ops.pac(x[0], w, None, [1, 2], "sum"), "pac: needs tensors of four dimensions"),
+        (lambda: ops.pac(x, w.double(), None, [1, 2], "sum"), "pac: tensors differ in dtype"),
+        (lambda: ops.pac_input_grad(x, w, False, [1, 2], "sum"), "pac_input_grad: grad must have the channels"),
+        (lambda: ops.pac_weight_grad(x, x, 2, False, [1], "sum"), "pac_weight_grad: the kernel must be square and odd"),
+        (lambda: ops.pac_weight_grad(x, x[..., 1:], 3, False, [1], "sum"), "pac_weight_grad: grad must have input's batch"),
+        (lambda: ops.pac_weight_grad(x, torch.cat([x, x]), 3, False, [1], "sum"), "pac_weight_grad: grad must have input's"),
+        (lambda: ops.pac_weight_grad(x[:, :7], x, 3, False, [1, 2], "concat"), "pac_weight_grad: .* the channels of pac's output"),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match=message):
+            call()
 
 
 def test_not_a_convolution_per_rate():

@@ -833,6 +833,8 @@ def test_ops_refuse_what_does_not_fit():
     half = offsets[:, :1].contiguous()
     for call, message in (
         (lambda: ops.pag([pooled, map], "max", False), "pag: merge must be 'concat' or 'sum'"),
+        (lambda: ops.pag_grad(pooled, offsets.flatten(), 0, 2, 2**63 - 1, 8, 8, False), "pag_grad: offsets must have 32 bytes"),
+        (lambda: ops.pag_grad(pooled, offsets, 2**63 - 2, 4, 0, 8, 8, False), "pag_grad: grad has not these channels"),
         (lambda: ops.pag([map, pooled], "concat", False), "pag: 4 elements cannot make 8 windows"),
         (lambda: ops.pag([pooled, map[:, :1]], "sum", False), "pag: channels of a sum differ"),
         (lambda: ops.pag([pooled, map.double()], "sum", False), "pag: maps differ in dtype"),
