@@ -93,7 +93,7 @@ def _load(device, name, schemas):
             torch.ops.load_library(path)
         return importlib.import_module(f"segops.{name}")
     except Exception as error:
-        raise ImportError(f"segops.{name} does not load: {error}") from error
+        raise ImportError(f"segops.{name} does not load: {error.__cause__ or error}") from error
 
 
 def _agrees(schema):

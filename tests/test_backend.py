@@ -150,6 +150,17 @@ def test_libraries_of_other_files_are_refused(tmp_path):
     assert "backend 'native' cannot run" in forced.stderr and "built for other Python files" in forced.stderr
 
 
+def test_why_a_library_does_not_load(tmp_path):
+    """What the loader says, not that it did not load."""
+    in_a_copy(tmp_path)
+    (tmp_path / "segops" / "libsegops_cpu.so").write_bytes(
+        b"no library\0" + b"\0".join(map(str.encode, library.schemas())) + b"\0"
+    )
+    shown = in_a_copy(tmp_path, "libsegops_cpu.so")
+    assert shown.returncode == 0, shown.stderr
+    assert "segops._C does not load: " in shown.stdout and "invalid ELF header" in shown.stdout
+
+
 def test_a_copy_of_the_library_may_be_loaded_already(tmp_path):
     """By a program that ran a package first."""
     copy = shutil.copy(segops.library_path(), tmp_path)

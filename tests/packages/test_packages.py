@@ -18,6 +18,7 @@ FOLDER = Path(__file__).parent
 IN_PYTHON = """
 import sys
 import torch
+import torch._inductor.codecache  # which torch 2.10 does not find by itself
 library, package, classes = sys.argv[1:]
 torch.ops.load_library(library)
 images = torch.arange(2 * 3 * 96 * 128).float().sin().mul(5).view(2, 3, 96, 128)
