@@ -62,7 +62,7 @@ def in_cpp(tmp_path_factory):
     """A C++ program that links libtorch and nothing else."""
     torch_folder, program = Path(torch.__file__).parent, tmp_path_factory.mktemp("program") / "run_package"
     command = [
-        os.environ.get("CXX", "c++"), "-std=c++17", FOLDER / "run_package.cpp", "-o", program,
+        os.environ.get("CXX", "c++"), "-std=c++20", FOLDER / "run_package.cpp", "-o", program,
         f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", f"-Wl,-rpath,{torch_folder / 'lib'}",
         "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl",
     ]  # fmt: skip
