@@ -10,9 +10,9 @@
     segops.nn                       the same as modules
     segops.models                   networks that use them (needs timm: pip install segops[models])
     segops.backend                  choose between native (C++, CUDA), triton and reference kernels
-    segops.library_path             the native ops, for processes without segops or Python
 
-`python -m segops info` tells which kernels run on this machine.
+`python -m segops info` tells which kernels run on this machine, `library_path()` where the library
+of native ops lies, for processes without segops or Python.
 """
 
 import importlib

@@ -116,8 +116,8 @@ def _path(device):
 def library_path(device="cpu"):
     """Where the library of native ops lies, to be loaded where Python or segops is not.
 
-        torch.ops.load_library(segops.library_path())       # in a process that imports torch alone
-        dlopen(path, RTLD_NOW)                              // in a C++ program that links libtorch
+        torch.ops.load_library(path)        # in a process that imports torch alone
+        dlopen(path, RTLD_NOW);             // in a C++ program that links libtorch
 
     It runs what `torch.export` and AOTInductor made of models that use segops. The library of
     "cuda" implements the ops that "cpu" defines: it is loaded after it.
@@ -135,7 +135,7 @@ def library_path(device="cpu"):
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda'; got {device!r}")
     if device in _MISSING:
-        raise RuntimeError(f"segops.library_path: {_MISSING[device]}")
+        raise RuntimeError(f"there is no library for {device!r}: {_MISSING[device]}")
     return str(_path(device))
 
 

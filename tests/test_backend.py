@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import segops
+from segops import library_path
 from segops.backend import _runs_on, build_info, requested, select, why_not
 from segops.ops.common import library
 
@@ -163,7 +164,7 @@ def test_why_a_library_does_not_load(tmp_path):
 
 def test_a_copy_of_the_library_may_be_loaded_already(tmp_path):
     """By a program that ran a package first."""
-    copy = shutil.copy(segops.library_path(), tmp_path)
+    copy = shutil.copy(library_path(), tmp_path)
     program = (
         f"import torch; torch.ops.load_library({str(copy)!r}); import segops; segops.backend('native');"
         "x = torch.randn(1, 8, 5, 5, requires_grad=True);"
@@ -175,7 +176,7 @@ def test_a_copy_of_the_library_may_be_loaded_already(tmp_path):
 
 def test_a_copy_that_is_loaded_already_must_be_of_these_files(tmp_path):
     copy = tmp_path / "libsegops_cpu.so"
-    text = Path(segops.library_path()).read_bytes()
+    text = Path(library_path()).read_bytes()
     copy.write_bytes(text.replace(b"upsample_argmax(Tensor logits,", b"upsample_argmax(Tensor logitz,"))
     program = (
         f"import torch; torch.ops.load_library({str(copy)!r}); import segops; from segops.backend import build_info;"
@@ -195,13 +196,13 @@ def test_schemas_are_the_libraries_own():
 
 
 def test_library_path():
-    path = Path(segops.library_path())
-    assert path.is_file() and path == Path(segops.library_path("cpu"))
+    path = Path(library_path())
+    assert path.is_file() and path == Path(library_path("cpu"))
     assert not [name for name in (b"libtorch_python", b"libpython", b"Py_IncRef", b"_Py_") if name in path.read_bytes()]
     with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda'; got 'mps'"):
-        segops.library_path("mps")
+        library_path("mps")
     if isinstance(build_info()["cuda"], dict):
-        assert Path(segops.library_path("cuda")).is_file()
+        assert Path(library_path("cuda")).is_file()
     else:
-        with pytest.raises(RuntimeError, match=r"segops\.library_path: (segops\._C_cuda|this torch)"):
-            segops.library_path("cuda")
+        with pytest.raises(RuntimeError, match=r"there is no library for 'cuda': (segops\._C_cuda|this torch)"):
+            library_path("cuda")

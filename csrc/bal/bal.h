@@ -9,8 +9,8 @@
 //                 antialiasing (a triangle of half width in / out) to out's size, plus beta. A
 //                 wrong label makes NaN on the CPU; on CUDA it counts as ignored.
 //   blur          E = E convolved with u1 v1^T + u2 v2^T, zero padding, plus beta.
-//   normalise     E = E / by + beta, by being the maximum of each image, 1 unless it is positive. For
-//                 the mean: E / by, 1 where that is 0.
+//   normalise     E = E / by + beta, where `by`, the maximum of each image, counts as 1 unless it
+//                 is positive. For the mean: E / by, 1 where that is 0.
 //   softmax_loss  with z the logits of the classes at a label pixel (resized unless sizes agree), t
 //                 its label, a_c the class weights (1 without), s the label smoothing, w the
 //                 pixel's weight (resized likewise):

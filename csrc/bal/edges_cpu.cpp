@@ -1,5 +1,5 @@
-// count_edges, blur and normalise on the CPU: the edges of the rows that a strip of outputs needs, resized
-// along y and then along x; the blur as two sums of rows, along x and then along y.
+// count_edges, blur and normalise on the CPU: the edges of the rows that a strip of outputs needs,
+// resized along y and then along x; the blur as two sums of rows, along x and then along y.
 
 #include "labels_cpu.h"
 
@@ -48,8 +48,8 @@ struct EdgeProblem {
 };
 
 // Rows [begin, end) of one image's edge counts, resized, to `out` (h, w): along y first, whose sums
-// are vectors. Without a resize each output has one tap, which weighs 1. Returns whether a label was
-// wrong.
+// are vectors. Without a resize each output has one tap, which weighs 1. Returns whether a label
+// was wrong.
 SEGOPS_MULTIVERSION bool edge_rows(const EdgeProblem& p, int64_t image, int64_t begin, int64_t end, float* out) {
   const int64_t first = p.rows.first[begin], last = p.rows.first[end - 1] + p.rows.count(end - 1), width = p.width;
   std::vector<int32_t> row(width), lower(width);

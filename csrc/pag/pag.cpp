@@ -1,5 +1,5 @@
-// The ops: memory, and the kernels of pag.h. `channels_last` is how an op reads and writes its maps,
-// and its offsets: backward must know without looking at strides.
+// The ops: memory, and the kernels of pag.h. `channels_last` is how an op reads and writes its
+// maps, and its offsets: backward must know without looking at strides.
 
 #include "pag.h"
 
@@ -76,8 +76,8 @@ Tensor pag_grad(
   return out;
 }
 
-// The other three are linear, once where the maxima lie is known: unpool and gather are each other's
-// derivative.
+// The other three are linear, once where the maxima lie is known: unpool and gather are each
+// other's derivative.
 
 Windows byte_windows(const Tensor& map, int64_t height, int64_t width, int64_t kernel_h, int64_t kernel_w, const char* op) {
   const Windows w = windows(map, height, width, {kernel_h, kernel_w}, op);

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import segops
+from segops import library_path
 
 from ..models.small import SMALL, perturbed
 from ..targets import ON_LINUX
@@ -52,7 +52,7 @@ def package(name, path):
 
 
 def run(command, path, out):
-    done = subprocess.run([*command, segops.library_path(), path, out], capture_output=True, text=True, cwd=out.parent)
+    done = subprocess.run([*command, library_path(), path, out], capture_output=True, text=True, cwd=out.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     return torch.from_file(str(out), size=2 * SIZE[0] * SIZE[1], dtype=torch.int64).view(2, *SIZE)
 

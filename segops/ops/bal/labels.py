@@ -3,6 +3,7 @@
 import os
 
 import torch
+from torch import library as torch_library
 
 from ..common import library
 
@@ -45,7 +46,7 @@ def classes_of(labels, num_classes, ignore_index):
     return (index_classes if library.under_functorch() else checked_classes)(labels, num_classes, ignore_index)
 
 
-@torch.library.custom_op("segops_reference::bal_classes", mutates_args=())
+@torch_library.custom_op("segops_reference::bal_classes", mutates_args=())
 def checked_classes(labels: torch.Tensor, num_classes: int, ignore_index: int) -> torch.Tensor:
     raise_on_wrong_label(labels, num_classes, ignore_index)
     return index_classes(labels, num_classes, ignore_index)

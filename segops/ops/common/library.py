@@ -24,6 +24,7 @@ import inspect
 import operator
 
 import torch
+from torch import library as torch_library
 from torch.autograd import forward_ad
 
 from ...backend import load_library
@@ -67,7 +68,7 @@ def op(schema):
 def implement(backend, namespace, find=None):
     """Has all ops run on a backend, as ops of a namespace; find(name, module) returns the Python
     function that computes one. Without it they are a library's, which may have defined them."""
-    _BACKENDS[backend] = backend, torch.library.Library(namespace, "FRAGMENT"), find
+    _BACKENDS[backend] = backend, torch_library.Library(namespace, "FRAGMENT"), find
     for declared in _DECLARED:
         declared.implement(*_BACKENDS[backend])
 
@@ -126,13 +127,13 @@ class _Op:
         if find is not None:
             library.impl(self.name, _without_autocast(find(self.name, self.module)), "CompositeExplicitAutograd")
         qualified = f"{library.ns}::{self.name}"
-        torch.library.register_fake(qualified, lambda *arguments: self.empty(*self._allocated(arguments)), lib=library)
+        torch_library.register_fake(qualified, lambda *arguments: self.empty(*self._allocated(arguments)), lib=library)
         traced = getattr(ops, self.name).default
         if self._backward is None:
             self._runs[backend] = traced
         else:
             forward, backward = self._derivative(backend)
-            torch.library.register_autograd(qualified, backward, setup_context=forward, lib=library)
+            torch_library.register_autograd(qualified, backward, setup_context=forward, lib=library)
             self._runs[backend] = self._eager(backend, traced)
 
     def _derivative(self, backend):
