@@ -89,7 +89,7 @@ def read_image(path):
     Raises:
         ValueError: the file does not decode, or holds 32-bit values, whose range is not known; names the file.
     """
-    image = _decode(path)
+    image, _ = _decode(path)
     # older Pillow opens a 16-bit PNG as mode "I"
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         wide = np.asarray(image).astype(np.uint32)
@@ -134,8 +134,7 @@ class ImagesWithMasks(torch.utils.data.Dataset):
         image = read_image(self.images[index])
         if self.masks is None:
             return image, torch.full(image.shape[1:], VOID, dtype=torch.uint8)
-        path = self.masks[index]
-        values = _read_mat(path) if path.suffix == ".mat" else _read_mask(path)
+        path, values = self.masks[index], self.values(index)
         (height, width), (rows, columns) = image.shape[1:], values.shape
         if (rows, columns) != (height, width):
             raise ValueError(f"{path} is {columns}x{rows} pixels, its image {self.images[index]} {width}x{height}")
@@ -147,6 +146,14 @@ class ImagesWithMasks(torch.utils.data.Dataset):
                 f"{path} holds value {values[mask < 0][0]}: neither a class ({known[0]} to {known[-1]}) nor void ({voids})"
             )
         return image, torch.from_numpy(mask.astype(np.uint8))
+
+    def values(self, index):
+        """The mask of an image as its file stores it, before classes and void: uint8 numpy (H, W).
+
+        Not to be called where `masks` is None. Raises as items do where the file cannot be read.
+        """
+        path = self.masks[index]
+        return _read_mat(path) if path.suffix == ".mat" else _read_mask(path)
 
 
 class Folder(ImagesWithMasks):
@@ -451,23 +458,29 @@ class ImageClasses(torch.utils.data.Dataset):
 
 
 def _decode(path):
+    """(image, bits): Pillow scales gray of 2 and 4 bits to 8, and says so before it decodes only; other modes count as 8."""
     try:
         with Image.open(path) as image:
+            packed = re.search(r"'L;([24])", str(image.tile)) if image.mode == "L" else None
             image.load()
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
-    return image
+    return image, int(packed[1]) if packed else 8
 
 
 def _read_mask(path):
-    image = _decode(path)
-    if image.mode not in ("L", "P", "1"):
+    image, depth = _decode(path)
+    if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
         raise ValueError(
             f"{path} has mode {image.mode}, not a class index a pixel: save indices as 8-bit gray (L) or palette (P) PNG"
         )
-    return np.array(image, dtype=np.uint8)
+    values = np.array(image)
+    wrong = values[(values < 0) | (values > 255)] if image.mode.startswith("I") else ()
+    if len(wrong):
+        raise ValueError(f"{path} holds value {wrong[0]}: masks hold values of 8 bits, 0 to 255")
+    return values.astype(np.uint8) // (255 // (2**depth - 1))
 
 
 def _read_mat(path):
