@@ -1,12 +1,18 @@
 """Data sets of images with masks, with classes, or with neither, read from their folders as the sites ship them."""
 
+import contextlib
+import math
 import re
 from csv import DictReader
+from numbers import Real
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps, ImageSequence
+from torchvision.io import ImageReadMode, decode_image
+
+from .files import first_line
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 VOID = 255
@@ -81,31 +87,54 @@ def palette(num_classes):
     )
 
 
-def read_image(path):
+def read_image(path, scale="dtype"):
     """The image in a file: uint8 (3, H, W), RGB, channels last in memory.
 
-    Gray, palette, CMYK images are converted, 16-bit gray scaled (65535 to 255). Alpha is dropped, EXIF orientation not applied.
+    Gray, palette and CMYK images are converted, alpha is dropped. The image lies upright, turned as
+    its EXIF orientation says; EXIF that cannot be read turns nothing.
+
+    Args:
+        path: the file.
+        scale: which value becomes 255. "dtype" (default): the largest that the file's type holds,
+            65535 for 16 bits. "file": the largest in the file, of all channels, while the smallest
+            becomes 0; a file of a single value becomes 0. A positive number: that value, as 4095
+            for 12 bits stored in 16; 0 stays 0, what is outside is clipped. These two hold for
+            files of 8 bits as well.
 
     Raises:
-        ValueError: the file does not decode, or holds 32-bit values, whose range is not known; names the file.
+        TypeError, ValueError: another scale.
+        ValueError: the file does not decode; holds several frames or pages (read are the picture of
+            a phone's MPO, and the full size of a TIFF with reduced copies); with "dtype", holds
+            values of 32 bits, whose range is not known; with another scale, holds 16 bits a channel
+            in several channels and is no PNG, so that 8 are all that there is. Names the file.
     """
-    image, _ = _decode(path)
+    _check_scale(scale)
+    image, stored = _decode(path)
     # older Pillow opens a 16-bit PNG as mode "I"
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        wide = np.asarray(image).astype(np.uint32)
-        image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"{path} has mode {image.mode} (32 bits a pixel): save it with 8 or 16")
-    elif "transparency" in image.info:  # or Pillow warns about palettes with alpha
-        image = image.convert("RGBA")
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    if image.mode in ("I", "F") and not wide and scale == "dtype":
+        raise ValueError(
+            f'{path} has mode {image.mode}, whose range is not known: scale must be "file", or the value that becomes 255'
+        )
+    if wide or image.mode in ("I", "F"):
+        picture = _scaled(np.asarray(image), scale)
+    elif scale != "dtype" and ";16" in stored:
+        picture = _scaled(_wide_channels(path, image.format), scale)
+    else:  # by way of RGBA, or Pillow warns about palettes with alpha
+        picture = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+        if scale != "dtype":
+            picture = _scaled(np.asarray(picture), scale)
+    picture.info = image.info
+    with contextlib.suppress(Exception):  # Pillow raises of all kinds on damaged EXIF
+        ImageOps.exif_transpose(picture, in_place=True)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 class ImagesWithMasks(torch.utils.data.Dataset):
     """What the data sets with a mask per image share; constructors find the files, items are decoded when asked for.
 
     `ds[i]` is (image, mask): uint8 (3, H, W), as `read_image` has it, and uint8 (H, W) of classes 0 .. num_classes - 1 and 255,
-    void. Where the split has no masks, the mask is void everywhere.
+    void. Where the split has no masks, the mask is void everywhere. Masks are taken as drawn: EXIF of their own turns none.
 
     Attributes:
         ids: list of str, one an image.
@@ -118,9 +147,10 @@ class ImagesWithMasks(torch.utils.data.Dataset):
             neither class nor void. Names the file and what was found.
     """
 
-    def __init__(self, ids, images, masks, classes, colours, labels):
-        """labels: {value in the file: class or 255}; 255 is void without being listed."""
-        self.ids, self.images, self.masks = ids, images, masks
+    def __init__(self, ids, images, masks, classes, colours, labels, scale="dtype"):
+        """labels: {value in the file: class or 255}; 255 is void without being listed. scale: see `read_image`."""
+        _check_scale(scale)
+        self.ids, self.images, self.masks, self.scale = ids, images, masks, scale
         self.classes, self.num_classes, self.palette = tuple(classes), len(classes), tuple(colours)
         self._table = np.full(256, -1, np.int16)
         self._table[VOID] = VOID
@@ -131,13 +161,15 @@ class ImagesWithMasks(torch.utils.data.Dataset):
         return len(self.ids)
 
     def __getitem__(self, index):
-        image = read_image(self.images[index])
+        image = read_image(self.images[index], self.scale)
         if self.masks is None:
             return image, torch.full(image.shape[1:], VOID, dtype=torch.uint8)
         path, values = self.masks[index], self.values(index)
         (height, width), (rows, columns) = image.shape[1:], values.shape
         if (rows, columns) != (height, width):
-            raise ValueError(f"{path} is {columns}x{rows} pixels, its image {self.images[index]} {width}x{height}")
+            sideways = (columns, rows) == (height, width) and _orientation(self.images[index]) > 4
+            why = ", turned upright as its EXIF orientation says: so must the mask lie" if sideways else ""
+            raise ValueError(f"{path} is {columns}x{rows} pixels, its image {self.images[index]} {width}x{height}{why}")
         mask = self._table.take(values)
         if mask.min() < 0:
             voids = ", ".join(map(str, np.flatnonzero(self._table == VOID)))
@@ -173,6 +205,7 @@ class Folder(ImagesWithMasks):
         values: {value in the masks: class}, as {255: 1} for masks of 0 and 255, beside 0 .. num_classes - 1; default none.
         images, masks: names of the two folders.
         classes: num_classes names; "0", "1", ... by default. Colours are those of `palette`.
+        scale: which value of images becomes 255: "dtype" (default), "file" or a number, as for `read_image`.
 
     Raises:
         FileNotFoundError: a folder or file is missing, or no image is there; names the path, and the list that asks for it.
@@ -189,6 +222,8 @@ class Folder(ImagesWithMasks):
         masks: str = "masks",
         classes: list[str] | None = None,
         values: dict[int, int] | None = None,
+        *,
+        scale: float | str = "dtype",
     ):
         _check_num_classes(num_classes)
         values = {int(value): index for value, index in (values or {}).items()}
@@ -212,9 +247,8 @@ class Folder(ImagesWithMasks):
             else:
                 folders = [folder / split for folder in folders]
         files = _pair(*folders, layout, listed, source)
-        super().__init__(
-            *files, classes or _numbers(num_classes), palette(num_classes), _identity(num_classes) | {void: VOID} | values
-        )
+        table = _identity(num_classes) | {void: VOID} | values
+        super().__init__(*files, classes or _numbers(num_classes), palette(num_classes), table, scale)
 
 
 class VOC(ImagesWithMasks):
@@ -359,13 +393,14 @@ class Unlabelled(ImagesWithMasks):
         source: the folder, or the file: one path a line, blank lines skipped.
         num_classes: of the data set that these images are used beside; 1 to 255.
         root: the folder that listed paths are relative to; by default the list's own.
+        scale: as for `read_image`.
 
     Raises:
         FileNotFoundError: source or a listed image is missing, or no image is there; names the path, and the list.
         ValueError: the list is empty, or an id is there twice.
     """
 
-    def __init__(self, source: str, num_classes: int = 2, root: str | None = None):
+    def __init__(self, source: str, num_classes: int = 2, root: str | None = None, *, scale: float | str = "dtype"):
         _check_num_classes(num_classes)
         source = Path(source)
         if source.is_dir():
@@ -382,7 +417,7 @@ class Unlabelled(ImagesWithMasks):
         # joined to a folder of results, an id must stay in it
         ids = ["/".join(part for part in name.with_suffix("").parts if part not in (name.anchor, "..")) for name in names]
         _check_unique(ids, source)
-        super().__init__(ids, images, None, _numbers(num_classes), palette(num_classes), {})
+        super().__init__(ids, images, None, _numbers(num_classes), palette(num_classes), {}, scale)
 
 
 class ImageClasses(torch.utils.data.Dataset):
@@ -398,6 +433,7 @@ class ImageClasses(torch.utils.data.Dataset):
         classes: the names, in order; integers are names too if any of these is one. By default what the column holds in all
             rows, so that every split has the same: the sorted names, or "0" .. "max" for integers.
         split_column, split: only rows with this value in this column; both or neither.
+        scale: as for `read_image`.
 
     Attributes:
         ids: list of str, the names without suffix.
@@ -419,7 +455,10 @@ class ImageClasses(torch.utils.data.Dataset):
         classes: list[str] | None = None,
         split_column: str | None = None,
         split: str | None = None,
+        *,
+        scale: float | str = "dtype",
     ):
+        _check_scale(scale)
         if (split_column is None) != (split is None):
             raise ValueError(f"split_column and split go together; got {split_column!r} and {split!r}")
         rows = _read_csv(csv, [name for name in (image_column, class_column, split_column) if name is not None])
@@ -437,7 +476,7 @@ class ImageClasses(torch.utils.data.Dataset):
         if not any(map(_is_integer, self.classes)):
             known |= {str(index): index for index in range(self.num_classes)}
             needed += f", or 0 to {self.num_classes - 1}"
-        self.ids, self.images, self.targets = [], [], []
+        self.ids, self.images, self.targets, self.scale = [], [], [], scale
         for line, row in rows:
             name, value = row[image_column], row[class_column]
             if value not in known:
@@ -454,24 +493,79 @@ class ImageClasses(torch.utils.data.Dataset):
         return len(self.ids)
 
     def __getitem__(self, index):
-        return read_image(self.images[index]), self.targets[index]
+        return read_image(self.images[index], self.scale), self.targets[index]
+
+
+def _check_scale(scale):
+    if scale in ("dtype", "file"):
+        return
+    message = f'scale must be "dtype", "file" or a positive number, the value that becomes 255; got {scale!r}'
+    if isinstance(scale, bool) or not isinstance(scale, str | Real):
+        raise TypeError(message)
+    if isinstance(scale, str) or not 0 < scale < math.inf:
+        raise ValueError(message)
+
+
+def _scaled(values, scale):
+    """Values as an RGB image of 8 bits."""
+    if scale == "file":
+        known = values[np.isfinite(values)]
+        low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
+    else:
+        low, high = 0.0, 65535.0 if scale == "dtype" else float(scale)
+    with np.errstate(invalid="ignore"):  # infinite values
+        levels = (values.astype(np.result_type(values, np.float32)) - low) * (255 / (high - low) if high > low else 0.0)
+    return Image.fromarray(np.nan_to_num(levels.round().clip(0, 255)).astype(np.uint8)).convert("RGB")
+
+
+def _wide_channels(path, kind):
+    """16 bits of each channel, gray (H, W) or RGB (H, W, 3), without alpha."""
+    if kind != "PNG":
+        raise ValueError(f'{path} holds 16 bits a channel, of which Pillow reads 8: scale must be "dtype", or save it as PNG')
+    try:
+        values = decode_image(str(path), ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
+    except RuntimeError as error:
+        raise ValueError(f"{path} cannot be read as an image of 16 bits a channel: {error}") from error
+    return values[..., 0] if values.shape[2] < 3 else values[..., :3]
 
 
 def _decode(path):
-    """(image, bits): Pillow scales gray of 2 and 4 bits to 8, and says so before it decodes only; other modes count as 8."""
+    """(image, stored): stored is how the file packs its pixels, as "L;4" or "RGB;16B", which Pillow tells only before it decodes."""
     try:
         with Image.open(path) as image:
-            packed = re.search(r"'L;([24])", str(image.tile)) if image.mode == "L" else None
+            frames = _frames(image)
+            stored = "".join(re.findall(r"'([A-Z]+;[0-9A-Z]+)'", str(image.tile[:1])))
             image.load()
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
-    return image, int(packed[1]) if packed else 8
+    except Exception as error:  # Pillow raises of all kinds on damaged files
+        raise ValueError(f"{path} cannot be read as an image: {first_line(error)}") from error
+    if frames > 1:
+        raise ValueError(f"{path} has {frames} frames or pages: save each as a file of its own")
+    return image, stored
+
+
+def _frames(image):
+    """How many pictures a file holds. The others of an MPO are previews or depth."""
+    if image.format == "MPO" or not getattr(image, "is_animated", False):
+        return 1
+    if image.format != "TIFF":
+        return image.n_frames
+    # NewSubfileType, tag 254: reduced copies and masks of transparency are no pictures
+    pages = sum(not page.tag_v2.get(254, 0) & 5 for page in ImageSequence.Iterator(image))
+    image.seek(0)
+    return pages
+
+
+def _orientation(path):
+    """EXIF's: 1 is upright, 5 to 8 swap the sides."""
+    with contextlib.suppress(Exception), Image.open(path) as image:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    return 1
 
 
 def _read_mask(path):
-    image, depth = _decode(path)
+    image, stored = _decode(path)
     if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
         raise ValueError(
             f"{path} has mode {image.mode}, not a class index a pixel: save indices as 8-bit gray (L) or palette (P) PNG"
@@ -480,7 +574,9 @@ def _read_mask(path):
     wrong = values[(values < 0) | (values > 255)] if image.mode.startswith("I") else ()
     if len(wrong):
         raise ValueError(f"{path} holds value {wrong[0]}: masks hold values of 8 bits, 0 to 255")
-    return values.astype(np.uint8) // (255 // (2**depth - 1))
+    # Pillow scales gray of 2 and 4 bits to 8
+    step = {"L;2": 85, "L;4": 17}.get(stored[:3], 1) if image.mode == "L" else 1
+    return values.astype(np.uint8) // step
 
 
 def _read_mat(path):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, TiffImagePlugin
 
 from segops.train import datasets
 from segops.train.datasets import VOC, CamVid, Cityscapes, Folder, ImageClasses, Unlabelled, palette, read_image
@@ -133,9 +133,200 @@ def test_modes_become_rgb(tmp_path):
     assert read(image) == read(image, transparency=b"\0\x80") == [10, 20, 30]
     Image.new("CMYK", (2, 2), (0, 0, 0, 0)).save(tmp_path / "a.jpg")
     assert read_image(tmp_path / "a.jpg")[:, 0, 0].tolist() == [255, 255, 255]
-    Image.new("F", (2, 2), 0.5).save(tmp_path / "a.tif")
-    with pytest.raises(ValueError, match=r"a\.tif has mode F \(32 bits a pixel\): save it with 8 or 16"):
-        read_image(tmp_path / "a.tif")
+
+
+def levels(path, scale):
+    image = read_image(path, scale)
+    assert image.dtype == torch.uint8 and torch.equal(image[0], image[1]) and torch.equal(image[0], image[2])
+    return image[0].flatten().tolist()
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_scales_of_gray_of_16_bits(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(np.array([[1000, 2000, 4095, 5000]], dtype=np.uint16)).save(path)
+    assert levels(path, "dtype") == [4, 8, 16, 19]
+    assert levels(path, 4095) == [62, 125, 255, 255]
+    assert levels(path, 65535) == levels(path, "dtype")
+    assert levels(path, "file") == [0, 64, 197, 255]
+    Image.fromarray(np.full((1, 3), 700, dtype=np.uint16)).save(path)
+    assert levels(path, "file") == [0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_scales_of_gray_of_32_bits(tmp_path, kind):
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.array([[-100, 0, 300, 500]], dtype=kind)).save(path)
+    message = rf'a\.tif has mode {"IF"[kind == np.float32]}, whose range is not known: scale must be "file", or the value'
+    with pytest.raises(ValueError, match=message):
+        read_image(path)
+    assert levels(path, "file") == [0, 42, 170, 255]
+    assert levels(path, 300) == [0, 0, 255, 255]
+    if kind == np.float32:
+        Image.fromarray(np.array([[np.nan, -np.inf, np.inf, 0.25, 0.75, 0.5]], kind)).save(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert levels(path, "file") == [0, 0, 255, 0, 255, 128]
+            assert levels(path, 0.5) == [0, 0, 255, 128, 255, 255]
+
+
+def write_png(path, rows, bits, colour, width):
+    """A PNG of rows of packed bytes: of kinds that Pillow reads and does not write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, len(rows), bits, colour, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))),
+        (b"IEND", b""),
+    ]
+    content = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(content))
+
+
+@pytest.mark.parametrize("colour, channels", [(2, 3), (4, 2), (6, 4)])
+def test_scales_of_channels_of_16_bits(tmp_path, colour, channels):
+    """Pillow has their upper 8 bits alone."""
+    path, pixels = tmp_path / "a.png", np.array([[[100, 400, 4095, 9], [0, 800, 2000, 9]]], np.uint16)[..., :channels]
+    write_png(path, [row.astype(">u2").tobytes() for row in pixels], 16, colour, width=2)
+    expected = pixels[..., :3] if channels > 2 else pixels[..., [0, 0, 0]]
+    for scale, low, high in ((4095, 0, 4095), ("file", expected.min(), expected.max())):
+        wanted = np.round((expected.astype(float) - low) / float(high - low) * 255)
+        assert np.array_equal(read_image(path, scale).permute(1, 2, 0).numpy(), wanted)
+    assert np.array_equal(read_image(path).permute(1, 2, 0).numpy(), expected >> 8)
+    tiff = tmp_path / "a.tif"  # that Pillow writes with 8 bits alone
+    Image.new("RGB", (2, 2)).save(tiff)
+    eight, sixteen = (struct.pack("<HHH", *[bits] * 3) for bits in (8, 16))
+    tiff.write_bytes(tiff.read_bytes().replace(eight, sixteen) + bytes(2 * 2 * 3))
+    assert read_image(tiff).shape == (3, 2, 2)
+    with pytest.raises(ValueError, match=r'a\.tif holds 16 bits a channel, of which Pillow reads 8: scale must be "dtype"'):
+        read_image(tiff, 4095)
+
+
+def test_scales_of_8_bits(tmp_path):
+    pixels = torch.tensor([[[10, 60, 110], [20, 10, 30]]], dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(tmp_path / "a.png")
+    for scale, expected in (("dtype", pixels), (255, pixels), ("file", [[[0, 128, 255], [26, 0, 51]]])):
+        assert read_image(tmp_path / "a.png", scale).permute(1, 2, 0).tolist() == torch.as_tensor(expected).tolist()
+    assert read_image(tmp_path / "a.png", 100)[:, 0, 0].tolist() == [26, 153, 255]
+
+
+@pytest.mark.parametrize(
+    "scale, error", [("bits", ValueError), (0, ValueError), (float("nan"), ValueError), (True, TypeError), (None, TypeError)]
+)
+def test_scales_that_are_refused(folder, scale, error):
+    message = r'scale must be "dtype", "file" or a positive number, the value that becomes 255; got '
+    csv = write_text(folder / "classes.csv", "image,level", "a,0")
+    for use in (
+        lambda: read_image(folder / "images/a.png", scale),
+        lambda: Folder(folder, scale=scale),
+        lambda: Unlabelled(folder / "images", scale=scale),
+        lambda: ImageClasses(csv, folder / "images", scale=scale),
+    ):
+        with pytest.raises(error, match=message):
+            use()
+
+
+def test_data_sets_scale(tmp_path):
+    image = tmp_path / "images/a.png"
+    image.parent.mkdir()
+    Image.fromarray(np.array([[0, 819, 4095], [1, 2, 3]], dtype=np.uint16)).save(image)
+    write_mask(tmp_path / "masks/a.png")
+    csv = write_text(tmp_path / "classes.csv", "image,level", "a,0")
+    for dataset in (
+        Folder(tmp_path, scale=4095),
+        Unlabelled(image.parent, scale=4095),
+        ImageClasses(csv, image.parent, scale=4095),
+    ):
+        assert dataset[0][0][0].tolist() == [[0, 51, 255], [0, 0, 0]]
+
+
+UPRIGHT = {
+    1: lambda pixels: pixels,
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: np.rot90(pixels),
+}
+
+
+def write_turned(path, pixels, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, exif=exif, **({"lossless": True} if path.suffix == ".webp" else {}))
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("suffix", ["png", "webp", "tif", "jpg"])
+def test_images_lie_upright(tmp_path, suffix, orientation):
+    pixels = np.kron(np.arange(6, dtype=np.uint8).reshape(2, 3, 1) * 40, np.ones((16, 16, 3), np.uint8))
+    write_turned(tmp_path / f"a.{suffix}", pixels, orientation)
+    image = read_image(tmp_path / f"a.{suffix}").permute(1, 2, 0).numpy()
+    assert image.shape == UPRIGHT[orientation](pixels).shape
+    assert abs(image.astype(int) - UPRIGHT[orientation](pixels)).max() <= (3 if suffix == "jpg" else 0)
+
+
+def test_wide_images_lie_upright(tmp_path):
+    pixels = np.arange(6, dtype=np.uint16).reshape(2, 3) * 100
+    write_turned(tmp_path / "a.png", pixels, 6)
+    assert read_image(tmp_path / "a.png", 255)[0].tolist() == np.rot90(pixels, -1).clip(max=255).tolist()
+
+
+def test_masks_lie_as_drawn(tmp_path):
+    write_turned(tmp_path / "images/a.png", np.zeros((2, 3, 3), np.uint8), 8)
+    write_turned(tmp_path / "masks/a.png", np.array([[1, 0], [0, 0], [0, 1]], np.uint8), 6)
+    image, mask = Folder(tmp_path)[0]
+    assert image.shape == (3, 3, 2) and mask.tolist() == [[1, 0], [0, 0], [0, 1]]
+    write_mask(tmp_path / "masks/a.png")
+    message = r"masks/a\.png is 3x2 pixels, its image .*images/a\.png 2x3, turned upright as its EXIF orientation says"
+    with pytest.raises(ValueError, match=message):
+        Folder(tmp_path)[0]
+    write_image(tmp_path / "images/a.png", size=(2, 3))
+    with pytest.raises(ValueError, match=r"images/a\.png 2x3$"):
+        Folder(tmp_path)[0]
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("damage", [b"Exif\0\0", b"Exif\0\0garbage that is none", b"Exif\0\0II*\0\xff\xff\xff\xff"])
+def test_damaged_exif_turns_nothing(tmp_path, damage):
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=damage)
+    assert read_image(tmp_path / "a.jpg").shape == (3, 20, 30)
+
+
+def test_an_orientation_beside_damaged_exif_still_turns(tmp_path, monkeypatch):
+    write_turned(tmp_path / "a.png", np.zeros((2, 3, 3), np.uint8), 6)
+    monkeypatch.setattr(Image.Exif, "tobytes", lambda self: (_ for _ in ()).throw(TypeError("a tag of another type")))
+    assert read_image(tmp_path / "a.png").shape == (3, 3, 2)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tif"])
+def test_several_frames_are_refused(tmp_path, suffix):
+    frames = [Image.new("RGB", (9, 8), (80 * index, 9, 9)) for index in range(3)]
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+        frames[0].save(tmp_path / f"{folder}/a.{suffix}", save_all=True, append_images=frames[1:])
+    message = rf"images/a\.{suffix} has 3 frames or pages: save each as a file of its own"
+    with pytest.raises(ValueError, match=message):
+        read_image(tmp_path / f"images/a.{suffix}")
+    frames[0].save(tmp_path / f"images/a.{suffix}")
+    assert read_image(tmp_path / f"images/a.{suffix}").shape == (3, 8, 9)
+
+
+def test_files_of_a_picture_and_its_copies(tmp_path):
+    """Of phones, and of mapping: what is beside the picture is no picture of its own."""
+    frames = [Image.new("RGB", (18, 16), (200, 100, 0)), Image.new("RGB", (9, 8))]
+    frames[0].save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=frames[1:])
+    with TiffImagePlugin.AppendingTiffWriter(str(tmp_path / "a.tif"), True) as file:
+        for frame, kind in zip(frames, (0, 1), strict=True):
+            frame.save(file, format="TIFF", tiffinfo={254: kind})
+            file.newFrame()
+    for name in ("a.jpg", "a.tif"):
+        with Image.open(tmp_path / name) as image:
+            assert image.n_frames == 2
+        image = read_image(tmp_path / name)
+        assert image.shape == (3, 16, 18) and abs(image[0].int() - 200).max() < 5
 
 
 def test_folder_without_split(tmp_path):
@@ -178,24 +369,13 @@ def test_mask_of_one_bit(tmp_path):
     assert Folder(tmp_path)[0][1].tolist() == [[1, 0, 1], [0, 0, 1]]
 
 
-def write_packed_mask(path, values, bits):
-    """A gray PNG of 1, 2 or 4 bits, as optimisers write them: Pillow writes none."""
-    rows = np.unpackbits(np.array(values, np.uint8)[..., None], 2)[..., -bits:].reshape(len(values), -1)
-    packed = b"".join(b"\0" + np.packbits(row).tobytes() for row in rows)
-    header = struct.pack(">IIBBBBB", len(values[0]), len(values), bits, 0, 0, 0, 0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(b"\x89PNG\r\n\x1a\n")
-        for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(packed)), (b"IEND", b"")):
-            file.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)))
-
-
 @pytest.mark.parametrize(
     ("bits", "values"), [(1, [[0, 1, 1], [1, 0, 0]]), (2, [[0, 1, 2], [3, 2, 0]]), (4, [[0, 1, 15], [7, 3, 0]])]
 )
 def test_gray_masks_of_few_bits_hold_what_is_stored(tmp_path, bits, values):
     write_image(tmp_path / "images/a.png")
-    write_packed_mask(tmp_path / "masks/a.png", values, bits)
+    rows = np.unpackbits(np.array(values, np.uint8)[..., None], 2)[..., -bits:].reshape(2, -1)
+    write_png(tmp_path / "masks/a.png", [np.packbits(row).tobytes() for row in rows], bits, 0, width=3)
     dataset = Folder(tmp_path, num_classes=16)
     assert dataset[0][1].tolist() == dataset.values(0).tolist() == values
     image = read_image(tmp_path / "masks/a.png")[0]
@@ -310,7 +490,7 @@ def test_items(folder):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "tif"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "tif", "webp", "gif"])
 def test_truncated_image(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8)).save(path)
