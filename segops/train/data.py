@@ -270,7 +270,7 @@ class SegmentationData(Data):
             self.sets["train"] = torch.utils.data.Subset(train, sorted(order[:count].tolist()))
             without.append(WithoutMasks(torch.utils.data.Subset(train, sorted(order[count:].tolist()))))
         if self.unlabelled is not None:
-            without.append(Unlabelled(self.unlabelled, self.num_classes))
+            without.append(Unlabelled(self.unlabelled, self.num_classes, scale=self.options.get("scale", "dtype")))
         if without:
             self.sets["unlabelled"] = torch.utils.data.ConcatDataset(without)
 
@@ -310,6 +310,7 @@ class SegmentationData(Data):
             "palette": [list(colour) for colour in self.palette],
             "normalize": self.kind,
             "resize": None if self.size is None else list(self.size),
+            "scale": self.options.get("scale", "dtype"),
         }
 
 
@@ -362,6 +363,7 @@ class ClassificationData(Data):
         classes: names of the classes, if the column holds names in another order than the alphabet's.
         random_classes: share of the training images that get a class by chance, always the same one (Haloi, II.C: 0.8). Default 0.
         resize, augment, normalize, batch_size, eval_batch_size, workers, cache: as in `SegmentationData`.
+        scale: which value of images becomes 255: "dtype" (default), "file" or a number, as for `segops.train.datasets.read_image`.
 
     Batches are (images (N, 3, H, W) float32, classes (N) int64).
     """
@@ -387,6 +389,7 @@ class ClassificationData(Data):
         eval_batch_size: int = 1,
         workers: int = 0,
         cache: bool = False,
+        scale: float | str = "dtype",
     ):
         super().__init__(resize, augment, normalize, batch_size, eval_batch_size, workers, cache)
         for name, share in (("random_classes", random_classes), ("val_share", val_share)):
@@ -397,23 +400,23 @@ class ClassificationData(Data):
         if test_split is not None and split_column is None:
             raise ValueError(f"test_split needs a split_column; got {test_split!r}")
         self.splits = {"train": train_split, "val": val_split, "test": test_split}
-        self.val_share, self.random_classes = val_share, random_classes
+        self.val_share, self.random_classes, self.scale = val_share, random_classes, scale
 
     def setup(self, stage):
         if stage == "test":
             if self.splits["test"] is None:
                 raise ValueError("test_split must name the split to be scored; got None")
-            test = ImageClasses(*self.table, self.splits["test"])
+            test = ImageClasses(*self.table, self.splits["test"], scale=self.scale)
             self.num_classes, self.classes, self.sets = test.num_classes, tuple(test.classes), {"test": test}
             return
         if self.table[-1] is None:
-            everything = ImageClasses(*self.table)
+            everything = ImageClasses(*self.table, scale=self.scale)
             order = np.random.default_rng(len(everything)).permutation(len(everything)).tolist()
             count = round(self.val_share * len(everything))
             train, val = (torch.utils.data.Subset(everything, sorted(part)) for part in (order[count:], order[:count]))
             first = everything
         else:
-            train, val = (ImageClasses(*self.table, self.splits[split]) for split in ("train", "val"))
+            train, val = (ImageClasses(*self.table, self.splits[split], scale=self.scale) for split in ("train", "val"))
             first = train
         for split, part in (("train", train), ("val", val)):
             if not len(part):
@@ -436,6 +439,7 @@ class ClassificationData(Data):
             "image_classes": list(self.classes),
             "normalize": self.kind,
             "resize": None if self.size is None else list(self.size),
+            "scale": self.scale,
         }
 
 

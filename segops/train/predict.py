@@ -30,8 +30,20 @@ def add_arguments(parser):
     parser.add_argument("--overlap", type=float, default=0.5, help="of windows, in [0, 1); default 0.5")
     parser.add_argument("--scales", nargs="+", type=float, default=[1.0], help="average over these; default 1.0")
     parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
+    parser.add_argument(
+        "--scale",
+        type=_number_or_text,
+        help='which value of images becomes 255: "dtype", "file" or a number; default: as in training',
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="bf16: autocast to bfloat16")
+
+
+def _number_or_text(text):
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def run(options):
@@ -55,7 +67,9 @@ def run(options):
         _check_files(images, labels, targets)
         # A single class is told from none.
         values = {index: index for index in range(max(info["model"]["num_classes"], 2))} | {options.void: VOID}
-        dataset = ImagesWithMasks(names, images, labels, info["classes"], info["palette"] or (), values)
+        # Checkpoints from before there was a scale do not tell it.
+        scale = info.get("scale", "dtype") if options.scale is None else options.scale
+        dataset = ImagesWithMasks(names, images, labels, info["classes"], info["palette"] or (), values, scale)
         for kind in kinds:
             (out / kind).mkdir(parents=True, exist_ok=True)
     except (ImportError, OSError, TypeError, ValueError) as error:

@@ -401,7 +401,22 @@ def test_descriptions(table):
     assert description["classes"][:2] == ["background", "disc"] and description["palette"][0] == [90, 110, 130]
     assert description["normalize"] == "per_image" and description["resize"] == [8, 10]
     classes = trained(ClassificationData(str(table)))
-    assert classes.description() == {"image_classes": list("01234"), "normalize": "imagenet", "resize": None}
+    assert classes.description() == {"image_classes": list("01234"), "normalize": "imagenet", "resize": None, "scale": "dtype"}
+
+
+def test_scale_is_that_of_all_images(tmp_path, table):
+    root = binary_folder(tmp_path, (0, 1))
+    (tmp_path / "more").mkdir()
+    for image in (*(tmp_path / "images").iterdir(), tmp_path / "more/a.png"):
+        Image.fromarray(np.full((2, 2), 819, np.uint16)).save(image)
+    data = trained(SegmentationData("folder", root, options={"scale": 4095}, unlabelled=str(tmp_path / "more")))
+    assert all(data.sets[part][0][0].unique().tolist() == [51] for part in ("train", "val", "unlabelled"))
+    assert data.description()["scale"] == 4095
+    assert trained(scenes()).description()["scale"] == "dtype"
+    for image in (table / "train").iterdir():
+        Image.fromarray(np.full((2, 2), 819, np.uint16)).save(image)
+    data = trained(ClassificationData(str(table), scale=4095.0))
+    assert data.sets["train"][0][0].unique().tolist() == [51] and data.description()["scale"] == 4095
 
 
 def names(dataset):
@@ -495,7 +510,7 @@ def test_cooperative(table):
     scored = [list(loader) for loader in data.val_dataloader()]
     assert [len(batches) for batches in scored] == [3, 6] and scored[1][0][1].shape == (1,)
     description = data.description()
-    assert set(description) == {"classes", "palette", "normalize", "resize", "image_classes"}
+    assert set(description) == {"classes", "palette", "normalize", "resize", "scale", "image_classes"}
     assert description["normalize"] == "imagenet"
 
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import InterpolationMode, functional
 
 from segops.train import predict
+from segops.train.datasets import read_image
 from segops.train.inference import Predictor, colourise, heat, load_network, loss_image, overlay, save_classes, save_image
 from segops.train.transforms import normalize
 
@@ -462,6 +463,31 @@ def test_command_does_as_the_checkpoint_says(work):
     command(work)
     predictor = Predictor(load_network(work / "best.ckpt")[0], "per_image", resize=(48, 32))
     assert torch.equal(pixels(work / "out/classes/a.png"), predictor(pixels(work / "images/a.jpg").permute(2, 0, 1)))
+
+
+def test_command_reads_images_as_training_did(work):
+    wide = picture(36, 40)[0].numpy().astype(np.uint16) * 16
+    Image.fromarray(wide).save(work / "wide.png")
+    predictor = Predictor(load_network(work / "best.ckpt")[0])
+    for said, asked, scale in (({}, (), "dtype"), ({"scale": 4095}, (), 4095), ({"scale": 4095}, ("--scale", "file"), "file")):
+        save_checkpoint(work / "best.ckpt", predictor.model, **said)
+        command(work, *asked, inputs=("wide.png",))
+        assert torch.equal(pixels(work / "out/classes/wide.png"), predictor(read_image(work / "wide.png", scale)))
+    with pytest.raises(SystemExit, match=r'scale must be "dtype", "file" or a positive number, .*; got -1\.0'):
+        command(work, "--scale=-1")
+
+
+def test_command_predicts_upright(work):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(picture(36, 40).permute(1, 2, 0).numpy()).save(work / "turned.png", exif=exif)
+    Image.fromarray(torch.randint(0, 3, (40, 36), dtype=torch.uint8).numpy()).save(work / "labels/turned.png")
+    command(work, *EVERYTHING, inputs=("turned.png",))
+    image = read_image(work / "turned.png")
+    classes = Predictor(load_network(work / "best.ckpt")[0])(image)
+    assert classes.shape == (40, 36) and torch.equal(pixels(work / "out/classes/turned.png"), classes)
+    assert torch.equal(pixels(work / "out/overlay/turned.png").permute(2, 0, 1), overlay(image, classes, PALETTE))
+    assert pixels(work / "out/loss/turned.png").shape == (40, 4 * 36 + 3 * 4, 3)
 
 
 def test_command_goes_on_after_a_corrupt_file(work, capsys):
