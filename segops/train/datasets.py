@@ -3,6 +3,7 @@
 import contextlib
 import math
 import re
+import warnings
 from csv import DictReader
 from numbers import Real
 from pathlib import Path, PurePosixPath
@@ -14,7 +15,8 @@ from torchvision.io import ImageReadMode, decode_image
 
 from .files import first_line
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+SOFTWARE = "segops predict"  # its PNGs say so, in a text chunk before the pixels, lest they are taken for images
 VOID = 255
 
 VOC_CLASSES = (
@@ -189,11 +191,11 @@ class ImagesWithMasks(torch.utils.data.Dataset):
 
 
 class Folder(ImagesWithMasks):
-    """Images and masks in two folders: root/IMAGES/ID.jpg (.jpeg, .png, .bmp, .tif, .tiff) and root/MASKS/ID.png.
+    """Images and masks in two folders: root/IMAGES/ID.jpg (or another of `IMAGE_SUFFIXES`) and root/MASKS/ID.png.
 
     Without a split: every image directly in root/IMAGES, sorted. With one, and a file root/SPLIT.txt: the ids it lists, one a
     line, in its order, from IMAGES and MASKS, or from the folder SPLIT in either if there is one. Without that file: every
-    image in root/IMAGES/SPLIT, sorted, with root/MASKS/SPLIT/ID.png.
+    image in root/IMAGES/SPLIT, sorted, with root/MASKS/SPLIT/ID.png. A warning says which files there are not read.
 
     Masks are gray or palette PNGs of class indices; of 1 bit: 0 and 1. Mind that white (255) is void, not class 1.
 
@@ -386,6 +388,8 @@ class CamVid(ImagesWithMasks):
 class Unlabelled(ImagesWithMasks):
     """Images without masks: all below a folder, sorted by path, or those that a text file lists, in its order.
 
+    Not what `segops predict` wrote: of a folder it is left out, with a warning, as are files that are no images.
+
     Ids are the paths below the folder, or as listed (less a leading "/" and any ".."), without suffix: "city/0001". `masks` is
     None: every mask is void.
 
@@ -397,23 +401,23 @@ class Unlabelled(ImagesWithMasks):
 
     Raises:
         FileNotFoundError: source or a listed image is missing, or no image is there; names the path, and the list.
-        ValueError: the list is empty, or an id is there twice.
+        ValueError: the list is empty, or names what `segops predict` wrote; an id is there twice.
     """
 
     def __init__(self, source: str, num_classes: int = 2, root: str | None = None, *, scale: float | str = "dtype"):
         _check_num_classes(num_classes)
         source = Path(source)
         if source.is_dir():
-            images = sorted(path for path in source.rglob("*") if _is_image(path))
+            images = images_below(source)
             names = [path.relative_to(source) for path in images]
-            if not images:
-                raise FileNotFoundError(f"{source} holds no images ({', '.join(IMAGE_SUFFIXES)}), nor do folders below it")
         else:
             names = [Path(line) for line in _lines(source, "a folder of images, or a file that lists paths, one a line")]
             images = [(source.parent if root is None else Path(root)) / name for name in names]
             for path in images:
                 if not path.is_file():
                     raise FileNotFoundError(f"{path} is missing: {source} lists it")
+                if is_prediction(path):
+                    raise ValueError(f"{source} lists {path}, which {SOFTWARE} wrote: it is no image")
         # joined to a folder of results, an id must stay in it
         ids = ["/".join(part for part in name.with_suffix("").parts if part not in (name.anchor, "..")) for name in names]
         _check_unique(ids, source)
@@ -602,18 +606,58 @@ def _has_suffix(name):
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
-def _is_image(path):
-    # not the "._ID.jpg" that macOS leaves in archives
-    return _has_suffix(path.name) and not path.name.startswith(".") and path.is_file()
+def is_prediction(path):
+    """Whether `segops predict` wrote a file."""
+    if path.suffix.lower() != ".png":
+        return False
+    with contextlib.suppress(OSError), path.open("rb") as file:  # what cannot be read is found out later
+        return f"tEXtSoftware\0{SOFTWARE}".encode() in file.read(2048)
+    return False
+
+
+def images_below(folder, tell=warnings.warn):
+    """The images in a folder and in those below it, sorted.
+
+    Hidden files and folders, and lists (.txt), are passed over. tell(text) is called for other
+    files that are not read: what is not named as an image, what is no regular file, and what
+    `segops predict` wrote.
+
+    Raises:
+        FileNotFoundError: there is none; says what else is there.
+    """
+    return _images_among(folder.rglob("*"), folder, ", nor do folders below it", tell)
+
+
+def _images_among(paths, folder, hint, tell=warnings.warn):
+    images, others, predictions, suffixes = [], [], [], ", ".join(IMAGE_SUFFIXES)
+    for path in sorted(paths):
+        # "._ID.jpg" is what macOS leaves in archives
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        if _has_suffix(path.name) and path.is_file():
+            (predictions if is_prediction(path) else images).append(path)
+        elif path.suffix.lower() != ".txt" and not path.is_dir():
+            others.append(path)
+    notes = [
+        f"not read in {folder}: {len(found)} {what}, such as {found[0].relative_to(folder)}"
+        for found, what in (
+            (others, f"of other kinds than regular files of {suffixes}"),
+            (predictions, f"that {SOFTWARE} wrote"),
+        )
+        if found
+    ]
+    if not images:
+        raise FileNotFoundError("; ".join([f"{folder} holds no images ({suffixes}){hint}", *notes]))
+    for note in notes:
+        tell(note)
+    return images
 
 
 def _images_in(folder, layout):
     """{id: path} of the images directly in folder, sorted."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: expected {layout}")
-    paths = sorted(path for path in folder.iterdir() if _is_image(path))
-    if not paths:
-        raise FileNotFoundError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}): expected {layout}")
+    paths = _images_among(folder.iterdir(), folder, f": expected {layout}")
     _check_unique([path.stem for path in paths], f"{folder}, by names without suffix,")
     return {path.stem: path for path in paths}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torchvision.transforms.v2 import InterpolationMode, functional
 
 import segops
@@ -14,6 +15,7 @@ from segops.models import create_model
 from segops.models.checkpoints import load_state_dict
 
 from ..ops.common.checks import positive_pair
+from .datasets import SOFTWARE
 from .datasets import palette as voc_palette
 from .files import read_checkpoint, write_whole
 from .transforms import VOID, check_kind, normalize
@@ -335,6 +337,8 @@ def comparison(image, mask, classes, loss, palette=None):
 def save_classes(path, classes, palette=None):
     """Writes a class map as a palette PNG, whose pixels are the classes: the form that PASCAL VOC's evaluation server takes.
 
+    Its text "Software" says "segops predict", by which folders of images tell it from an image.
+
     Args:
         path: the file. It is whole or it is not there: what is written is PATH.part, which then takes its name.
         classes, palette: as for `colourise`. 255 keeps VOC's colour.
@@ -344,10 +348,15 @@ def save_classes(path, classes, palette=None):
     """
     image = Image.fromarray(classes.byte().cpu().numpy())
     image.putpalette(_table(palette).flatten().tolist())
-    write_whole(path, lambda file: image.save(file, format="PNG"))
+    _save(path, image)
 
 
 def save_image(path, image):
-    """Writes uint8 (3, H, W) as a PNG: whole or not at all, as `save_classes`. OSError: the file cannot be written."""
-    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
-    write_whole(path, lambda file: picture.save(file, format="PNG"))
+    """Writes uint8 (3, H, W) as a PNG: whole or not at all, and with its text, as `save_classes`. OSError: the file cannot be written."""
+    _save(path, Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()))
+
+
+def _save(path, picture):
+    text = PngInfo()
+    text.add_text("Software", SOFTWARE)
+    write_whole(path, lambda file: picture.save(file, format="PNG", pnginfo=text))

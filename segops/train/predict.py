@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .datasets import IMAGE_SUFFIXES, ImagesWithMasks
+from .datasets import SOFTWARE, ImagesWithMasks, images_below, is_prediction
 from .files import first_line
 from .inference import Predictor, comparison, load_network, overlay, save_classes, save_image
 from .transforms import VOID
@@ -18,7 +18,9 @@ KINDS = {"classes": "class maps", "overlay": "overlays", "loss": "loss images"} 
 def add_arguments(parser):
     """Adds the arguments of `segops predict` to an argparse parser; `run` takes what it parses."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="written by segops fit")
-    parser.add_argument("inputs", metavar="INPUT", nargs="+", help="image files, or folders of them: all below")
+    parser.add_argument(
+        "inputs", metavar="INPUT", nargs="+", help="image files, or folders of them: all below but what segops predict wrote"
+    )
     parser.add_argument("--out", metavar="DIR", required=True, help="class maps go to DIR/classes/ID.png: palette PNGs")
     parser.add_argument("--overlay", action="store_true", help="also DIR/overlay/ID.png: the classes over the image")
     parser.add_argument(
@@ -61,7 +63,7 @@ def run(options):
     out = Path(options.out)
     try:
         predictor, info = _predictor(options)
-        names, images = _images(options.inputs, out)
+        names, images = _images(options.inputs)
         labels = None if options.labels is None else [Path(options.labels) / f"{name}.png" for name in names]
         targets = [{kind: out / kind / f"{name}.png" for kind in kinds} for name in names]
         _check_files(images, labels, targets)
@@ -73,7 +75,7 @@ def run(options):
         for kind in kinds:
             (out / kind).mkdir(parents=True, exist_ok=True)
     except (ImportError, OSError, TypeError, ValueError) as error:
-        raise SystemExit(f"segops: {error}") from error
+        raise SystemExit(f"segops predict: {error}") from error
 
     written, failures = dict.fromkeys(kinds, 0), []
     try:
@@ -83,20 +85,20 @@ def run(options):
             except (OSError, ValueError, RuntimeError) as error:  # torch raises the last: no memory, or an image too small
                 reason = first_line(error)
                 failures.append(reason if str(images[index]) in reason else f"{images[index]}: {reason}")
-                tqdm.write(f"segops: {failures[-1]}", file=sys.stderr)
+                tqdm.write(f"segops predict: {failures[-1]}", file=sys.stderr)
                 continue
             for kind, file in files.items():
                 _write(file, results[kind], info["palette"])
                 written[kind] += 1
     except KeyboardInterrupt:
-        print("segops: interrupted; the files that are there are whole", file=sys.stderr)
+        _tell("interrupted; the files that are there are whole")
         raise SystemExit(130) from None
     finally:
         for kind, count in written.items():
             print(f"{KINDS[kind]}: {count} in {out / kind}")
     if failures:
         listed = "".join(f"\n  {failure}" for failure in failures)
-        raise SystemExit(f"segops: {len(failures)} of {len(images)} images failed:{listed}")
+        raise SystemExit(f"segops predict: {len(failures)} of {len(images)} images failed:{listed}")
 
 
 def _predictor(options):
@@ -124,27 +126,26 @@ def _predictor(options):
     return predictor, info
 
 
-def _images(inputs, out):
+def _images(inputs):
     """(IDs, files) of all images that the INPUTs stand for."""
-    own = [(out / kind).resolve() for kind in KINDS]  # of an earlier run, where DIR lies inside an INPUT
     names, images = [], []
     for given in map(Path, inputs):
         if given.is_file():
+            if is_prediction(given):
+                raise ValueError(f"INPUT must be an image; {given} is what {SOFTWARE} wrote")
             names.append(given.stem)
             images.append(given)
             continue
         if not given.is_dir():
             raise FileNotFoundError(f"INPUT must be an image or a folder of images; there is none at {given}")
-        files = [
-            file
-            for file in sorted(given.rglob("[!.]*"))
-            if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file() and not any(map(file.resolve().is_relative_to, own))
-        ]
-        if not files:
-            raise FileNotFoundError(f"INPUT {given} holds no images ({', '.join(IMAGE_SUFFIXES)}), nor do folders below it")
+        files = images_below(given, _tell)
         names += [(file.relative_to(given).parent / file.stem).as_posix() for file in files]
         images += files
     return names, images
+
+
+def _tell(text):
+    print(f"segops predict: {text}", file=sys.stderr)
 
 
 def _check_files(images, labels, targets):
@@ -185,4 +186,4 @@ def _write(file, result, palette):
         else:
             save_image(file, result)
     except OSError as error:
-        raise SystemExit(f"segops: {file} cannot be written: {error}") from error
+        raise SystemExit(f"segops predict: {file} cannot be written: {error}") from error

@@ -1,5 +1,6 @@
 """Data sets in the layouts of their sites: ids, order, values, void, errors that name the file; and the real files."""
 
+import os
 import pickle
 import struct
 import sys
@@ -15,6 +16,7 @@ from PIL import ExifTags, Image, TiffImagePlugin
 
 from segops.train import datasets
 from segops.train.datasets import VOC, CamVid, Cityscapes, Folder, ImageClasses, Unlabelled, palette, read_image
+from segops.train.inference import save_classes, save_image
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -336,10 +338,75 @@ def test_folder_without_split(tmp_path):
     write_image(tmp_path / "images/more/x.png")
     (tmp_path / "images/._a.png").write_bytes(b"resource fork")
     (tmp_path / "images/Thumbs.db").touch()
-    dataset = check(Folder(str(tmp_path), num_classes=3, void=9, classes=["x", "y", "z"]), ["a", "b", "c.d"], 3)
+    with pytest.warns(UserWarning, match=r"images: 1 of other kinds than regular files of .*, such as Thumbs\.db"):
+        dataset = Folder(str(tmp_path), num_classes=3, void=9, classes=["x", "y", "z"])
+    check(dataset, ["a", "b", "c.d"], 3)
     assert dataset.classes == ("x", "y", "z") and dataset.palette == palette(3)
     assert reds(dataset) == [1, 2, 3]
     assert all(mask.tolist() == [[0, 1, 255], [2, 255, 0]] for _, mask in dataset)
+
+
+@pytest.mark.parametrize("suffix", ["webp", "gif", "jfif", "WEBP"])
+def test_more_formats(tmp_path, suffix):
+    image = Image.new("RGB", (3, 2), (200, 100, 0))
+    write_mask(tmp_path / "masks/a.png")
+    (tmp_path / "images").mkdir()
+    image.save(tmp_path / f"images/a.{suffix}", quality=95)
+    for dataset in (Folder(tmp_path), Unlabelled(tmp_path / "images")):
+        assert dataset.ids == ["a"] and abs(dataset[0][0][:, 0, 0].int() - torch.tensor([200, 100, 0])).max() < 5
+
+
+def test_what_is_not_read_is_said(folder):
+    images = folder / "images"
+    for name in ("b.svg", "c.npy", ".hidden.svg", "._a.png", "train.txt"):
+        (images / name).touch()
+    (images / "folder.png").mkdir()
+    (images / ".ipynb_checkpoints").mkdir()
+    write_image(images / ".ipynb_checkpoints/a-checkpoint.png")
+    said = r"^not read in .*images: 2 of other kinds than regular files of \.jpg, .*\.webp, \.gif, such as b\.svg$"
+    for open_it in (lambda: Folder(folder), lambda: Unlabelled(images)):
+        with pytest.warns(UserWarning, match=said) as record:
+            assert open_it().ids == ["a", "b"]
+        assert len(record) == 1
+    for path in (images / "b.svg", images / "c.npy"):
+        path.unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Folder(folder)
+    for name in "ab":
+        (images / f"{name}.png").rename(images / f"{name}.dcm")
+    with pytest.raises(
+        FileNotFoundError, match=r"images holds no images \(.*\): expected .*; not read in .*images: 2 .* a\.dcm"
+    ):
+        Folder(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_what_is_no_regular_file_is_not_read(folder):
+    """Opening a pipe would wait for ever; a link to nothing is a file that somebody misses."""
+    os.mkfifo(folder / "images/pipe.png")
+    (folder / "images/link.png").symlink_to(folder / "nowhere.png")
+    with pytest.warns(UserWarning, match=r"images: 2 of other kinds than regular files of .*, such as link\.png"):
+        assert Folder(folder).ids == ["a", "b"]
+    (folder / "masks/a.png").unlink()
+    os.mkfifo(folder / "masks/a.png")
+    with pytest.raises(FileNotFoundError, match=r"masks/a\.png is missing"), pytest.warns(UserWarning):
+        Folder(folder)
+    with pytest.raises(FileNotFoundError, match=r"pipe\.png is missing: .*list\.txt lists it"):
+        Unlabelled(write_text(folder / "list.txt", "images/pipe.png"))
+
+
+def test_predictions_are_no_images(folder):
+    save_classes(folder / "images/c.png", torch.zeros(2, 3))
+    save_image(folder / "images/d.png", torch.zeros(3, 2, 3, dtype=torch.uint8))
+    for open_it in (lambda: Folder(folder), lambda: Unlabelled(folder / "images")):
+        with pytest.warns(UserWarning, match=r"images: 2 that segops predict wrote, such as c\.png"):
+            assert open_it().ids == ["a", "b"]
+    save_classes(folder / "masks/a.png", torch.ones(2, 3))  # a mask may be one
+    with pytest.warns(UserWarning):
+        assert Folder(folder)[0][1].tolist() == [[1, 1, 1], [1, 1, 1]]
+    with pytest.raises(ValueError, match=r"list\.txt lists .*c\.png, which segops predict wrote: it is no image"):
+        Unlabelled(write_text(folder / "list.txt", "images/c.png"))
 
 
 @pytest.mark.parametrize("inner", ["", "val/"])

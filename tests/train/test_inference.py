@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import InterpolationMode, functional
 
 from segops.train import predict
-from segops.train.datasets import read_image
+from segops.train.datasets import Unlabelled, read_image
 from segops.train.inference import Predictor, colourise, heat, load_network, loss_image, overlay, save_classes, save_image
 from segops.train.transforms import normalize
 
@@ -497,11 +497,11 @@ def test_command_goes_on_after_a_corrupt_file(work, capsys):
     with pytest.raises(SystemExit) as stop:
         command(work, *EVERYTHING)
     message = stop.value.code  # a text: the exit status is 1
-    assert message.startswith("segops: 2 of 3 images failed:\n  ") and message.count("\n") == 2
+    assert message.startswith("segops predict: 2 of 3 images failed:\n  ") and message.count("\n") == 2
     assert f"{broken} cannot be read as an image" in message and "labels/a.png is 9x9" in message
     assert written(work / "out") == [f"{kind}/city/c.png" for kind in ("classes", "loss", "overlay")]
     said = capsys.readouterr()
-    assert "class maps: 1 in" in said.out and f"segops: {broken} cannot be read" in said.err
+    assert "class maps: 1 in" in said.out and f"segops predict: {broken} cannot be read" in said.err
 
 
 def test_command_names_the_image_that_the_network_refuses(work, monkeypatch):
@@ -510,10 +510,26 @@ def test_command_names_the_image_that_the_network_refuses(work, monkeypatch):
         command(work)
 
 
-def test_command_again_on_a_folder_that_holds_its_output(work):
-    for _ in range(2):
-        command(work, "--overlay", out="images")
-    assert len(written(work / "images")) == 4 + 2 * 3
+@pytest.mark.parametrize("out", ["images", "images/first", "images/city"])
+def test_command_again_on_a_folder_that_holds_its_output(work, capsys, out):
+    """Whatever --out and options were before."""
+    command(work, *EVERYTHING, out=out)
+    capsys.readouterr()
+    command(work, out="images/again")
+    assert written(work / "images/again/classes") == sorted(f"{name}.png" for name in NAMES)
+    said = capsys.readouterr().err
+    assert said.startswith("segops predict: ") and "not read in " in said and ": 9 that segops predict wrote, such as " in said
+    with pytest.warns(UserWarning, match=r"not read in .*images: 12 that segops predict wrote"):
+        assert Unlabelled(work / "images").ids == list(NAMES)
+
+
+def test_command_does_not_take_its_output_for_images(work):
+    command(work)
+    with pytest.raises(SystemExit, match=r"INPUT must be an image; .*out/classes/a\.png is what segops predict wrote"):
+        command(work, inputs=("images", "out/classes/a.png"), out="other")
+    message = r"out holds no images \(.*\), nor do folders below it; not read in .*out: 3 that segops predict wrote, such as classes/a"
+    with pytest.raises(SystemExit, match=message):
+        command(work, inputs=("out",), out="other")
 
 
 def test_command_stops_after_an_interrupt(work, capsys, monkeypatch):
@@ -531,7 +547,7 @@ def test_command_stops_after_an_interrupt(work, capsys, monkeypatch):
         command(work)
     said = capsys.readouterr()
     assert stop.value.code == 130 and written(work / "out") == ["classes/a.png"]
-    assert "segops: interrupted" in said.err and "class maps: 1 in" in said.out
+    assert "segops predict: interrupted" in said.err and "class maps: 1 in" in said.out
 
 
 def test_command_stops_where_it_cannot_write(work, monkeypatch):
@@ -539,7 +555,7 @@ def test_command_stops_where_it_cannot_write(work, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(predict, "save_classes", full)
-    with pytest.raises(SystemExit, match=r"segops: .*out/classes/a\.png cannot be written: no space left"):
+    with pytest.raises(SystemExit, match=r"segops predict: .*out/classes/a\.png cannot be written: no space left"):
         command(work)
 
 
@@ -547,7 +563,7 @@ def test_command_stops_where_it_cannot_write(work, monkeypatch):
     "arguments, inputs, message",
     [
         ((), ("nothing",), r"INPUT must be an image or a folder of images; there is none at .*nothing"),
-        ((), ("labels/empty",), r"INPUT .*empty holds no images \(\.jpg"),
+        ((), ("labels/empty",), r".*empty holds no images \(\.jpg"),
         ((), ("images", "images/a.jpg"), r"images/a\.jpg and .*images/a\.jpg would both write .*out/classes/a\.png"),
         (("--loss-images",), ("images",), r"--loss-images and --labels need each other"),
         (("--labels", "labels"), ("images",), r"--loss-images and --labels need each other"),
@@ -564,17 +580,17 @@ def test_command_stops_where_it_cannot_write(work, monkeypatch):
 )
 def test_command_refuses_before_it_starts(work, arguments, inputs, message):
     (work / "labels/empty").mkdir()
-    with pytest.raises(SystemExit, match=rf"^segops: .*{message}"):
+    with pytest.raises(SystemExit, match=rf"^segops predict: .*{message}"):
         command(work, *arguments, inputs=inputs)
     assert not (work / "out").exists()
 
 
 def test_command_refuses_what_it_cannot_use(work, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match=r"^segops: --device cuda needs a CUDA device; torch sees none"):
+    with pytest.raises(SystemExit, match=r"^segops predict: --device cuda needs a CUDA device; torch sees none"):
         command(work, "--device", "cuda")
     (work / "best.ckpt").write_bytes(b"")
-    with pytest.raises(SystemExit, match=r"^segops: .*best\.ckpt cannot be read as a checkpoint"):
+    with pytest.raises(SystemExit, match=r"^segops predict: .*best\.ckpt cannot be read as a checkpoint"):
         command(work)
 
 
