@@ -2,10 +2,11 @@
 
 import contextlib
 import math
+import os
 import re
 import warnings
 from csv import DictReader
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -227,17 +228,19 @@ class Folder(ImagesWithMasks):
         *,
         scale: float | str = "dtype",
     ):
+        _check_path(root=root)
+        _check_text(images=images, masks=masks)
+        if split is not None:
+            _check_text(split=split)
         _check_num_classes(num_classes)
-        values = {int(value): index for value, index in (values or {}).items()}
-        for value, index in values.items():
-            if not 0 <= value <= 255 or not 0 <= index < num_classes:
-                raise ValueError(f"values must be {{0 to 255: class below {num_classes}}}; got {value}: {index}")
+        _check_classes(classes, num_classes)
+        values = _check_values(values, num_classes)
+        if not _is_int(void):
+            raise TypeError(f"void must be an int, 0 to 255; got {void!r}")
         if not 0 <= void <= 255:
             raise ValueError(f"void must be a value of 8 bits, 0 to 255; got {void}")
         if num_classes == 1 and void == 0:
             raise ValueError("void is 0, the only class: void must differ, or num_classes be larger")
-        if classes is not None and len(classes) != num_classes:
-            raise ValueError(f"classes has {len(classes)} names, num_classes is {num_classes}")
         folders, listed, source = [Path(root) / images, Path(root) / masks], None, None
         layout = f"{root}/{images}/ID.jpg (or {', '.join(IMAGE_SUFFIXES[1:])}) with {root}/{masks}/ID.png"
         if split is not None:
@@ -276,6 +279,9 @@ class VOC(ImagesWithMasks):
     """
 
     def __init__(self, root: str, split: str = "train", sbd: str | None = None):
+        _check_path(root=root)
+        if sbd is not None:
+            _check_path(sbd=sbd)
         _check_split(split, ("train", "val", "trainval", "test", "trainaug"))
         layout = "JPEGImages/ID.jpg, SegmentationClass/ID.png and ImageSets/Segmentation/SPLIT.txt"
         home = _below(root, ("", "VOC2012", "VOCdevkit/VOC2012"), "JPEGImages", layout)
@@ -328,6 +334,7 @@ class Cityscapes(ImagesWithMasks):
     """
 
     def __init__(self, root: str, split: str = "train", labels: str = "train"):
+        _check_path(root=root)
         _check_split(split, ("train", "val", "test", "train_extra"))
         if labels not in ("train", "all"):
             raise ValueError(f'labels must be "train" (19 classes) or "all" (34); got {labels!r}')
@@ -373,6 +380,7 @@ class CamVid(ImagesWithMasks):
     """
 
     def __init__(self, root: str, split: str = "train"):
+        _check_path(root=root)
         _check_split(split, ("train", "val", "test"))
         root = Path(root)
         layout = f"{root}/{split}/ID.png with {root}/{split}annot/ID.png, or {root}/images/{split} with {root}/labels/{split}"
@@ -405,6 +413,9 @@ class Unlabelled(ImagesWithMasks):
     """
 
     def __init__(self, source: str, num_classes: int = 2, root: str | None = None, *, scale: float | str = "dtype"):
+        _check_path(source=source)
+        if root is not None:
+            _check_path(root=root)
         _check_num_classes(num_classes)
         source = Path(source)
         if source.is_dir():
@@ -462,13 +473,17 @@ class ImageClasses(torch.utils.data.Dataset):
         *,
         scale: float | str = "dtype",
     ):
+        _check_path(csv=csv, images=images)
+        _check_text(image_column=image_column, class_column=class_column)
+        _check_classes(classes)
         _check_scale(scale)
+        if split_column is not None and split is not None:
+            _check_text(split_column=split_column, split=split)
         if (split_column is None) != (split is None):
             raise ValueError(f"split_column and split go together; got {split_column!r} and {split!r}")
         rows = _read_csv(csv, [name for name in (image_column, class_column, split_column) if name is not None])
         self.classes = tuple(classes) if classes is not None else _classes_of(csv, rows, class_column)
         self.num_classes = len(self.classes)
-        _check_unique(self.classes, "classes")
         if split is not None:
             found = sorted({row[split_column] for _, row in rows})
             rows = [(line, row) for line, row in rows if row[split_column] == split]
@@ -746,7 +761,50 @@ def _numbers(num_classes):
     return tuple(map(str, range(num_classes)))
 
 
+def _is_int(value):
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _check_text(**arguments):
+    for name, value in arguments.items():
+        if not isinstance(value, str):
+            raise TypeError(f"{name} must be a string; got {value!r}")
+
+
+def _check_path(**arguments):
+    for name, value in arguments.items():
+        if not isinstance(value, str | os.PathLike):
+            raise TypeError(f"{name} must be a path; got {value!r}")
+
+
+def _check_classes(classes, num_classes=None):
+    """None, or a list of names; as many as num_classes, if given."""
+    if classes is None:
+        return
+    if not isinstance(classes, list | tuple) or not all(isinstance(name, str) for name in classes) or not classes:
+        raise TypeError(f'classes must be a list of names, as ["road", "car"]; got {classes!r}')
+    if num_classes not in (None, len(classes)):
+        raise ValueError(f"classes has {len(classes)} names, num_classes is {num_classes}")
+    _check_unique(classes, "classes")
+
+
+def _check_values(values, num_classes):
+    """{value: class}. Keys that came as text, as JSON has them, are numbers."""
+    needed = f"{{0 to 255: class below {num_classes}}}"
+    if not isinstance(values, dict | None):
+        raise TypeError(f"values must be {needed}; got {values!r}")
+    numbers = {
+        int(value) if isinstance(value, str) and value.isdecimal() else value: index for value, index in (values or {}).items()
+    }
+    for value, index in numbers.items():
+        if not (_is_int(value) and 0 <= value <= 255 and _is_int(index) and 0 <= index < num_classes):
+            raise ValueError(f"values must be {needed}; got {value!r}: {index!r}")
+    return numbers
+
+
 def _check_num_classes(num_classes):
+    if not _is_int(num_classes):
+        raise TypeError(f"num_classes must be an int, 1 to {VOID}; got {num_classes!r}")
     if not 1 <= num_classes <= VOID:
         raise ValueError(f"num_classes must be in 1 .. {VOID}, as {VOID} is void; got {num_classes}")
 

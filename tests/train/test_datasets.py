@@ -500,6 +500,64 @@ def test_folder_arguments(folder, options, message):
         Folder(folder, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_classes": "5"}, TypeError, r"num_classes must be an int, 1 to 255; got '5'"),
+        ({"num_classes": 2.5}, TypeError, r"num_classes must be an int, 1 to 255; got 2\.5"),
+        ({"num_classes": True}, TypeError, r"num_classes must be an int, 1 to 255; got True"),
+        ({"num_classes": None}, TypeError, r"num_classes must be an int, 1 to 255; got None"),
+        ({"void": "a"}, TypeError, r"void must be an int, 0 to 255; got 'a'"),
+        ({"void": None}, TypeError, r"void must be an int, 0 to 255; got None"),
+        ({"classes": "ab"}, TypeError, r'classes must be a list of names, as \["road", "car"\]; got \'ab\''),
+        ({"classes": [1, 2]}, TypeError, r"classes must be a list of names, as .*; got \[1, 2\]"),
+        ({"classes": []}, TypeError, r"classes must be a list of names, as .*; got \[\]"),
+        ({"classes": ["a", "a"]}, ValueError, r"classes has 'a' twice: each must be unique"),
+        ({"values": [1]}, TypeError, r"values must be \{0 to 255: class below 2\}; got \[1\]"),
+        ({"values": {"a": 1}}, ValueError, r"values must be \{0 to 255: class below 2\}; got 'a': 1"),
+        ({"values": {255: "1"}}, ValueError, r"values must be \{0 to 255: class below 2\}; got 255: '1'"),
+        ({"values": {255: True}}, ValueError, r"values must be \{0 to 255: class below 2\}; got 255: True"),
+        ({"values": {2.5: 1}}, ValueError, r"values must be \{0 to 255: class below 2\}; got 2\.5: 1"),
+        ({"images": 3}, TypeError, r"images must be a string; got 3"),
+        ({"masks": None}, TypeError, r"masks must be a string; got None"),
+        ({"split": 7}, TypeError, r"split must be a string; got 7"),
+    ],
+)
+def test_types_of_folder_arguments(folder, options, error, message):
+    with pytest.raises(error, match=f"^{message}$"):
+        Folder(folder, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Folder(3), r"root must be a path; got 3"),
+        (lambda: VOC(None), r"root must be a path; got None"),
+        (lambda: VOC("x", "trainaug", sbd=3), r"sbd must be a path; got 3"),
+        (lambda: Cityscapes(3), r"root must be a path; got 3"),
+        (lambda: CamVid(["x"]), r"root must be a path; got \['x'\]"),
+        (lambda: Unlabelled(["x"]), r"source must be a path; got \['x'\]"),
+        (lambda: Unlabelled("x", root=3), r"root must be a path; got 3"),
+        (lambda: Unlabelled("x", "2"), r"num_classes must be an int, 1 to 255; got '2'"),
+        (lambda: ImageClasses(3, "x"), r"csv must be a path; got 3"),
+        (lambda: ImageClasses("x", None), r"images must be a path; got None"),
+        (lambda: ImageClasses("x", "x", image_column=0), r"image_column must be a string; got 0"),
+        (lambda: ImageClasses("x", "x", class_column=["level"]), r"class_column must be a string; got \['level'\]"),
+        (lambda: ImageClasses("x", "x", classes="ab"), r"classes must be a list of names, as .*; got 'ab'"),
+        (lambda: ImageClasses("x", "x", classes=[0, 1]), r"classes must be a list of names, as .*; got \[0, 1\]"),
+        (lambda: ImageClasses("x", "x", split_column="part", split=1), r"split must be a string; got 1"),
+    ],
+)
+def test_types_of_arguments(make, message):
+    with pytest.raises(TypeError, match=f"^{message}$"):
+        make()
+
+
+def test_values_may_come_as_text(folder):
+    write_mask(folder / "masks/a.png", [[0, 200, 255], [1, 0, 0]])
+    assert Folder(folder, values={"200": 1})[0][1].tolist() == [[0, 1, 255], [1, 0, 0]]
+
+
 def test_folder_files(folder):
     message = r"pictures is not a folder: expected .*pictures/ID\.jpg .* with .*masks/ID\.png"
     with pytest.raises(FileNotFoundError, match=message):
