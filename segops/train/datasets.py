@@ -8,16 +8,18 @@ import warnings
 from csv import DictReader
 from numbers import Integral, Real
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, ImageSequence
+from PIL import ExifTags, Image, ImageColor, ImageOps, ImageSequence
 from torchvision.io import ImageReadMode, decode_image
 
 from .files import first_line
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 SOFTWARE = "segops predict"  # its PNGs say so, in a text chunk before the pixels, lest they are taken for images
+MASK_FORMATS = ("PNG", "TIFF", "BMP", "GIF", "WEBP")
 VOID = 255
 
 VOC_CLASSES = (
@@ -146,12 +148,14 @@ class ImagesWithMasks(torch.utils.data.Dataset):
         palette: tuple of an RGB triple per class.
 
     Raises (items):
-        ValueError: a file does not decode; mask and image differ in size; the mask holds no 8-bit indices, or a value that is
-            neither class nor void. Names the file and what was found.
+        ValueError: a file does not decode; mask and image differ in size; the mask is of a format that does not keep values, as
+            JPEG; it holds no indices of 8 bits, or a value that is neither class nor void, or a colour that mask_colors does
+            not list. Names the file and what was found.
     """
 
-    def __init__(self, ids, images, masks, classes, colours, labels, scale="dtype"):
-        """labels: {value in the file: class or 255}; 255 is void without being listed. scale: see `read_image`."""
+    def __init__(self, ids, images, masks, classes, colours, labels, scale="dtype", mask_colors=None):
+        """labels: {value in the file: class or 255}; 255 is void without being listed. scale: see `read_image`. mask_colors:
+        {(red, green, blue) in the file: value}, or None where the file holds values."""
         _check_scale(scale)
         self.ids, self.images, self.masks, self.scale = ids, images, masks, scale
         self.classes, self.num_classes, self.palette = tuple(classes), len(classes), tuple(colours)
@@ -159,6 +163,7 @@ class ImagesWithMasks(torch.utils.data.Dataset):
         self._table[VOID] = VOID
         for value, index in labels.items():
             self._table[value] = index
+        self._mask_colors = None if mask_colors is None else _colour_table(mask_colors)
 
     def __len__(self):
         return len(self.ids)
@@ -185,10 +190,11 @@ class ImagesWithMasks(torch.utils.data.Dataset):
     def values(self, index):
         """The mask of an image as its file stores it, before classes and void: uint8 numpy (H, W).
 
-        Not to be called where `masks` is None. Raises as items do where the file cannot be read.
+        With mask_colors: the class of each colour, or 255. Not to be called where `masks` is None.
+        Raises as items do where the file cannot be read.
         """
         path = self.masks[index]
-        return _read_mat(path) if path.suffix == ".mat" else _read_mask(path)
+        return _read_mat(path) if path.suffix == ".mat" else _read_mask(path, self._mask_colors)
 
 
 class Folder(ImagesWithMasks):
@@ -206,13 +212,37 @@ class Folder(ImagesWithMasks):
         num_classes: masks hold 0 .. num_classes - 1; 1 to 255.
         void: a value that becomes 255, as 255 itself always is. It may be one of the classes, which then never occurs.
         values: {value in the masks: class}, as {255: 1} for masks of 0 and 255, beside 0 .. num_classes - 1; default none.
-        images, masks: names of the two folders.
+        images, masks: the two folders, below root; "." is root. "{split}" in it is the split, and none is appended then:
+            "{split}/images". Or patterns with one * for the ID: "frames/*_rgb.jpg", "frames/*_seg.png"; with **/ before the
+            name also from the folders below, which then are part of the ID. Both may be one folder: what is a mask, by
+            masks and mask_suffix, is no image.
         classes: num_classes names; "0", "1", ... by default. Colours are those of `palette`.
+        mask_suffix: the mask of ID is ID + mask_suffix; default ".png".
+        mask_colors: for masks that show classes as colours, in RGB, opaque RGBA or a palette: {colour: class, or 255 for void}.
+            A colour is "128,64,128", "#804080" or (128, 64, 128); several may mean one class, the first is its colour in
+            `palette`. All that occur must be listed, black too. Default None: masks hold indices. It leaves no use for void
+            and values.
         scale: which value of images becomes 255: "dtype" (default), "file" or a number, as for `read_image`.
 
     Raises:
-        FileNotFoundError: a folder or file is missing, or no image is there; names the path, and the list that asks for it.
+        FileNotFoundError: a folder or file is missing, or no image is there; names the path, the list that asks for it, and a
+            file that may be the mask.
+        TypeError: an argument of another type.
         ValueError: a list is empty or has an id twice, two images have one id, or an argument is out of range.
+
+    Examples: images and masks side by side, as a.jpg and a_mask.png; masks in VOC's colours, 224,224,192 being void; Cityscapes'
+    *_color.png::
+
+        Folder("data", images=".", masks=".", mask_suffix="_mask.png")
+
+        colours = {colour: index for index, colour in enumerate(palette(21))} | {"224,224,192": 255}
+        Folder("data", num_classes=21, mask_colors=colours)
+
+        colours = {colour: train_id for _, train_id, colour in CITYSCAPES_LABELS}
+        images, masks = "leftImg8bit/{split}/**/*_leftImg8bit.png", "gtFine/{split}/**/*_gtFine_color.png"
+        Folder("cityscapes", "train", 19, images=images, masks=masks, mask_colors=colours)
+
+    In YAML a table is {"0,0,0": 255, "128,64,128": 0, "#f423e8": 1}.
     """
 
     def __init__(
@@ -226,10 +256,12 @@ class Folder(ImagesWithMasks):
         classes: list[str] | None = None,
         values: dict[int, int] | None = None,
         *,
+        mask_suffix: str = ".png",
+        mask_colors: dict[str | tuple[int, int, int], int] | None = None,
         scale: float | str = "dtype",
     ):
         _check_path(root=root)
-        _check_text(images=images, masks=masks)
+        _check_text(images=images, masks=masks, mask_suffix=mask_suffix)
         if split is not None:
             _check_text(split=split)
         _check_num_classes(num_classes)
@@ -241,19 +273,24 @@ class Folder(ImagesWithMasks):
             raise ValueError(f"void must be a value of 8 bits, 0 to 255; got {void}")
         if num_classes == 1 and void == 0:
             raise ValueError("void is 0, the only class: void must differ, or num_classes be larger")
-        folders, listed, source = [Path(root) / images, Path(root) / masks], None, None
-        layout = f"{root}/{images}/ID.jpg (or {', '.join(IMAGE_SUFFIXES[1:])}) with {root}/{masks}/ID.png"
-        if split is not None:
-            layout = f"{root}/{split}.txt, or {root}/{images}/{split}/ID.jpg with {root}/{masks}/{split}/ID.png"
-            source = Path(root) / f"{split}.txt"
-            if source.is_file():
-                listed = _lines(source)
-                folders = [inner if (inner := folder / split).is_dir() else folder for folder in folders]
-            else:
-                folders = [folder / split for folder in folders]
-        files = _pair(*folders, layout, listed, source)
-        table = _identity(num_classes) | {void: VOID} | values
-        super().__init__(*files, classes or _numbers(num_classes), palette(num_classes), table, scale)
+        colours, table = list(palette(num_classes)), _identity(num_classes) | {void: VOID} | values
+        if mask_colors is not None:
+            if void != VOID or values:
+                raise ValueError("mask_colors says what is void, with 255, and what is which class: leave out void and values")
+            mask_colors = _check_mask_colors(mask_colors, num_classes)
+            for colour, index in reversed(mask_colors.items()):
+                if index != VOID:
+                    colours[index] = colour
+        if "*" in masks and mask_suffix != ".png":
+            raise ValueError(f"mask_suffix goes with a folder of masks, and masks is a pattern, {masks!r}; got {mask_suffix!r}")
+        source = None if split is None else Path(root) / f"{split}.txt"
+        listed = _lines(source) if source is not None and source.is_file() else None
+        images = _pattern("images", root, images, split, listed)
+        masks = _pattern("masks", root, masks if "*" in masks else f"{masks}/*{mask_suffix}", split, listed)
+        masks = masks._replace(deep=images.deep)
+        layout = f"{'' if source is None else f'{source}, or '}{images}{'' if images.exact else '.jpg (or another suffix)'} with {masks}"
+        files = _pair(images, masks, layout, listed, source)
+        super().__init__(*files, classes or _numbers(num_classes), colours, table, scale, mask_colors)
 
 
 class VOC(ImagesWithMasks):
@@ -295,7 +332,13 @@ class VOC(ImagesWithMasks):
                     home / "SegmentationClassAug",
                     "SegmentationClassAug/ID.png and its list trainaug.txt, or sbd=FOLDER",
                 )
-            files = _pair(jpegs, masks if split != "test" else None, layout, _base_names(source, layout), source)
+            files = _pair(
+                Pattern(jpegs),
+                None if split == "test" else Pattern(masks, suffix=".png"),
+                layout,
+                _base_names(source, layout),
+                source,
+            )
         super().__init__(*files, VOC_CLASSES, palette(21), _identity(21))
 
     @staticmethod
@@ -305,11 +348,13 @@ class VOC(ImagesWithMasks):
         home = _below(sbd, ("", "dataset", "benchmark_RELEASE/dataset"), "cls", sbd_layout)
         train, val = (_lines(lists / f"{name}.txt", layout) for name in ("train", "val"))
         theirs = {name for part in ("train", "val") for name in _lines(home / f"{part}.txt", sbd_layout)}
-        voc = _pair(jpegs, masks, layout, train, lists / "train.txt")
+        voc = _pair(Pattern(jpegs), Pattern(masks, suffix=".png"), layout, train, lists / "train.txt")
         extra = sorted(theirs.difference(train, val))
         if not extra:
             raise ValueError(f"{home} lists no image that is in neither train nor val of {lists}")
-        more = _pair(home / "img", home / "cls", sbd_layout, extra, f"{home}/train.txt or val.txt", ".mat")
+        more = _pair(
+            Pattern(home / "img"), Pattern(home / "cls", suffix=".mat"), sbd_layout, extra, f"{home}/train.txt or val.txt"
+        )
         rows = sorted([*zip(*voc, strict=True), *zip(*more, strict=True)])
         return tuple(map(list, zip(*rows, strict=True)))
 
@@ -390,7 +435,8 @@ class CamVid(ImagesWithMasks):
         source = root / f"{split}.txt"
         listed = _base_names(source, layout) if source.is_file() else None
         names, colours = zip(*CAMVID_LABELS, strict=True)
-        super().__init__(*_pair(*folders, layout, listed, source), names, colours, _identity(11) | {11: VOID})
+        files = _pair(Pattern(folders[0]), Pattern(folders[1], suffix=".png"), layout, listed, source)
+        super().__init__(*files, names, colours, _identity(11) | {11: VOID})
 
 
 class Unlabelled(ImagesWithMasks):
@@ -490,7 +536,7 @@ class ImageClasses(torch.utils.data.Dataset):
             if not rows:
                 raise ValueError(f"{csv} has no row with {split!r} in column {split_column!r}, which holds {found}")
         bare = [row[image_column] for _, row in rows if not _has_suffix(row[image_column])]
-        files = _images_in(Path(images), f"the images of {csv}") if bare else {}
+        files = _images_in(Pattern(Path(images)), f"the images of {csv}") if bare else {}
         known, needed = {name: index for index, name in enumerate(self.classes)}, f"one of {', '.join(self.classes)}"
         if not any(map(_is_integer, self.classes)):
             known |= {str(index): index for index in range(self.num_classes)}
@@ -583,11 +629,16 @@ def _orientation(path):
     return 1
 
 
-def _read_mask(path):
+def _read_mask(path, colours=None):
     image, stored = _decode(path)
+    if image.format not in MASK_FORMATS:
+        raise ValueError(f"{path} is a {image.format} file, which does not keep the values of masks: save them as PNG")
+    if colours is not None:
+        return _classes_of_colours(path, image, *colours)
     if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
         raise ValueError(
-            f"{path} has mode {image.mode}, not a class index a pixel: save indices as 8-bit gray (L) or palette (P) PNG"
+            f"{path} has mode {image.mode}, not a class index a pixel: save indices as 8-bit gray (L) or palette (P) PNG, "
+            "or say what the colours mean, as a Folder's mask_colors"
         )
     values = np.array(image)
     wrong = values[(values < 0) | (values > 255)] if image.mode.startswith("I") else ()
@@ -596,6 +647,27 @@ def _read_mask(path):
     # Pillow scales gray of 2 and 4 bits to 8
     step = {"L;2": 85, "L;4": 17}.get(stored[:3], 1) if image.mode == "L" else 1
     return values.astype(np.uint8) // step
+
+
+def _colour_table(mask_colors):
+    """(colours, their values), sorted by colour: opaque RGBA of 32 bits as one number."""
+    colours = np.array([(*colour, 255) for colour in mask_colors], np.uint8).view(np.uint32).ravel()
+    order = colours.argsort()
+    return colours[order], np.array(list(mask_colors.values()), np.uint8)[order]
+
+
+def _classes_of_colours(path, image, colours, values):
+    if image.mode[0] in "IF":
+        raise ValueError(f"{path} has mode {image.mode}, and no colours, which mask_colors is for")
+    pixels = np.asarray(image.convert("RGBA"))
+    codes = pixels.view(np.uint32)[..., 0]
+    places = np.searchsorted(colours, codes).clip(max=len(colours) - 1)
+    unknown = colours[places] != codes
+    if unknown.any():
+        *colour, alpha = pixels[unknown][0].tolist()
+        what = f"of alpha {alpha}: masks must be opaque" if alpha != 255 else "which mask_colors does not list"
+        raise ValueError(f"{path} holds colour {','.join(map(str, colour))} (#{bytes(colour).hex()}), {what}")
+    return values[places]
 
 
 def _read_mat(path):
@@ -668,26 +740,100 @@ def _images_among(paths, folder, hint, tell=warnings.warn):
     return images
 
 
-def _images_in(folder, layout):
-    """{id: path} of the images directly in folder, sorted."""
+class Pattern(NamedTuple):
+    """Where files are: FOLDER/PREFIX ID SUFFIX, or below FOLDER, where the folders between are part of the ID."""
+
+    folder: Path
+    prefix: str = ""
+    suffix: str = ""
+    deep: bool = False
+
+    def __str__(self):
+        return f"{self.folder}/{'**/' * self.deep}{self.prefix}ID{self.suffix}"
+
+    @property
+    def exact(self):
+        """Whether it says which kind of file: otherwise all images do."""
+        return _has_suffix(f"x{self.suffix}")
+
+    def path_of(self, name):
+        above, _, last = name.rpartition("/")
+        return self.folder / above / f"{self.prefix}{last}{self.suffix}"
+
+    def id_of(self, path):
+        """None where the path is none of these."""
+        if path.parent != self.folder and not (self.deep and self.folder in path.parents):
+            return None
+        name = path.name if self.exact else path.stem
+        start, end = len(self.prefix), len(name) - len(self.suffix)
+        if start >= end or not name.startswith(self.prefix) or name[end:].lower() != self.suffix.lower():
+            return None
+        return (path.parent.relative_to(self.folder) / name[start:end]).as_posix()
+
+
+def _pattern(argument, root, text, split, listed):
+    """The `Pattern` of a folder, or of FOLDER/PREFIX*SUFFIX or FOLDER/**/PREFIX*SUFFIX; of the folder SPLIT in it, unless {split}
+    stands in it, or ids are listed and there is none."""
+    given = text
+    if "{split}" in text:
+        if split is None:
+            raise ValueError(f"{argument} has {{split}}: split must be named; got None")
+        text, split = text.replace("{split}", split), None
+    folder, _, name = text.rpartition("/") if "*" in text else (text, "", "*")
+    deep = folder == "**" or folder.endswith("/**")
+    folder = folder[:-2] if deep else folder
+    if name.count("*") != 1 or "*" in folder:
+        raise ValueError(
+            f'{argument} must be a folder, or a pattern with one * in its name, as "frames/*_a.png" or "frames/**/*_a.png"; got {given!r}'
+        )
+    folder = Path(root) / folder
+    if split is not None and (listed is None or (folder / split).is_dir()):
+        folder /= split
+    return Pattern(folder, *name.split("*"), deep)
+
+
+def _images_in(images, layout, masks=None):
+    """{id: path} of the images of a pattern that are no masks, sorted."""
+    folder = images.folder
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: expected {layout}")
-    paths = _images_among(folder.iterdir(), folder, f": expected {layout}")
-    _check_unique([path.stem for path in paths], f"{folder}, by names without suffix,")
-    return {path.stem: path for path in paths}
+    paths = list(folder.rglob("*") if images.deep else folder.iterdir())
+    others = [path for path in paths if masks is None or masks.id_of(path) is None]
+    beside = " beside masks" if len(others) < len(paths) else ""
+    paths = _images_among(others, folder, f"{beside}: expected {layout}")
+    named = [(name, path) for path in paths if (name := images.id_of(path)) is not None]
+    if not named:
+        raise FileNotFoundError(f"{folder} holds {len(paths)} images, none of which is {images}")
+    _check_unique([name for name, _ in named], f"{folder}, by names without suffix,")
+    return dict(named)
 
 
-def _pair(images, masks, layout, listed=None, source=None, suffix=".png"):
-    """(ids, images, masks) of two folders: the ids that source lists, or all. masks None: no masks."""
-    files = _images_in(images, layout)
+def _pair(images, masks, layout, listed=None, source=None):
+    """(ids, images, masks) of two patterns: the ids that source lists, or all. masks None: no masks."""
+    files = _images_in(images, layout, masks)
     ids = list(files) if listed is None else listed
     listing = "" if listed is None else f", listed in {source}"
     for name in ids:
         if name not in files:
-            raise FileNotFoundError(f"{images / name}{{{','.join(IMAGE_SUFFIXES)}}} is missing{listing}")
-        if masks is not None and not (masks / f"{name}{suffix}").is_file():
-            raise FileNotFoundError(f"{masks / name}{suffix} is missing: the mask of {files[name]}{listing}; expected {layout}")
-    return ids, [files[name] for name in ids], masks and [masks / f"{name}{suffix}" for name in ids]
+            suffixes = "" if images.exact else f"{{{','.join(IMAGE_SUFFIXES)}}}"
+            bare = str(PurePosixPath(name).with_suffix(""))
+            hint = f": ids have no suffix, list {bare}" if bare in files else ""
+            raise FileNotFoundError(f"{images.path_of(name)}{suffixes} is missing{listing}{hint}")
+        if masks is not None and not (path := masks.path_of(name)).is_file():
+            there, rest = mask_instead(masks._replace(suffix="").path_of(name), files[name])
+            hint = f"; {there} is there{f': mask_suffix={rest!r} takes it' if not masks.prefix else ''}" if there else ""
+            raise FileNotFoundError(f"{path} is missing: the mask of {files[name]}{listing}; expected {layout}{hint}")
+    return ids, [files[name] for name in ids], masks and [masks.path_of(name) for name in ids]
+
+
+def mask_instead(stem, image):
+    """What may be the mask that is missing: (path, rest of its name) of an image file beginning with the path stem, or (None, "")."""
+    beside = stem.parent.iterdir() if stem.parent.is_dir() else ()
+    for path in sorted(beside, key=lambda path: (len(path.name), path)):
+        rest = path.name[len(stem.name) :]
+        if path.name.startswith(stem.name) and path != image and _has_suffix(path.name) and not rest[:1].isalnum():
+            return path, rest
+    return None, ""
 
 
 def _lines(source, layout=""):
@@ -800,6 +946,29 @@ def _check_values(values, num_classes):
         if not (_is_int(value) and 0 <= value <= 255 and _is_int(index) and 0 <= index < num_classes):
             raise ValueError(f"values must be {needed}; got {value!r}: {index!r}")
     return numbers
+
+
+def _check_mask_colors(mask_colors, num_classes):
+    """{(red, green, blue): class or 255}."""
+    needed = f'mask_colors must be {{"R,G,B" or "#RRGGBB": class below {num_classes}, or 255}}'
+    if not isinstance(mask_colors, dict) or not mask_colors:
+        raise TypeError(f"{needed}; got {mask_colors!r}")
+    classes = {}
+    for key, index in mask_colors.items():
+        colour = key
+        if isinstance(key, str):
+            with contextlib.suppress(ValueError):
+                colour = ImageColor.getrgb(f"rgb({key})" if "," in key else key)
+        if (
+            not isinstance(colour, tuple)
+            or len(colour) != 3
+            or not all(_is_int(value) and 0 <= value <= 255 for value in colour)
+            or not (_is_int(index) and (0 <= index < num_classes or index == VOID))
+        ):
+            raise ValueError(f"{needed}; got {key!r}: {index!r}")
+        if classes.setdefault(colour, index) != index:
+            raise ValueError(f"mask_colors has the colour {key!r} twice, as {classes[colour]} and {index}")
+    return classes
 
 
 def _check_num_classes(num_classes):

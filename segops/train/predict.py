@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .datasets import SOFTWARE, ImagesWithMasks, images_below, is_prediction
+from .datasets import SOFTWARE, ImagesWithMasks, images_below, is_prediction, mask_instead
 from .files import first_line
 from .inference import Predictor, comparison, load_network, overlay, save_classes, save_image
 from .transforms import VOID
@@ -27,6 +27,7 @@ def add_arguments(parser):
         "--loss-images", action="store_true", help="also DIR/loss/ID.png: image, truth, prediction, loss; needs --labels"
     )
     parser.add_argument("--labels", metavar="DIR", help="holds ID.png for each image, ID being its path below INPUT")
+    parser.add_argument("--mask-suffix", default=".png", help="the label of ID is ID + this; default .png")
     parser.add_argument("--void", type=int, default=VOID, help=f"label that does not count, beside {VOID}")
     parser.add_argument("--window", nargs=2, type=int, metavar=("H", "W"), help="sliding window; default: whole images")
     parser.add_argument("--overlap", type=float, default=0.5, help="of windows, in [0, 1); default 0.5")
@@ -64,9 +65,9 @@ def run(options):
     try:
         predictor, info = _predictor(options)
         names, images = _images(options.inputs)
-        labels = None if options.labels is None else [Path(options.labels) / f"{name}.png" for name in names]
+        labels = None if options.labels is None else [Path(options.labels, f"{name}{options.mask_suffix}") for name in names]
         targets = [{kind: out / kind / f"{name}.png" for kind in kinds} for name in names]
-        _check_files(images, labels, targets)
+        _check_files(images, labels, targets, options.mask_suffix)
         # A single class is told from none.
         values = {index: index for index in range(max(info["model"]["num_classes"], 2))} | {options.void: VOID}
         # Checkpoints from before there was a scale do not tell it.
@@ -148,13 +149,16 @@ def _tell(text):
     print(f"segops predict: {text}", file=sys.stderr)
 
 
-def _check_files(images, labels, targets):
+def _check_files(images, labels, targets, mask_suffix):
     """Every label is there; nothing is written twice, or over what is read."""
     if labels is not None:
         missing = [pair for pair in zip(labels, images, strict=True) if not pair[0].is_file()]
         if missing:
+            label, image = missing[0]
+            there, rest = mask_instead(label.with_name(label.name.removesuffix(mask_suffix)), image)
+            hint = f"; {there} is there: --mask-suffix={rest} takes it" if there else ""
             more = f"; {len(missing) - 1} more labels are missing" if len(missing) > 1 else ""
-            raise FileNotFoundError(f"{missing[0][0]} is missing: the label of {missing[0][1]}{more}")
+            raise FileNotFoundError(f"{label} is missing: the label of {image}{hint}{more}")
     read = {file.resolve() for file in (*images, *(labels or ()))}
     writers = {}
     for image, files in zip(images, targets, strict=True):

@@ -558,6 +558,201 @@ def test_values_may_come_as_text(folder):
     assert Folder(folder, values={"200": 1})[0][1].tolist() == [[0, 1, 255], [1, 0, 0]]
 
 
+def test_masks_beside_their_images(tmp_path):
+    for red, name in enumerate(("b", "a.x", "c_mask")):
+        write_image(tmp_path / f"{name}.png", red)
+        write_mask(tmp_path / f"{name}_mask.png")
+    dataset = check(Folder(tmp_path, images=".", masks=".", mask_suffix="_mask.png"), ["a.x", "b"], 2)
+    assert reds(dataset) == [1, 0] and dataset[0][1].tolist() == VALUES
+    write_text(tmp_path / "val.txt", "b")
+    assert Folder(tmp_path, "val", images=".", masks=".", mask_suffix="_mask.png").ids == ["b"]
+    (tmp_path / "train").mkdir()
+    (tmp_path / "b.png").rename(tmp_path / "train/b.png")
+    (tmp_path / "b_mask.png").rename(tmp_path / "train/b_mask.png")
+    assert Folder(tmp_path, "train", images=".", masks=".", mask_suffix="_mask.png").ids == ["b"]
+    with pytest.raises(
+        FileNotFoundError, match=r"train holds no images \(.*\) beside masks: expected .*train/ID\.jpg .* with .*ID\.png"
+    ):
+        Folder(tmp_path, "train", images=".", masks=".")
+
+
+def test_patterns(tmp_path):
+    for red, name in enumerate("ba"):
+        write_image(tmp_path / f"frames/{name}_rgb.JPG", red)
+        write_mask(tmp_path / f"frames/{name}_seg.png")
+        write_image(tmp_path / f"frames/{name}_depth.png")
+    for images in ("frames/*_rgb.jpg", "frames/*_rgb"):
+        dataset = check(Folder(tmp_path, images=images, masks="frames/*_seg.png"), ["a", "b"], 2)
+        assert reds(dataset) == [1, 0] and dataset[0][1].tolist() == VALUES
+    with pytest.raises(FileNotFoundError, match=r"frames holds 4 images, none of which is .*frames/ID_left\.png"):
+        Folder(tmp_path, images="frames/*_left.png", masks="frames/*_seg.png")
+    message = r"frames/a_gt\.png is missing: the mask of .*; expected .*frames/ID_rgb\.jpg with .*frames/ID_gt\.png"
+    with pytest.raises(FileNotFoundError, match=message):
+        Folder(tmp_path, images="frames/*_rgb.jpg", masks="frames/*_gt.png")
+
+
+@pytest.mark.parametrize(
+    "below", ["images/{split}/**/*", "{split}/**/*_rgb.png", "images/**/*_rgb.png", "{split}/pictures/*_rgb.png"]
+)
+def test_patterns_of_splits(tmp_path, below):
+    """The split where {split} says, or as without patterns; folders below are part of the ID."""
+    masks = below.replace("images/", "").replace("_rgb.png", "")
+    masks = f"masks/{masks}.png"
+    for split, name in (("train", "x"), ("train", "y"), ("val", "z")):
+        city = "city/" if "**" in below else ""
+        for pattern, write in ((below, write_image), (masks, write_mask)):
+            folder, _, last = (pattern if "{split}" in pattern else pattern.replace("**", "{split}/**")).rpartition("/")
+            last = last.replace("*", name)
+            path = tmp_path / folder.replace("{split}", split).replace("/**", f"/{city}".rstrip("/")) / last
+            write(path if path.suffix else path.with_suffix(".png"))
+    assert check(Folder(tmp_path, "train", images=below, masks=masks), [f"{city}x", f"{city}y"], 2)
+    assert Folder(tmp_path, "val", images=below, masks=masks).ids == [f"{city}z"]
+    write_text(tmp_path / "train.txt", f"{city}y")
+    assert Folder(tmp_path, "train", images=below, masks=masks).ids == [f"{city}y"]
+
+
+def test_folders_of_splits_that_hold_images_and_masks(tmp_path):
+    for split in ("train", "val"):
+        write_image(tmp_path / f"{split}/images/{split}.png")
+        write_mask(tmp_path / f"{split}/masks/{split}.png")
+    for split in ("train", "val"):
+        assert Folder(tmp_path, split, images="{split}/images", masks="{split}/masks").ids == [split]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"images": "*/*_rgb.png"},
+            r"images must be a folder, or a pattern with one \* in its name, .*; got \'\*/\*_rgb\.png\'",
+        ),
+        (
+            {"masks": "frames/*_*.png"},
+            r"masks must be a folder, or a pattern with one \* in its name, .*; got 'frames/\*_\*\.png'",
+        ),
+        ({"mask_suffix": "*.png"}, r"masks must be a folder, or a pattern with one \*"),
+        ({"images": "{split}/images"}, r"images has \{split\}: split must be named; got None"),
+        ({"masks": "a/*.png", "mask_suffix": ".tif"}, r"mask_suffix goes with a folder .*, 'a/\*\.png'; got '\.tif'"),
+    ],
+)
+def test_patterns_that_are_refused(folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        Folder(folder, **options)
+
+
+@pytest.mark.parametrize("suffix", ["_mask.png", ".tif", ".PNG", "_gtFine_labelIds.png"])
+def test_mask_suffix(tmp_path, suffix):
+    write_image(tmp_path / "images/a.png")
+    write_mask(tmp_path / f"masks/a{suffix}")
+    write_mask(tmp_path / f"masks/ab{suffix}")
+    message = rf"masks/a\.png is missing: the mask of .*images/a\.png; expected .*masks/ID\.png; .*masks/a{suffix} is there: mask_suffix='{suffix}'"
+    with pytest.raises(FileNotFoundError, match=message):
+        Folder(tmp_path)
+    assert Folder(tmp_path, mask_suffix=suffix)[0][1].tolist() == VALUES
+
+
+def test_lists_hold_ids(folder):
+    write_text(folder / "train.txt", "a.png", "b.png")
+    with pytest.raises(
+        FileNotFoundError, match=r"a\.png\{.*\} is missing, listed in .*train\.txt: ids have no suffix, list a$"
+    ):
+        Folder(folder, "train")
+
+
+COLOURS = {"128,64,128": 0, "#F423E8": 1, (70, 70, 70): 2, " 0, 0, 142": 2, "0,0,0": 255}
+COLOURED = [[[128, 64, 128], [244, 35, 232], [0, 0, 142]], [[70, 70, 70], [0, 0, 0], [128, 64, 128]]]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_mask_colors(tmp_path, mode):
+    write_image(tmp_path / "images/a.png")
+    write_mask(tmp_path / "masks/a.png", COLOURED)
+    with Image.open(tmp_path / "masks/a.png") as mask:
+        (mask.quantize(8) if mode == "P" else mask.convert(mode)).save(tmp_path / "masks/a.png")
+    dataset = check(Folder(tmp_path, num_classes=4, mask_colors=COLOURS), ["a"], 4)
+    assert dataset[0][1].tolist() == dataset.values(0).tolist() == [[0, 1, 2], [2, 255, 0]]
+    assert dataset.values(0).dtype == np.uint8
+    assert dataset.palette == ((128, 64, 128), (244, 35, 232), (70, 70, 70), palette(4)[3])
+    assert pickle.loads(pickle.dumps(dataset))[0][1].tolist() == dataset[0][1].tolist()
+    del (less := dict(COLOURS))["0,0,0"]
+    with pytest.raises(ValueError, match=r"masks/a\.png holds colour 0,0,0 \(#000000\), which mask_colors does not list"):
+        Folder(tmp_path, num_classes=4, mask_colors=less)[0]
+    if mode != "P":
+        with pytest.raises(
+            ValueError, match=rf"masks/a\.png has mode {mode}, .*, or say what the colours mean, .* mask_colors"
+        ):
+            Folder(tmp_path)[0]
+
+
+def test_masks_in_colours_are_opaque(tmp_path):
+    write_image(tmp_path / "images/a.png")
+    write_mask(tmp_path / "masks/a.png", [[[*colour, 255 - 5 * (colour == [0, 0, 0])] for colour in row] for row in COLOURED])
+    with pytest.raises(ValueError, match=r"holds colour 0,0,0 \(#000000\), of alpha 250: masks must be opaque"):
+        Folder(tmp_path, num_classes=4, mask_colors=COLOURS)[0]
+    Image.fromarray(np.zeros((2, 3), np.uint16)).save(tmp_path / "masks/a.png")
+    with pytest.raises(ValueError, match=r"masks/a\.png has mode I.*, and no colours, which mask_colors is for"):
+        Folder(tmp_path, num_classes=4, mask_colors=COLOURS)[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"mask_colors": [1]}, TypeError, r'mask_colors must be \{"R,G,B" or "#RRGGBB": class below 2, or 255\}; got \[1\]'),
+        ({"mask_colors": {}}, TypeError, r"mask_colors must be .*; got \{\}"),
+        ({"mask_colors": {"0,0": 1}}, ValueError, r"mask_colors must be .*; got '0,0': 1"),
+        ({"mask_colors": {"0,0,256": 1}}, ValueError, r"mask_colors must be .*; got '0,0,256': 1"),
+        ({"mask_colors": {"#00000000": 1}}, ValueError, r"mask_colors must be .*; got '#00000000': 1"),
+        ({"mask_colors": {7: 1}}, ValueError, r"mask_colors must be .*; got 7: 1"),
+        ({"mask_colors": {"0,0,0": 2}}, ValueError, r"mask_colors must be .*; got '0,0,0': 2"),
+        ({"mask_colors": {"0,0,0": "1"}}, ValueError, r"mask_colors must be .*; got '0,0,0': '1'"),
+        ({"mask_colors": {"0,0,0": 0, "#000": 1}}, ValueError, r"mask_colors has the colour '#000' twice, as 0 and 1"),
+        ({"mask_colors": {"0,0,0": 0}, "void": 1}, ValueError, r"mask_colors says what is void, .*: leave out void and values"),
+        ({"mask_colors": {"0,0,0": 0}, "values": {2: 1}}, ValueError, r"mask_colors says what is void, .*: leave out void and"),
+        ({"mask_suffix": 3}, TypeError, r"mask_suffix must be a string; got 3"),
+    ],
+)
+def test_mask_colors_that_are_refused(folder, options, error, message):
+    with pytest.raises(error, match=message):
+        Folder(folder, **options)
+
+
+def test_colours_of_cityscapes_and_voc(tmp_path):
+    """The examples of the docstring."""
+    name, expected = "aachen_000000_000019", [[0, 18, 255], [13, 255, 0]]
+    colours = {train: colour for _, train, colour in datasets.CITYSCAPES_LABELS if train != 255} | {255: (0, 0, 0)}
+    write_image(tmp_path / f"leftImg8bit/train/aachen/{name}_leftImg8bit.png")
+    write_mask(
+        tmp_path / f"gtFine/train/aachen/{name}_gtFine_color.png",
+        [[[*colours[train], 255] for train in row] for row in expected],
+    )
+    dataset = Folder(
+        tmp_path,
+        "train",
+        19,
+        images="leftImg8bit/{split}/**/*_leftImg8bit.png",
+        masks="gtFine/{split}/**/*_gtFine_color.png",
+        mask_colors={colour: train for _, train, colour in datasets.CITYSCAPES_LABELS},
+    )
+    assert dataset.ids == [f"aachen/{name}"] and dataset[0][1].tolist() == expected
+    assert dataset.palette[18] == (119, 11, 32)
+    write_image(tmp_path / "images/a.png")
+    write_mask(tmp_path / "masks/a.png", [[palette(256)[index] for index in row] for row in ([0, 15, 255], [20, 0, 0])])
+    colours = {colour: index for index, colour in enumerate(palette(21))} | {"224,224,192": 255}
+    dataset = Folder(tmp_path, num_classes=21, mask_colors=colours)
+    assert dataset[0][1].tolist() == [[0, 15, 255], [20, 0, 0]] and dataset.palette == palette(21)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "ppm"])
+def test_masks_of_formats_that_change_values(tmp_path, suffix):
+    """JPEG blurs them, and Pillow scales PGMs to 8 bits."""
+    write_image(tmp_path / "images/a.png")
+    write_mask(tmp_path / f"masks/a.{suffix}")
+    with pytest.raises(
+        ValueError, match=r"masks/a\.\w+ is a (JPEG|PPM) file, which does not keep the values of masks: save them as PNG"
+    ):
+        Folder(tmp_path, mask_suffix=f".{suffix}")[0]
+
+
 def test_folder_files(folder):
     message = r"pictures is not a folder: expected .*pictures/ID\.jpg .* with .*masks/ID\.png"
     with pytest.raises(FileNotFoundError, match=message):

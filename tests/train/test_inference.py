@@ -449,6 +449,19 @@ def test_command(work, capsys):
     assert "100%" in said.err
 
 
+def test_command_takes_labels_of_another_name(work):
+    for name in NAMES:
+        label = work / f"labels/{name}.png"
+        label.rename(label.with_name(f"{label.stem}_gt.png"))
+    message = (
+        r"labels/a\.png is missing: the label of .*a\.jpg; .*labels/a_gt\.png is there: --mask-suffix=_gt\.png takes it; 2 more"
+    )
+    with pytest.raises(SystemExit, match=message):
+        command(work, *EVERYTHING)
+    command(work, *EVERYTHING, "--mask-suffix=_gt.png")
+    assert len(written(work / "out/loss")) == 3
+
+
 def test_command_takes_files_and_settings(work):
     settings = "--window 32 32 --overlap 0.25 --scales 0.5 1 --flip --precision bf16".split()
     command(work, *settings, inputs=("images/city/c.jpg", "images/a.jpg"))
