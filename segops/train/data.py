@@ -363,7 +363,8 @@ class ClassificationData(Data):
         classes: names of the classes, if the column holds names in another order than the alphabet's.
         random_classes: share of the training images that get a class by chance, always the same one (Haloi, II.C: 0.8). Default 0.
         resize, augment, normalize, batch_size, eval_batch_size, workers, cache: as in `SegmentationData`.
-        scale: which value of images becomes 255: "dtype" (default), "file" or a number, as for `segops.train.datasets.read_image`.
+        scale: which value of images becomes 255: "dtype" (default), "file" or a number, as for
+            `segops.train.datasets.read_image`.
 
     Batches are (images (N, 3, H, W) float32, classes (N) int64).
     """

@@ -6,6 +6,8 @@ import os
 import re
 import warnings
 from csv import DictReader
+from csv import Error as CsvError
+from io import StringIO
 from numbers import Integral, Real
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -18,8 +20,9 @@ from torchvision.io import ImageReadMode, decode_image
 from .files import first_line
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
-SOFTWARE = "segops predict"  # its PNGs say so, in a text chunk before the pixels, lest they are taken for images
-MASK_FORMATS = ("PNG", "TIFF", "BMP", "GIF", "WEBP")
+# PNGs of predict say so in a text chunk before the pixels, lest they are taken for images
+SOFTWARE = "segops predict"
+INDEX_FORMATS, COLOUR_FORMATS = ("PNG", "TIFF", "BMP"), ("PNG", "TIFF", "BMP", "GIF", "WEBP")  # of masks
 VOID = 255
 
 VOC_CLASSES = (
@@ -139,7 +142,8 @@ class ImagesWithMasks(torch.utils.data.Dataset):
     """What the data sets with a mask per image share; constructors find the files, items are decoded when asked for.
 
     `ds[i]` is (image, mask): uint8 (3, H, W), as `read_image` has it, and uint8 (H, W) of classes 0 .. num_classes - 1 and 255,
-    void. Where the split has no masks, the mask is void everywhere. Masks are taken as drawn: EXIF of their own turns none.
+    void. Where the split has no masks, the mask is void everywhere. Masks are taken as drawn: EXIF
+    of their own turns none (a TIFF's own tag does, which Pillow heeds).
 
     Attributes:
         ids: list of str, one an image.
@@ -148,14 +152,18 @@ class ImagesWithMasks(torch.utils.data.Dataset):
         palette: tuple of an RGB triple per class.
 
     Raises (items):
-        ValueError: a file does not decode; mask and image differ in size; the mask is of a format that does not keep values, as
-            JPEG; it holds no indices of 8 bits, or a value that is neither class nor void, or a colour that mask_colors does
-            not list. Names the file and what was found.
+        ValueError: a file does not decode; mask and image differ in size; the mask is of a format
+            that does not keep values, as JPEG; it holds no indices of 8 bits, or a value that is
+            neither class nor void, or a colour that mask_colors does not list. Names the file and
+            what was found.
     """
 
     def __init__(self, ids, images, masks, classes, colours, labels, scale="dtype", mask_colors=None):
-        """labels: {value in the file: class or 255}; 255 is void without being listed. scale: see `read_image`. mask_colors:
-        {(red, green, blue) in the file: value}, or None where the file holds values."""
+        """labels: {value in the file: class or 255}; 255 is void without being listed.
+
+        scale: see `read_image`. mask_colors: {(red, green, blue) in the file: value}, or None where
+        the file holds values.
+        """
         _check_scale(scale)
         self.ids, self.images, self.masks, self.scale = ids, images, masks, scale
         self.classes, self.num_classes, self.palette = tuple(classes), len(classes), tuple(colours)
@@ -198,11 +206,12 @@ class ImagesWithMasks(torch.utils.data.Dataset):
 
 
 class Folder(ImagesWithMasks):
-    """Images and masks in two folders: root/IMAGES/ID.jpg (or another of `IMAGE_SUFFIXES`) and root/MASKS/ID.png.
+    """Images and masks: root/IMAGES/ID.jpg (or another of `IMAGE_SUFFIXES`) and root/MASKS/ID.png.
 
     Without a split: every image directly in root/IMAGES, sorted. With one, and a file root/SPLIT.txt: the ids it lists, one a
     line, in its order, from IMAGES and MASKS, or from the folder SPLIT in either if there is one. Without that file: every
-    image in root/IMAGES/SPLIT, sorted, with root/MASKS/SPLIT/ID.png. A warning says which files there are not read.
+    image in root/IMAGES/SPLIT, sorted, with root/MASKS/SPLIT/ID.png. A warning says what is there
+    that is not read.
 
     Masks are gray or palette PNGs of class indices; of 1 bit: 0 and 1. Mind that white (255) is void, not class 1.
 
@@ -212,34 +221,38 @@ class Folder(ImagesWithMasks):
         num_classes: masks hold 0 .. num_classes - 1; 1 to 255.
         void: a value that becomes 255, as 255 itself always is. It may be one of the classes, which then never occurs.
         values: {value in the masks: class}, as {255: 1} for masks of 0 and 255, beside 0 .. num_classes - 1; default none.
-        images, masks: the two folders, below root; "." is root. "{split}" in it is the split, and none is appended then:
-            "{split}/images". Or patterns with one * for the ID: "frames/*_rgb.jpg", "frames/*_seg.png"; with **/ before the
-            name also from the folders below, which then are part of the ID. Both may be one folder: what is a mask, by
-            masks and mask_suffix, is no image.
+        images, masks: the two folders, below root; "." is root. With "{split}" in it, which stands
+            for the split, none is appended: "{split}/images". Or patterns with one * for the ID:
+            "frames/*_rgb.jpg", "frames/*_seg.png"; with **/ before the name also from the folders
+            below, which then are part of the ID. Both may be one folder: what is a mask, by masks
+            and mask_suffix, is no image.
         classes: num_classes names; "0", "1", ... by default. Colours are those of `palette`.
         mask_suffix: the mask of ID is ID + mask_suffix; default ".png".
-        mask_colors: for masks that show classes as colours, in RGB, opaque RGBA or a palette: {colour: class, or 255 for void}.
-            A colour is "128,64,128", "#804080" or (128, 64, 128); several may mean one class, the first is its colour in
-            `palette`. All that occur must be listed, black too. Default None: masks hold indices. It leaves no use for void
-            and values.
-        scale: which value of images becomes 255: "dtype" (default), "file" or a number, as for `read_image`.
+        mask_colors: {colour: class, or 255 for void}, for masks that show classes as colours, in
+            RGB, opaque RGBA or a palette. A colour is "128,64,128", "#804080" or (128, 64, 128);
+            several may mean one class, the first is its colour in the attribute palette. All that
+            occur must be listed, black too. Leave out void and values then. Default None: masks
+            hold indices.
+        scale: which value of images becomes 255: "dtype" (default), "file" or a number, as for
+            `read_image`.
 
     Raises:
-        FileNotFoundError: a folder or file is missing, or no image is there; names the path, the list that asks for it, and a
-            file that may be the mask.
+        FileNotFoundError: a folder or file is missing, or no image is there; names the path, the
+            list that asks for it, and a file that may be the mask.
         TypeError: an argument of another type.
         ValueError: a list is empty or has an id twice, two images have one id, or an argument is out of range.
 
-    Examples: images and masks side by side, as a.jpg and a_mask.png; masks in VOC's colours, 224,224,192 being void; Cityscapes'
-    *_color.png::
+    Examples: images and masks side by side, as a.jpg and a_mask.png; masks in VOC's colours, where
+    224,224,192 is void; Cityscapes' *_color.png::
 
         Folder("data", images=".", masks=".", mask_suffix="_mask.png")
 
-        colours = {colour: index for index, colour in enumerate(palette(21))} | {"224,224,192": 255}
-        Folder("data", num_classes=21, mask_colors=colours)
+        colours = {colour: index for index, colour in enumerate(palette(21))}
+        Folder("data", num_classes=21, mask_colors=colours | {"224,224,192": 255})
 
         colours = {colour: train_id for _, train_id, colour in CITYSCAPES_LABELS}
-        images, masks = "leftImg8bit/{split}/**/*_leftImg8bit.png", "gtFine/{split}/**/*_gtFine_color.png"
+        images = "leftImg8bit/{split}/**/*_leftImg8bit.png"
+        masks = "gtFine/{split}/**/*_gtFine_color.png"
         Folder("cityscapes", "train", 19, images=images, masks=masks, mask_colors=colours)
 
     In YAML a table is {"0,0,0": 255, "128,64,128": 0, "#f423e8": 1}.
@@ -288,7 +301,7 @@ class Folder(ImagesWithMasks):
         images = _pattern("images", root, images, split, listed)
         masks = _pattern("masks", root, masks if "*" in masks else f"{masks}/*{mask_suffix}", split, listed)
         masks = masks._replace(deep=images.deep)
-        layout = f"{'' if source is None else f'{source}, or '}{images}{'' if images.exact else '.jpg (or another suffix)'} with {masks}"
+        layout = f"{'' if source is None or listed else f'{source}, or '}{images}{'' if images.exact else '.jpg (or another suffix)'} with {masks}"
         files = _pair(images, masks, layout, listed, source)
         super().__init__(*files, classes or _numbers(num_classes), colours, table, scale, mask_colors)
 
@@ -442,7 +455,8 @@ class CamVid(ImagesWithMasks):
 class Unlabelled(ImagesWithMasks):
     """Images without masks: all below a folder, sorted by path, or those that a text file lists, in its order.
 
-    Not what `segops predict` wrote: of a folder it is left out, with a warning, as are files that are no images.
+    Not what `segops predict` wrote: of a folder it is left out, with a warning, as are files that
+    are no images.
 
     Ids are the paths below the folder, or as listed (less a leading "/" and any ".."), without suffix: "city/0001". `masks` is
     None: every mask is void.
@@ -590,12 +604,15 @@ def _wide_channels(path, kind):
     try:
         values = decode_image(str(path), ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
     except RuntimeError as error:
-        raise ValueError(f"{path} cannot be read as an image of 16 bits a channel: {error}") from error
+        raise ValueError(f"{path} cannot be read as an image of 16 bits a channel: {first_line(error)}") from error
     return values[..., 0] if values.shape[2] < 3 else values[..., :3]
 
 
 def _decode(path):
-    """(image, stored): stored is how the file packs its pixels, as "L;4" or "RGB;16B", which Pillow tells only before it decodes."""
+    """(image, stored): stored is how the file packs its pixels, as "L;4" or "RGB;16B".
+
+    Pillow tells that before it decodes only.
+    """
     try:
         with Image.open(path) as image:
             frames = _frames(image)
@@ -631,7 +648,8 @@ def _orientation(path):
 
 def _read_mask(path, colours=None):
     image, stored = _decode(path)
-    if image.format not in MASK_FORMATS:
+    # writers of GIF renumber the palette
+    if image.format not in (INDEX_FORMATS if colours is None else COLOUR_FORMATS):
         raise ValueError(f"{path} is a {image.format} file, which does not keep the values of masks: save them as PNG")
     if colours is not None:
         return _classes_of_colours(path, image, *colours)
@@ -697,7 +715,7 @@ def is_prediction(path):
     """Whether `segops predict` wrote a file."""
     if path.suffix.lower() != ".png":
         return False
-    with contextlib.suppress(OSError), path.open("rb") as file:  # what cannot be read is found out later
+    with contextlib.suppress(OSError), path.open("rb") as file:  # an error comes when it is read
         return f"tEXtSoftware\0{SOFTWARE}".encode() in file.read(2048)
     return False
 
@@ -741,7 +759,7 @@ def _images_among(paths, folder, hint, tell=warnings.warn):
 
 
 class Pattern(NamedTuple):
-    """Where files are: FOLDER/PREFIX ID SUFFIX, or below FOLDER, where the folders between are part of the ID."""
+    """Where files are: FOLDER/PREFIX ID SUFFIX; deep: or below, the folders being part of the ID."""
 
     folder: Path
     prefix: str = ""
@@ -772,8 +790,10 @@ class Pattern(NamedTuple):
 
 
 def _pattern(argument, root, text, split, listed):
-    """The `Pattern` of a folder, or of FOLDER/PREFIX*SUFFIX or FOLDER/**/PREFIX*SUFFIX; of the folder SPLIT in it, unless {split}
-    stands in it, or ids are listed and there is none."""
+    """The `Pattern` of FOLDER, FOLDER/PREFIX*SUFFIX or FOLDER/**/PREFIX*SUFFIX.
+
+    FOLDER/SPLIT is taken, unless {split} stands in the text, or ids are listed and it is not there.
+    """
     given = text
     if "{split}" in text:
         if split is None:
@@ -809,7 +829,7 @@ def _images_in(images, layout, masks=None):
 
 
 def _pair(images, masks, layout, listed=None, source=None):
-    """(ids, images, masks) of two patterns: the ids that source lists, or all. masks None: no masks."""
+    """(ids, images, masks) of two patterns: of the ids that source lists, or all. masks may be None."""
     files = _images_in(images, layout, masks)
     ids = list(files) if listed is None else listed
     listing = "" if listed is None else f", listed in {source}"
@@ -827,11 +847,15 @@ def _pair(images, masks, layout, listed=None, source=None):
 
 
 def mask_instead(stem, image):
-    """What may be the mask that is missing: (path, rest of its name) of an image file beginning with the path stem, or (None, "")."""
+    """What may be the mask that is missing: (path, rest of its name), or (None, "").
+
+    It is an image file whose path begins with stem, and is not the image.
+    """
     beside = stem.parent.iterdir() if stem.parent.is_dir() else ()
     for path in sorted(beside, key=lambda path: (len(path.name), path)):
         rest = path.name[len(stem.name) :]
-        if path.name.startswith(stem.name) and path != image and _has_suffix(path.name) and not rest[:1].isalnum():
+        alike = path.name.startswith(stem.name) and not rest[:1].isalnum() and _has_suffix(path.name)
+        if alike and path != image and path.is_file():
             return path, rest
     return None, ""
 
@@ -840,11 +864,18 @@ def _lines(source, layout=""):
     """The lines of a list, stripped; blank ones skipped."""
     if not source.is_file():
         raise FileNotFoundError(f"{source} is missing: expected {layout}")
-    lines = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    lines = [line.strip() for line in _text(source).split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"{source} is empty: it must list one image a line")
     _check_unique(lines, source)
     return lines
+
+
+def _text(path):
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be text in UTF-8: {error}") from error
 
 
 def _base_names(source, layout):
@@ -871,13 +902,15 @@ def _read_csv(path, columns):
     """[(line number, row)], checked to have the columns."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing: expected a CSV file with a header that has {', '.join(columns)}")
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = DictReader(file, restval="", skipinitialspace=True)
+    reader = DictReader(StringIO(_text(path)), restval="", skipinitialspace=True)
+    try:
         header = reader.fieldnames or []
         for name in columns:
             if name not in header:
                 raise ValueError(f"{path} has no column {name!r}; its columns are {', '.join(header) or 'none'}")
         rows = [(reader.line_num, {name: row[name].strip() for name in columns}) for row in reader]
+    except CsvError as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
     if not rows:
         raise ValueError(f"{path} has a header and no rows")
     return rows

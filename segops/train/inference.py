@@ -352,7 +352,11 @@ def save_classes(path, classes, palette=None):
 
 
 def save_image(path, image):
-    """Writes uint8 (3, H, W) as a PNG: whole or not at all, and with its text, as `save_classes`. OSError: the file cannot be written."""
+    """Writes uint8 (3, H, W) as a PNG: whole or not at all, and with its text, as `save_classes`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     _save(path, Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()))
 
 

@@ -390,7 +390,10 @@ def test_what_is_no_regular_file_is_not_read(folder):
         assert Folder(folder).ids == ["a", "b"]
     (folder / "masks/a.png").unlink()
     os.mkfifo(folder / "masks/a.png")
-    with pytest.raises(FileNotFoundError, match=r"masks/a\.png is missing"), pytest.warns(UserWarning):
+    with (
+        pytest.raises(FileNotFoundError, match=r"masks/a\.png is missing: .* with .*masks/ID\.png$"),
+        pytest.warns(UserWarning),
+    ):
         Folder(folder)
     with pytest.raises(FileNotFoundError, match=r"pipe\.png is missing: .*list\.txt lists it"):
         Unlabelled(write_text(folder / "list.txt", "images/pipe.png"))
@@ -742,13 +745,36 @@ def test_colours_of_cityscapes_and_voc(tmp_path):
     assert dataset[0][1].tolist() == [[0, 15, 255], [20, 0, 0]] and dataset.palette == palette(21)
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "ppm"])
+@pytest.mark.parametrize("suffix", ["bmp", "gif", "tif", "webp"])
+def test_mask_colors_of_other_formats(tmp_path, suffix):
+    write_image(tmp_path / "images/a.png")
+    write_mask(tmp_path / "masks/a.png", COLOURED)
+    with Image.open(tmp_path / "masks/a.png") as mask:
+        mask.save(tmp_path / f"masks/a.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
+    dataset = Folder(tmp_path, num_classes=4, mask_suffix=f".{suffix}", mask_colors=COLOURS)
+    assert dataset[0][1].tolist() == [[0, 1, 2], [2, 255, 0]]
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "tif"])
+@pytest.mark.parametrize("mode", ["L", "P", "1"])
+def test_masks_of_other_formats(tmp_path, suffix, mode):
+    values = [[0, 3, 9], [9, 3, 0]] if mode != "1" else [[0, 1, 1], [1, 0, 0]]
+    write_image(tmp_path / "images/a.png")
+    (tmp_path / "masks").mkdir()
+    mask = Image.fromarray(np.array(values, np.uint8 if mode != "1" else bool))
+    if mode == "P":
+        mask.putpalette([value for colour in palette(256) for value in colour])
+    mask.save(tmp_path / f"masks/a.{suffix}")
+    assert Folder(tmp_path, num_classes=10, mask_suffix=f".{suffix}")[0][1].tolist() == values
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "ppm", "gif"])
 def test_masks_of_formats_that_change_values(tmp_path, suffix):
-    """JPEG blurs them, and Pillow scales PGMs to 8 bits."""
+    """JPEG blurs them, Pillow scales PGMs to 8 bits and renumbers the palettes of GIFs."""
     write_image(tmp_path / "images/a.png")
     write_mask(tmp_path / f"masks/a.{suffix}")
     with pytest.raises(
-        ValueError, match=r"masks/a\.\w+ is a (JPEG|PPM) file, which does not keep the values of masks: save them as PNG"
+        ValueError, match=r"masks/a\.\w+ is a (JPEG|PPM|GIF) file, which does not keep the values of masks: save them as PNG"
     ):
         Folder(tmp_path, mask_suffix=f".{suffix}")[0]
 
@@ -1156,6 +1182,27 @@ def test_image_classes_files(tmp_path):
     message = r"labels\.csv is missing: expected a CSV file with a header that has image, level"
     with pytest.raises(FileNotFoundError, match=message):
         ImageClasses(str(tmp_path / "labels.csv"), images)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_lists_of_other_systems(folder, encoding):
+    """Their marks and line ends; what PowerShell writes is refused by name."""
+    (folder / "train.txt").write_bytes("b\r\na\r\n".encode(encoding))
+    (folder / "classes.csv").write_bytes("image,level\r\nb,1\r\na,0\r\n".encode(encoding))
+    assert Folder(folder, "train").ids == ImageClasses(folder / "classes.csv", folder / "images").ids == ["b", "a"]
+    for name, make in (
+        ("train.txt", lambda: Folder(folder, "train")),
+        ("classes.csv", lambda: ImageClasses(folder / "classes.csv", folder / "images")),
+    ):
+        (folder / name).write_bytes("b\r\na\r\n".encode("utf-16"))
+        with pytest.raises(ValueError, match=rf"{name} must be text in UTF-8: 'utf-8' codec can't decode"):
+            make()
+
+
+def test_tables_that_no_csv_reader_takes(folder):
+    (folder / "classes.csv").write_text("image,level\n" + "a" * 200000 + ",0\n")
+    with pytest.raises(ValueError, match=r"classes\.csv, line \d: field larger than field limit"):
+        ImageClasses(folder / "classes.csv", folder / "images")
 
 
 def test_listing_decodes_nothing(folder, monkeypatch):
