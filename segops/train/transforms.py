@@ -1,6 +1,8 @@
 """Resizing, augmentation and normalisation, as the papers say them. A mask follows its image exactly, by the nearest pixel."""
 
+import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torchvision.transforms.v2 import ColorJitter, InterpolationMode, functional
@@ -77,15 +79,23 @@ class Augment:
 
     def __post_init__(self):
         if self.scale is not None:
-            least, most, step = self.scale if len(self.scale) == 3 else (0, 0, 0)
-            if not 0 < least <= most or step < 0:
+            factors = self.scale if isinstance(self.scale, tuple | list) else ()
+            valid = len(factors) == 3 and all(is_number(factor) and math.isfinite(factor) for factor in factors)
+            if not valid or not 0 < factors[0] <= factors[1] or factors[2] < 0:
                 raise ValueError(f"scale must be (least, most, step) with 0 < least <= most and step >= 0; got {self.scale!r}")
+        for name in ("horizontal_flip", "vertical_flip"):
+            check_number(name, getattr(self, name), 1)
+        check_number("rotate", self.rotate, 180)
+        for name in ("brightness", "contrast", "saturation"):
+            check_number(name, getattr(self, name), math.inf)
+        check_number("hue", self.hue, 0.5)
+        check_integer("pad", self.pad, 0)
         if self.crop is not None:
             check_size("crop", self.crop)
-        for name, most in (("horizontal_flip", 1), ("vertical_flip", 1), ("hue", 0.5), ("rotate", 180), ("pad", None)):
-            value = getattr(self, name)
-            if value < 0 or (most is not None and value > most):
-                raise ValueError(f"{name} must be at least 0{'' if most is None else f' and at most {most}'}; got {value!r}")
+            if self.pad >= min(self.crop):
+                raise ValueError(
+                    f"pad must be below both sides of crop, or a crop may be padding alone; got {self.pad} and {self.crop!r}"
+                )
         # One order of the four, as the values are torch's: ColorJitter draws both.
         self.jitter = ColorJitter(self.brightness, self.contrast, self.saturation, self.hue)
         self.jitters = any((self.brightness, self.contrast, self.saturation, self.hue))
@@ -131,6 +141,26 @@ def pad(image, mask, margins, fill):
     return functional.pad(image, list(margins), fill=fill), functional.pad(mask[None], list(margins), fill=VOID)[0]
 
 
+def is_number(value):
+    """Whether a setting is a real number, for which True and False do not pass."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_integer(value):
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_number(name, value, most):
+    """Refuses what is not a finite number from 0 to most."""
+    if not is_number(value) or not 0 <= value <= most or value == math.inf:
+        raise ValueError(f"{name} must be at least 0{'' if most == math.inf else f' and at most {most}'}; got {value!r}")
+
+
+def check_integer(name, value, least):
+    if not is_integer(value) or value < least:
+        raise ValueError(f"{name} must be an integer, at least {least}; got {value!r}")
+
+
 def check_size(name, size):
-    if not isinstance(size, tuple | list) or len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+    if not isinstance(size, tuple | list) or len(size) != 2 or not all(is_integer(side) and side > 0 for side in size):
         raise ValueError(f"{name} must be two positive sizes (height, width); got {size!r}")
