@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torchmetrics import Metric
 
+from .transforms import check_integer
+
 # Means over classes are "macro"; "micro" is of the sums over classes.
 PER_CLASS = ("iou", "f1", "precision", "sensitivity", "specificity", "accuracy")
 
@@ -12,13 +14,40 @@ def confusion_matrix(predicted, labels, num_classes):
     """How many pixels of each class are predicted as which: (num_classes, num_classes) int64, truth in rows.
 
     Args:
-        predicted: classes in [0, num_classes), integer tensor of any shape.
+        predicted: classes, integer tensor of any shape: in [0, num_classes) where the label is.
         labels: integer tensor of the same shape; pixels whose label is not in [0, num_classes), as void, do not count.
         num_classes: number of classes.
+
+    Raises:
+        IndexError: a pixel that counts is predicted as no class; names the value.
+        TypeError: predicted or labels is not an integer tensor.
+        ValueError: their shapes differ, or num_classes is not a positive integer.
     """
+    check_integer("num_classes", num_classes, 1)
+    predicted, labels = integers("predicted", predicted), integers("labels", labels)
+    if predicted.shape != labels.shape:
+        raise ValueError(f"predicted and labels must have one shape; got {tuple(predicted.shape)} and {tuple(labels.shape)}")
     valid = (labels >= 0) & (labels < num_classes)
-    pairs = labels[valid].long() * num_classes + predicted[valid]
-    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+    predicted, labels = predicted[valid], labels[valid]
+    if predicted.numel():
+        least, most = torch.stack(predicted.aminmax()).tolist()
+        if least < 0 or most >= num_classes:
+            raise IndexError(
+                f"predicted must be classes in [0, {num_classes}) where labels are; got {least if least < 0 else most}"
+            )
+    return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def integers(name, values):
+    """The tensor as int64, in which no number of classes overflows."""
+    if not isinstance(values, torch.Tensor) or values.is_floating_point() or values.is_complex():
+        raise TypeError(f"{name} must be an integer tensor; got {getattr(values, 'dtype', type(values).__name__)}")
+    return values.long()
+
+
+def check_confusion(confusion):
+    if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1]:
+        raise ValueError(f"confusion must be (num_classes, num_classes); got {tuple(confusion.shape)}")
 
 
 def scores(confusion):
@@ -29,7 +58,11 @@ def scores(confusion):
 
     A class that occurs in neither truth nor prediction is NaN everywhere: it is not scored. Of one that occurs, what would be 0 / 0 is 0, so that a class
     never predicted has precision 0, and is not left out of the mean; specificity where nothing else occurs is NaN.
+
+    Raises:
+        ValueError: confusion is not square.
     """
+    check_confusion(confusion)
     confusion = confusion.double()
     total, hit = confusion.sum(), confusion.diag()
     truth, predicted = confusion.sum(1), confusion.sum(0)
@@ -53,6 +86,7 @@ def scores(confusion):
 def micro_scores(confusion):
     """The same figures of hits, misses and false alarms summed over the classes. As every pixel has one class and one prediction, f1, precision and
     sensitivity all equal the share of pixels that are right."""
+    check_confusion(confusion)
     confusion = confusion.double()
     total, hit, count = confusion.sum(), confusion.diag().sum(), len(confusion)
     wrong = total - hit
@@ -86,11 +120,20 @@ def boundary_mask(labels, num_classes, radius=3):
         radius: in pixels, default 3.
 
     Boundary mIoU scores these pixels alone: `confusion_matrix(predicted, labels.where(mask, 255), num_classes)`.
+
+    Raises:
+        TypeError: labels is not an integer tensor.
+        ValueError: labels has another number of dimensions, or num_classes or radius is not a positive integer.
     """
+    check_integer("num_classes", num_classes, 1)
+    check_integer("radius", radius, 1)
+    labels = integers("labels", labels)
+    if labels.ndim != 3:
+        raise ValueError(f"labels must be (N, H, W); got {tuple(labels.shape)}")
     valid = (labels >= 0) & (labels < num_classes)
     classes = labels.float()
     highest, lowest = (
-        F.max_pool2d(values.where(valid, -torch.inf), 2 * radius + 1, stride=1, padding=radius)
+        F.max_pool2d(values.where(valid, -torch.inf)[:, None], 2 * radius + 1, stride=1, padding=radius)[:, 0]
         for values in (classes, -classes)
     )
     return valid & (highest != -lowest)
@@ -110,19 +153,24 @@ class SegmentationMetrics(Metric):
     Args:
         num_classes: number of classes.
         radius: of the boundary, in pixels, default 3.
+
+    Raises:
+        IndexError, TypeError, ValueError: as `confusion_matrix` and `boundary_mask`.
     """
 
     full_state_update = False
 
     def __init__(self, num_classes, radius=3):
         super().__init__()
+        check_integer("num_classes", num_classes, 1)
+        check_integer("radius", radius, 1)
         self.num_classes, self.radius = num_classes, radius
         for name in ("confusion", "boundary"):
             self.add_state(name, torch.zeros(num_classes, num_classes, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, predicted, labels):
-        self.confusion += confusion_matrix(predicted, labels, self.num_classes)
         near = boundary_mask(labels, self.num_classes, self.radius)
+        self.confusion += confusion_matrix(predicted, labels, self.num_classes)
         self.boundary += confusion_matrix(predicted[near], labels[near], self.num_classes)
 
     def compute(self):

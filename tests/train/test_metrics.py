@@ -27,6 +27,83 @@ def test_a_confusion_of_parts_adds_up():
     assert torch.equal(confusion_matrix(predicted, labels, 5), parts) and parts.sum() == labels.numel()
 
 
+@pytest.mark.parametrize("value", [-1, 3, 4, 8])
+def test_a_prediction_of_no_class(value):
+    """Class 0 predicted as 4 of 3 would count as class 1 predicted as 1: a hit."""
+    labels, predicted = torch.tensor([[[0, 1], [2, 255]]]), torch.tensor([[[0, 1], [2, 0]]])
+    expected = confusion_matrix(predicted, labels, 3)
+    assert torch.equal(confusion_matrix(predicted.where(labels != 255, value), labels, 3), expected)  # at void none counts
+    message = rf"predicted must be classes in \[0, 3\) where labels are; got {value}$"
+    metrics = SegmentationMetrics(3)
+    for index in range(3):
+        wrong = predicted.clone()
+        wrong.view(-1)[index] = value
+        for score in (metrics.update, lambda p, t: confusion_matrix(p, t, 3)):
+            with pytest.raises(IndexError, match=message):
+                score(wrong, labels)
+    assert metrics.confusion.sum() == metrics.boundary.sum() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.uint16])
+def test_more_classes_than_a_dtype_holds(dtype):
+    labels = torch.tensor([[[0, 1], [2, 2]]]).to(dtype)
+    assert confusion_matrix(labels, labels, 300).diag()[:3].tolist() == [1, 1, 2]
+    assert boundary_mask(labels, 300, 1).all()
+
+
+def test_no_pixels():
+    nothing = torch.zeros(0, 4, 5, dtype=torch.long)
+    metrics = SegmentationMetrics(2)
+    metrics.update(nothing, nothing)
+    assert metrics.confusion.sum() == 0
+
+
+INTEGERS = torch.zeros(1, 2, 3, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: confusion_matrix(INTEGERS, INTEGERS[:, :1], 2),
+            ValueError,
+            r"predicted and labels must have one shape; got \(1, 2, 3\) and \(1, 1, 3\)",
+        ),
+        (
+            lambda: confusion_matrix(INTEGERS.float(), INTEGERS, 2),
+            TypeError,
+            r"predicted must be an integer tensor; got torch\.f",
+        ),
+        (
+            lambda: confusion_matrix(INTEGERS, INTEGERS.half(), 2),
+            TypeError,
+            r"labels must be an integer tensor; got torch\.float16",
+        ),
+        (lambda: confusion_matrix(INTEGERS.numpy(), INTEGERS, 2), TypeError, "predicted must be an integer tensor; got int64"),
+        (lambda: confusion_matrix([0], INTEGERS, 2), TypeError, "predicted must be an integer tensor; got list"),
+        (lambda: confusion_matrix(INTEGERS, INTEGERS, 0), ValueError, "num_classes must be an integer, at least 1; got 0"),
+        (
+            lambda: confusion_matrix(INTEGERS, INTEGERS, 2.0),
+            ValueError,
+            r"num_classes must be an integer, at least 1; got 2\.0",
+        ),
+        (lambda: SegmentationMetrics(True), ValueError, "num_classes must be an integer, at least 1; got True"),
+        (lambda: SegmentationMetrics(2, 0), ValueError, "radius must be an integer, at least 1; got 0"),
+        (lambda: boundary_mask(INTEGERS, 2, 1.5), ValueError, r"radius must be an integer, at least 1; got 1\.5"),
+        (lambda: boundary_mask(INTEGERS, 0), ValueError, "num_classes must be an integer"),
+        (lambda: boundary_mask(INTEGERS[0], 2), ValueError, r"labels must be \(N, H, W\); got \(2, 3\)"),
+        (lambda: boundary_mask(INTEGERS[None], 2), ValueError, r"labels must be \(N, H, W\); got \(1, 1, 2, 3\)"),
+        (lambda: boundary_mask(INTEGERS.float(), 2), TypeError, "labels must be an integer tensor"),
+        (lambda: scores(torch.zeros(2, 3)), ValueError, r"confusion must be \(num_classes, num_classes\); got \(2, 3\)"),
+        (lambda: micro_scores(torch.zeros(4, 2)), ValueError, "confusion must be"),
+        (lambda: iou(torch.zeros(4)), ValueError, "confusion must be"),
+    ],
+)
+def test_what_cannot_be_scored(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
 @pytest.mark.parametrize("radius", [1, 3])
 def test_boundary_mask_is_a_band_on_both_sides(radius):
     labels = torch.zeros(1, 12, 20, dtype=torch.int64)
