@@ -3,7 +3,9 @@
 So a run that was interrupted, and one on more workers or ranks, sees what an uninterrupted one on a single process sees.
 """
 
+import inspect
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,9 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from .datasets import VOC, CamVid, Cityscapes, Folder, ImageClasses, Unlabelled
 from .scenes import SyntheticScenes
-from .transforms import VOID, Augment, check_kind, check_size, normalize, resize
+from .transforms import VOID, Augment, check_integer, check_kind, check_number, check_size, is_number, normalize, resize
 
 UNSCORED = -100  # of image classes, as 255 of masks
+PARTS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}  # by stage
 
 
 def run_seed():
@@ -38,11 +41,15 @@ class Key(NamedTuple):
 
 
 class Samples(Dataset):
-    """(image float (3, H, W) as networks take it, target) of a data set, at a `Key`. A target is a mask int64 (H, W), or a class."""
+    """(image float (3, H, W) as networks take it, target) of a data set, at a `Key`. A target is a
+    mask int64 (H, W), or a class. With kind None images stay bytes."""
 
     def __init__(self, dataset, size, augment, kind, cache, seed):
         self.dataset, self.size, self.augment, self.kind, self.seed = dataset, size, augment, kind, seed
         self.cache = {} if cache else None
+
+    def __len__(self):
+        return len(self.dataset)
 
     def __getitem__(self, key):
         image, target = self.read(key.index)
@@ -51,7 +58,8 @@ class Samples(Dataset):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(mixed_seed(self.seed, key.place))
                 image, mask = self.augment(image, mask)
-        image = normalize(image.float() / 255, self.kind)
+        if self.kind is not None:
+            image = normalize(image.float() / 255, self.kind)
         if not isinstance(target, torch.Tensor):
             return image, target if key.scored else UNSCORED
         return image, mask.long() if key.scored else torch.full(mask.shape, VOID)
@@ -134,46 +142,80 @@ def collate(samples):
 
 
 class Data(LightningDataModule):
-    """What the data modules share: samples, streams and loaders."""
+    """What the data modules share: settings, splits, samples, streams and loaders."""
 
-    def __init__(self, resize, augment, normalize, batch_size, eval_batch_size, workers, cache):
+    def __init__(self, splits, resize, augment, normalize, batch_size, eval_batch_size, workers, cache):
         super().__init__()
+        for part, split in splits.items():
+            if split is not None:
+                check_text(f"{part}_split", split)
         check_kind(normalize)
         if resize is not None:
             check_size("resize", resize)
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
+        if augment is not None and not callable(augment):
+            raise ValueError(f"augment must be an Augment; got {augment!r}")
+        check_integer("batch_size", batch_size, 1)
+        check_integer("eval_batch_size", eval_batch_size, 1)
+        check_integer("workers", workers, 0)
+        if not isinstance(cache, bool):
+            raise ValueError(f"cache must be True or False; got {cache!r}")
+        self.splits, self.sets = splits, {}
         self.size, self.augment, self.kind = resize, Augment() if augment is None else augment, normalize
         self.batch_size, self.eval_batch_size, self.workers, self.cache = batch_size, eval_batch_size, workers, cache
+
+    def split(self, part):
+        """The split of a part: "predict" is test_split where one is named, or val_split."""
+        if part == "predict":
+            part = "val" if self.splits["test"] is None else "test"
+        elif part == "test" and self.splits["test"] is None:
+            raise ValueError("test_split must name the split to be scored; got None")
+        return self.splits[part]
+
+    def opened(self, part):
+        if part not in self.sets:
+            stage = next(stage for stage, parts in PARTS.items() if part in parts)
+            raise ValueError(f"the images of {part!r} are not open: setup({stage!r}) opens them")
+        return self.sets[part]
 
     def samples(self, dataset, training):
         return Samples(dataset, self.size, self.augment if training else None, self.kind, self.cache, run_seed())
 
+    def asked(self, name):
+        """Whether the recipe has an attribute that asks for something."""
+        return getattr(getattr(self.trainer, "lightning_module", None), name, False)
+
+    def ranks(self):
+        """(this process, how many there are)."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
     def stream(self, samples, steps, number=0):
         """The loader of a stream; those of one epoch differ in `number`."""
-        world = self.trainer.world_size
+        rank, world = self.ranks()
         if self.batch_size % world:
             raise ValueError(f"batch_size must be a multiple of the number of processes, {world}; got {self.batch_size}")
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        stream = Stream(
-            len(samples.dataset),
-            self.batch_size // world,
-            steps,
-            lambda: progress.total.processed,
-            mixed_seed(run_seed(), number),
-            self.trainer.global_rank,
-            world,
-        )
-        return self._loader(samples, stream)
+
+        def done():
+            return 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+        seed = mixed_seed(run_seed(), number)
+        return self._loader(samples, Stream(len(samples), self.batch_size // world, steps, done, seed, rank, world))
 
     def steps(self, dataset):
         """Batches of an epoch, one pass over the data set; what is left begins the next epoch."""
         return max(len(dataset) // self.batch_size, 1)
 
-    def once(self, samples):
-        batches = Once(len(samples.dataset), self.eval_batch_size, self.trainer.global_rank, self.trainer.world_size)
-        return self._loader(samples, batches)
+    def once(self, part):
+        samples = self.samples(self.opened(part), False)
+        return self._loader(samples, Once(len(samples), self.eval_batch_size, *self.ranks()))
+
+    def val_dataloader(self):
+        return self.once("val")
+
+    def test_dataloader(self):
+        return self.once("test")
+
+    def predict_dataloader(self):
+        return self.once("predict")
 
     def _loader(self, samples, batches):
         return DataLoader(
@@ -203,8 +245,15 @@ class SegmentationData(Data):
         unlabelled: a folder of images or a list of them: (more) images without masks, or None (default).
         workers: processes that read, default 0: this one. cache: keep what was read, resized, in memory (default False).
 
-    Batches are (images (N, 3, H, W) float32, masks (N, H, W) int64, 255 void); with an unlabelled stream, in training,
-    {"labelled": that, "unlabelled": that with void masks}.
+    Batches are (images (N, 3, H, W) float32, masks (N, H, W) int64, 255 void); with an unlabelled
+    stream, in training, {"labelled": that, "unlabelled": that with void masks}. Where the recipe
+    has `evaluates_bytes = True`, images are uint8 in validation, test and prediction, resized but
+    not normalised. A batch_size above the number of images repeats them within a batch. Prediction
+    reads test_split, or val_split where that is None; the split may be one without masks.
+
+    Raises:
+        ValueError: a setting is wrong (names it).
+        FileNotFoundError: as the data set.
     """
 
     def __init__(
@@ -225,39 +274,46 @@ class SegmentationData(Data):
         workers: int = 0,
         cache: bool = False,
     ):
-        super().__init__(resize, augment, normalize, batch_size, eval_batch_size, workers, cache)
-        if dataset not in DATASETS:
+        splits = {"train": train_split, "val": val_split, "test": test_split}
+        super().__init__(splits, resize, augment, normalize, batch_size, eval_batch_size, workers, cache)
+        if dataset not in list(DATASETS):
             raise ValueError(f"dataset must be one of {', '.join(map(repr, DATASETS))}; got {dataset!r}")
         if (root is None) != (dataset == "synthetic"):
             raise ValueError(f"root must be {'a folder' if root is None else 'left out'} for dataset {dataset!r}; got {root!r}")
-        if not 0 < labelled <= 1:
-            raise ValueError(f"labelled must be a share, above 0 and at most 1; got {labelled}")
-        self.dataset, self.root, self.options = dataset, root, options or {}
-        self.splits = {"train": train_split, "val": val_split, "test": test_split}
+        if root is not None:
+            check_folder("root", root)
+        if not isinstance(options, Mapping | None):
+            raise ValueError(f"options must be a mapping of names to values; got {options!r}")
+        known = [name for name in inspect.signature(DATASETS[dataset]).parameters if name not in ("root", "split")]
+        for name in options or ():
+            if name not in known:
+                raise ValueError(f"options of dataset {dataset!r} are {', '.join(known) or 'none'}; got {name!r}")
+        if not is_number(labelled) or not 0 < labelled <= 1:
+            raise ValueError(f"labelled must be a share, above 0 and at most 1; got {labelled!r}")
+        if unlabelled is not None:
+            check_text("unlabelled", unlabelled)
+        self.dataset, self.root, self.options = dataset, root, dict(options or {})
         self.labelled, self.unlabelled = labelled, unlabelled
 
     def setup(self, stage):
-        """Opens the splits that `stage` ("fit", "validate", "test") needs."""
-        wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]
-        self.sets = {part: self._open(part) for part in wanted}
-        first = self.sets[wanted[0]]
+        """Opens the splits that `stage` ("fit", "validate", "test", "predict") needs."""
+        self.sets = {part: self._open(part) for part in parts_of(stage)}
+        first = next(iter(self.sets.values()))
         if first.num_classes < 2:
             raise ValueError(f"dataset must have at least 2 classes, background among them; got {first.num_classes}")
         self.num_classes, self.classes, self.palette = first.num_classes, tuple(first.classes), tuple(first.palette)
-        if "train" in self.sets:
+        if stage == "fit":
             self._divide()
 
     def _open(self, part):
-        split = self.splits[part]
-        if part == "test" and split is None:
-            raise ValueError("test_split must name the split to be scored; got None")
+        split = self.split(part)
         try:
             dataset = DATASETS[self.dataset](*(() if self.root is None else (self.root,)), split, **self.options)
         except TypeError as error:
             raise ValueError(f"options of dataset {self.dataset!r}: {error}") from error
-        if getattr(dataset, "masks", ()) is None:
+        if part != "predict" and getattr(dataset, "masks", ()) is None:
             raise ValueError(f"{part}_split must have masks; {split!r} of {self.root} has none")
-        if self.dataset == "folder" and dataset.num_classes == 2:
+        if self.dataset == "folder" and dataset.num_classes == 2 and part != "predict":
             check_binary(dataset)
         return dataset
 
@@ -274,27 +330,30 @@ class SegmentationData(Data):
         if without:
             self.sets["unlabelled"] = torch.utils.data.ConcatDataset(without)
 
+    def samples(self, dataset, training):
+        """In evaluation images stay bytes for a recipe that cuts or scales them before it
+        normalises them."""
+        samples = super().samples(dataset, training)
+        if not training and self.asked("evaluates_bytes"):
+            samples.kind = None
+        return samples
+
     def train_dataloader(self):
-        train = self.sets["train"]
+        train = self.opened("train")
         steps = self.steps(train)
         labelled = self.stream(self.samples(train, True), steps)
-        if "unlabelled" not in self.sets or not getattr(self.trainer.lightning_module, "takes_unlabelled", False):
+        if "unlabelled" not in self.sets or not self.asked("takes_unlabelled"):
             return labelled
         unlabelled = self.stream(self.samples(self.sets["unlabelled"], True), steps, 1)
         return {"labelled": labelled, "unlabelled": unlabelled}
-
-    def val_dataloader(self):
-        return self.once(self.samples(self.sets["val"], False))
-
-    def test_dataloader(self):
-        return self.once(self.samples(self.sets["test"], False))
 
     def median_frequency(self):
         """Class weights of SegNet: the median frequency over the class's own, the frequency of a class being its share of the pixels, void among them, of the
         images that show it. A class that no image shows weighs 0."""
         pixels, seen = np.zeros(self.num_classes), np.zeros(self.num_classes)
-        samples = Samples(self.sets["train"], self.size, None, "none", False, 0)
-        for index in range(len(self.sets["train"])):
+        train = self.opened("train")
+        samples = Samples(train, self.size, None, "none", False, 0)
+        for index in range(len(train)):
             mask = samples.read(index)[1].numpy()
             counts = np.bincount(mask.ravel(), minlength=256)[: self.num_classes]
             pixels += counts
@@ -343,7 +402,26 @@ def synthetic(split, train=400, val=100, size=(128, 128)):
     lengths = {"train": train, "val": val, "test": val}
     if split not in lengths:
         raise ValueError(f"split must be 'train', 'val' or 'test'; got {split!r}")
+    check_integer("train", train, 1)
+    check_integer("val", val, 1)
+    check_size("size", size)
     return SyntheticScenes(lengths[split], tuple(size), list(lengths).index(split))
+
+
+def parts_of(stage):
+    if stage not in PARTS:
+        raise ValueError(f"stage must be one of {', '.join(map(repr, PARTS))}; got {stage!r}")
+    return PARTS[stage]
+
+
+def check_text(name, value):
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{name} must be text; got {value!r}")
+
+
+def check_folder(name, value):
+    if not isinstance(value, str | os.PathLike) or not str(value) or os.path.isfile(value):
+        raise ValueError(f"{name} must be a folder; got {value!r}")
 
 
 DATASETS = {"camvid": CamVid, "cityscapes": Cityscapes, "folder": Folder, "synthetic": synthetic, "voc": VOC}
@@ -366,7 +444,12 @@ class ClassificationData(Data):
         scale: which value of images becomes 255: "dtype" (default), "file" or a number, as for
             `segops.train.datasets.read_image`.
 
-    Batches are (images (N, 3, H, W) float32, classes (N) int64).
+    Batches are (images (N, 3, H, W) float32, classes (N) int64). Prediction reads test_split, or
+    what validates where that is None.
+
+    Raises:
+        ValueError: a setting is wrong (names it).
+        FileNotFoundError: as `ImageClasses`.
     """
 
     def __init__(
@@ -392,48 +475,48 @@ class ClassificationData(Data):
         cache: bool = False,
         scale: float | str = "dtype",
     ):
-        super().__init__(resize, augment, normalize, batch_size, eval_batch_size, workers, cache)
-        for name, share in (("random_classes", random_classes), ("val_share", val_share)):
-            if not 0 <= share <= 1:
-                raise ValueError(f"{name} must be a share, at least 0 and at most 1; got {share}")
+        splits = {"train": train_split, "val": val_split, "test": test_split}
+        super().__init__(splits, resize, augment, normalize, batch_size, eval_batch_size, workers, cache)
+        check_folder("root", root)
+        texts = {"csv": csv, "images": images, "image_column": image_column, "class_column": class_column}
+        for name, text in (texts | ({} if split_column is None else {"split_column": split_column})).items():
+            check_text(name, text)
+        check_number("random_classes", random_classes, 1)
+        check_number("val_share", val_share, 1)
         table, folder = str(Path(root, csv)), str(Path(root, images))
         self.table = (table, folder, image_column, class_column, classes, split_column)
         if test_split is not None and split_column is None:
             raise ValueError(f"test_split needs a split_column; got {test_split!r}")
-        self.splits = {"train": train_split, "val": val_split, "test": test_split}
         self.val_share, self.random_classes, self.scale = val_share, random_classes, scale
 
     def setup(self, stage):
-        if stage == "test":
-            if self.splits["test"] is None:
-                raise ValueError("test_split must name the split to be scored; got None")
-            test = ImageClasses(*self.table, self.splits["test"], scale=self.scale)
-            self.num_classes, self.classes, self.sets = test.num_classes, tuple(test.classes), {"test": test}
-            return
+        """Opens what `stage` ("fit", "validate", "test", "predict") needs."""
+        splits = {part: self.split(part) for part in parts_of(stage)}
         if self.table[-1] is None:
             everything = ImageClasses(*self.table, scale=self.scale)
-            order = np.random.default_rng(len(everything)).permutation(len(everything)).tolist()
-            count = round(self.val_share * len(everything))
-            train, val = (torch.utils.data.Subset(everything, sorted(part)) for part in (order[count:], order[:count]))
-            first = everything
+            halves = self._halves(everything)
+            self.sets = {part: halves[part] for part in splits}
         else:
-            train, val = (ImageClasses(*self.table, self.splits[split], scale=self.scale) for split in ("train", "val"))
-            first = train
-        for split, part in (("train", train), ("val", val)):
-            if not len(part):
-                raise ValueError(f"val_share leaves no image to {split}; got {self.val_share}")
-        self.num_classes, self.classes = first.num_classes, tuple(first.classes)
-        self.sets = {"train": RandomClasses(train, self.num_classes, self.random_classes, run_seed()), "val": val}
+            self.sets = {part: ImageClasses(*self.table, split, scale=self.scale) for part, split in splits.items()}
+            everything = next(iter(self.sets.values()))
+        self.num_classes, self.classes = everything.num_classes, tuple(everything.classes)
+        if stage == "fit":
+            self.sets["train"] = RandomClasses(self.sets["train"], self.num_classes, self.random_classes, run_seed())
+
+    def _halves(self, everything):
+        """What trains and what validates of a table without a column of splits."""
+        order = np.random.default_rng(len(everything)).permutation(len(everything)).tolist()
+        count = round(self.val_share * len(everything))
+        parts = {"train": order[count:], "val": order[:count]}
+        for part, indices in parts.items():
+            if not indices:
+                raise ValueError(f"val_share leaves no image to {part}; got {self.val_share}")
+        parts["predict"] = parts["val"]
+        return {part: torch.utils.data.Subset(everything, sorted(indices)) for part, indices in parts.items()}
 
     def train_dataloader(self, steps=None, number=0):
-        train = self.sets["train"]
+        train = self.opened("train")
         return self.stream(self.samples(train, True), steps or self.steps(train), number)
-
-    def val_dataloader(self):
-        return self.once(self.samples(self.sets["val"], False))
-
-    def test_dataloader(self):
-        return self.once(self.samples(self.sets["test"], False))
 
     def description(self):
         return {
@@ -464,7 +547,8 @@ class RandomClasses(Dataset):
 class CooperativeData(LightningDataModule):
     """Both, for cooperative training: an epoch is one of the segmentation's; the classification's stream goes on from one to the next.
 
-    Training batches are {"segmentation": ..., "classification": ...}; validation has a loader of each.
+    Training batches are {"segmentation": ..., "classification": ...}; validation and test have a
+    loader of each, prediction the segmentation's.
     """
 
     def __init__(self, segmentation: SegmentationData, classification: ClassificationData):
@@ -494,6 +578,9 @@ class CooperativeData(LightningDataModule):
 
     def test_dataloader(self):
         return [part.test_dataloader() for part in self.parts]
+
+    def predict_dataloader(self):
+        return self.parts[0].predict_dataloader()
 
     def description(self):
         return self.parts[1].description() | self.parts[0].description()

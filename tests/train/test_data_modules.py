@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from segops.train import Augment, ClassificationData, CooperativeData, SegmentationData
+from segops.train import Augment, ClassificationData, CooperativeData, SegmentationData, normalize
 from segops.train.data import UNSCORED, Key, Once, RandomClasses, Samples, Stream, WithoutMasks, collate
 from segops.train.transforms import VOID
 
@@ -16,12 +16,15 @@ CAMVID = Path(__file__).parents[3] / "shared" / "data" / "camvid"
 SCENES = {"train": 10, "val": 3, "size": (16, 24)}
 
 
-def trained(data, done=0, rank=0, world=1, stage="fit"):
-    """A data module that is set up, of a trainer that has done some batches."""
+def trained(data, done=0, rank=0, world=1, stage="fit", **recipe):
+    """A data module that is set up, of a trainer that has done some batches, and a recipe with some attributes."""
     progress = SimpleNamespace(total=SimpleNamespace(processed=done))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
     data.trainer = SimpleNamespace(
-        global_rank=rank, world_size=world, fit_loop=loop, lightning_module=SimpleNamespace(takes_unlabelled=True)
+        global_rank=rank,
+        world_size=world,
+        fit_loop=loop,
+        lightning_module=SimpleNamespace(**{"takes_unlabelled": True} | recipe),
     )
     data.setup(stage)
     return data
@@ -101,6 +104,7 @@ def test_once(length, world, batch_size):
 def test_what_is_not_scored(table):
     scenes = trained(SegmentationData(options=SCENES, batch_size=2))
     samples = scenes.samples(scenes.sets["val"], False)
+    assert len(samples) == 3
     image, mask = samples[Key(1, None)]
     same, void = samples[Key(1, None, False)]
     assert torch.equal(image, same) and mask.dtype == void.dtype == torch.int64 and mask.shape == void.shape
@@ -249,8 +253,31 @@ def test_collate():
         ({"root": "somewhere"}, "root must be left out for dataset 'synthetic'; got 'somewhere'"),
         ({"labelled": 0}, "labelled must be a share, above 0 and at most 1; got 0"),
         ({"labelled": 1.1}, "labelled must be a share"),
-        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
-        ({"eval_batch_size": 0}, "eval_batch_size must be at least 1; got 0"),
+        ({"labelled": float("nan")}, "labelled must be a share, above 0 and at most 1; got nan"),
+        ({"labelled": "0.5"}, "labelled must be a share, above 0 and at most 1; got '0.5'"),
+        ({"labelled": True}, "labelled must be a share, above 0 and at most 1; got True"),
+        ({"batch_size": 0}, "batch_size must be an integer, at least 1; got 0"),
+        ({"batch_size": 2.5}, r"batch_size must be an integer, at least 1; got 2\.5"),
+        ({"batch_size": True}, "batch_size must be an integer, at least 1; got True"),
+        ({"eval_batch_size": 0}, "eval_batch_size must be an integer, at least 1; got 0"),
+        ({"workers": -1}, "workers must be an integer, at least 0; got -1"),
+        ({"workers": "2"}, "workers must be an integer, at least 0; got '2'"),
+        ({"cache": "no"}, "cache must be True or False; got 'no'"),
+        ({"augment": {"crop": (4, 4)}}, r"augment must be an Augment; got \{'crop': \(4, 4\)\}"),
+        ({"train_split": 3}, "train_split must be text; got 3"),
+        ({"test_split": ["a"]}, r"test_split must be text; got \['a'\]"),
+        ({"unlabelled": 3}, "unlabelled must be text; got 3"),
+        ({"options": []}, r"options must be a mapping of names to values; got \[\]"),
+        ({"options": "size"}, "options must be a mapping of names to values; got 'size'"),
+        ({"options": ""}, "options must be a mapping of names to values; got ''"),
+        ({"options": {1: 2}}, "options of dataset 'synthetic' are train, val, size; got 1"),
+        ({"dataset": ["voc"]}, r"dataset must be one of .*; got \['voc'\]"),
+        ({"dataset": "voc", "root": __file__}, r"root must be a folder; got '.*\.py'"),
+        ({"dataset": "voc", "root": 3}, "root must be a folder; got 3"),
+        ({"dataset": "voc", "root": ""}, "root must be a folder; got ''"),
+        ({"dataset": "camvid", "root": ".", "options": {"void": 1}}, "options of dataset 'camvid' are none; got 'void'"),
+        ({"dataset": "folder", "root": ".", "options": {"split": "x"}}, "options of dataset 'folder' are num_.*; got 'split'"),
+        ({"resize": (True, 4)}, "resize must be two positive sizes"),
         ({"resize": (0, 4)}, r"resize must be two positive sizes \(height, width\); got \(0, 4\)"),
         ({"normalize": "tanh"}, "normalize must be one of"),
     ],
@@ -263,9 +290,15 @@ def test_segmentation_settings(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"options": {"scenes": 3}}, "options of dataset 'synthetic': .*scenes"),
+        ({"options": {"scenes": 3}}, "options of dataset 'synthetic' are train, val, size; got 'scenes'"),
+        ({"options": {"train": 0}}, "train must be an integer, at least 1; got 0"),
+        ({"options": {"val": 2.5}}, r"val must be an integer, at least 1; got 2\.5"),
+        ({"options": {"size": 64}}, "size must be two positive sizes"),
         ({"train_split": "training"}, "split must be 'train', 'val' or 'test'; got 'training'"),
-        ({"dataset": "folder", "root": ".", "options": {"sbd": "x"}}, "options of dataset 'folder': .*sbd"),
+        (
+            {"dataset": "folder", "root": ".", "options": {"sbd": "x"}},
+            "options of dataset 'folder' are num_classes, void, .*; got 'sbd'",
+        ),
     ],
 )
 def test_options(settings, message):
@@ -284,6 +317,63 @@ def test_stages_open_what_they_need():
         trained(scenes(), stage="test")
     splits = [trained(scenes(test_split=split), stage="test").sets["test"][0][0] for split in ("train", "val", "test")]
     assert not any(torch.equal(splits[i], splits[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_what_is_predicted():
+    for test_split, expected in ((None, "val"), ("test", "test"), ("train", "train")):
+        data = trained(scenes(val_split="val", test_split=test_split, eval_batch_size=2), stage="predict")
+        assert set(data.sets) == {"predict"} and data.num_classes == 7
+        like = trained(scenes(test_split=expected, eval_batch_size=2), stage="test")
+        assert_batches(list(data.predict_dataloader()), list(like.test_dataloader()))
+
+
+@pytest.mark.parametrize(
+    ("stage", "loader", "message"),
+    [
+        ("validate", "train_dataloader", r"the images of 'train' are not open: setup\('fit'\) opens them"),
+        ("validate", "median_frequency", r"the images of 'train' are not open: setup\('fit'\) opens them"),
+        ("test", "val_dataloader", r"the images of 'val' are not open: setup\('fit'\) opens them"),
+        ("fit", "test_dataloader", r"the images of 'test' are not open: setup\('test'\) opens them"),
+        ("fit", "predict_dataloader", r"the images of 'predict' are not open: setup\('predict'\) opens them"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["segmentation", "classification", "cooperative"])
+def test_loaders_of_another_stage(table, kind, stage, loader, message):
+    segmentation = scenes(test_split="test")
+    classification = ClassificationData(str(table), split_column="split", test_split="val")
+    cooperative = CooperativeData(segmentation, classification)
+    data = {"segmentation": segmentation, "classification": classification, "cooperative": cooperative}[kind]
+    if not hasattr(data, loader):
+        return
+    with pytest.raises(ValueError, match=message):
+        getattr(trained(data, stage=stage), loader)()
+    with pytest.raises(ValueError, match=r"stage must be one of 'fit', 'validate', 'test', 'predict'; got 'tune'"):
+        trained(data, stage="tune")
+
+
+def test_batches_without_a_trainer(table):
+    """To be looked at."""
+    for data in (scenes(), ClassificationData(str(table), split_column="split", batch_size=4)):
+        data.setup("fit")
+        expected = trained(data).train_dataloader()
+        data.trainer = None
+        assert_batches(list(data.train_dataloader()), list(expected))
+        assert len(list(data.val_dataloader())) == len(data.sets["val"])
+
+
+def test_bytes_for_evaluation(table):
+    """Where the recipe asks for them: what normalised images are made of, in evaluation alone."""
+    asked = {"evaluates_bytes": True}
+    settings = {"resize": (8, 10), "test_split": "test", "eval_batch_size": 2}
+    for stage, loader in (("fit", "val_dataloader"), ("test", "test_dataloader"), ("predict", "predict_dataloader")):
+        plain = list(getattr(trained(scenes(**settings), stage=stage), loader)())
+        found = list(getattr(trained(scenes(**settings), stage=stage, **asked), loader)())
+        for (images, masks), (expected, same) in zip(found, plain, strict=True):
+            assert images.dtype == torch.uint8 and images.shape[1:] == (3, 8, 10) and torch.equal(masks, same)
+            assert torch.equal(normalize(images.float() / 255, "imagenet"), expected)
+    assert_batches(batches_of(scenes(), **asked), batches_of(scenes()))
+    one, other = cooperative(table, **asked).val_dataloader()
+    assert next(iter(one))[0].dtype == torch.uint8 and next(iter(other))[0].dtype == torch.float32
 
 
 def chosen(data):
@@ -448,10 +538,42 @@ def test_val_share(table, seed):
 
 
 @pytest.mark.parametrize("name", ["val_share", "random_classes"])
-@pytest.mark.parametrize("value", [-0.1, 1.1])
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), "0.1"])
 def test_shares(table, name, value):
-    with pytest.raises(ValueError, match=f"{name} must be a share, at least 0 and at most 1; got {value}"):
+    with pytest.raises(ValueError, match=f"{name} must be at least 0 and at most 1; got {value!r}"):
         ClassificationData(str(table), **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"root": __file__}, r"root must be a folder; got '.*\.py'"),
+        ({"csv": 3}, "csv must be text; got 3"),
+        ({"images": None}, "images must be text; got None"),
+        ({"image_column": 0}, "image_column must be text; got 0"),
+        ({"split_column": 2}, "split_column must be text; got 2"),
+        ({"val_split": 1}, "val_split must be text; got 1"),
+        ({"test_split": "test"}, "test_split needs a split_column; got 'test'"),
+        ({"batch_size": 0}, "batch_size must be an integer, at least 1; got 0"),
+        ({"workers": -1}, "workers must be an integer, at least 0; got -1"),
+    ],
+)
+def test_classification_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ClassificationData(**{"root": "nowhere"} | settings)
+
+
+def test_what_is_predicted_of_a_table(table):
+    data = {"normalize": "none", "split_column": "split"}
+    predicted = [
+        (ClassificationData(str(table), **data), list(range(6))),
+        (ClassificationData(str(table), test_split="train", **data), list(range(6, 20))),
+    ]
+    for module, expected in predicted:
+        loader = trained(module, stage="predict").predict_dataloader()
+        assert [red(images)[0] for images, _ in loader] == expected
+    halves = trained(ClassificationData(str(table), normalize="none"), stage="predict")
+    assert names(halves.sets["predict"]) == names(trained(ClassificationData(str(table))).sets["val"])
 
 
 def test_random_classes(table, seed):
@@ -509,6 +631,9 @@ def test_cooperative(table):
     assert all(classes.tolist() == [name % 5 for name in red(images)] for images, classes in batches)
     scored = [list(loader) for loader in data.val_dataloader()]
     assert [len(batches) for batches in scored] == [3, 6] and scored[1][0][1].shape == (1,)
+    predicted = cooperative(table, stage="predict")
+    assert predicted.image_classes == tuple("01234")
+    assert_batches(list(predicted.predict_dataloader()), scored[0])
     description = data.description()
     assert set(description) == {"classes", "palette", "normalize", "resize", "scale", "image_classes"}
     assert description["normalize"] == "imagenet"
@@ -561,3 +686,6 @@ def test_a_split_without_masks_is_not_scored(tmp_path):
     (tmp_path / "ImageSets/Segmentation/test.txt").write_text("a\n")
     with pytest.raises(ValueError, match=r"test_split must have masks; 'test' of .* has none"):
         trained(SegmentationData("voc", str(tmp_path), test_split="test"), stage="test")
+    data = trained(SegmentationData("voc", str(tmp_path), test_split="test"), stage="predict")
+    ((images, masks),) = data.predict_dataloader()
+    assert images.shape == (1, 3, 4, 4) and masks.shape == (1, 4, 4) and (masks == VOID).all() and data.num_classes == 21
