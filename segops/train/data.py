@@ -6,19 +6,23 @@ So a run that was interrupted, and one on more workers or ranks, sees what an un
 import inspect
 import os
 from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from .datasets import VOC, CamVid, Cityscapes, Folder, ImageClasses, Unlabelled
+from .masks import check_scored, check_values, count_values, listed, occurring
 from .scenes import SyntheticScenes
 from .transforms import VOID, Augment, check_integer, check_kind, check_number, check_size, is_number, normalize, resize
 
 UNSCORED = -100  # of image classes, as 255 of masks
+PART_NAMES = {"train": "training", "val": "validation", "test": "test"}
 PARTS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}  # by stage
 
 
@@ -251,8 +255,13 @@ class SegmentationData(Data):
     not normalised. A batch_size above the number of images repeats them within a batch. Prediction
     reads test_split, or val_split where that is None; the split may be one without masks.
 
+    Before the first step the values of every mask that trains or is scored are counted; counts are
+    remembered (`segops.train.masks`). Warnings tell of a class that no training mask holds, and of
+    images that both train and validate.
+
     Raises:
-        ValueError: a setting is wrong (names it).
+        ValueError: a setting is wrong (names it); of setup: the masks of a folder hold 0 and 255
+            alone, every pixel of a split is void, or a mask cannot be read (names the file).
         FileNotFoundError: as the data set.
     """
 
@@ -296,14 +305,18 @@ class SegmentationData(Data):
         self.labelled, self.unlabelled = labelled, unlabelled
 
     def setup(self, stage):
-        """Opens the splits that `stage` ("fit", "validate", "test", "predict") needs."""
+        """Opens the splits that `stage` ("fit", "validate", "test", "predict") needs, and looks at
+        every mask of what trains or is scored."""
         self.sets = {part: self._open(part) for part in parts_of(stage)}
         first = next(iter(self.sets.values()))
         if first.num_classes < 2:
             raise ValueError(f"dataset must have at least 2 classes, background among them; got {first.num_classes}")
         self.num_classes, self.classes, self.palette = first.num_classes, tuple(first.classes), tuple(first.palette)
+        opened = dict(self.sets)
         if stage == "fit":
             self._divide()
+        if self.dataset != "synthetic" and stage != "predict":
+            self._look(opened)
 
     def _open(self, part):
         split = self.split(part)
@@ -313,14 +326,37 @@ class SegmentationData(Data):
             raise ValueError(f"options of dataset {self.dataset!r}: {error}") from error
         if part != "predict" and getattr(dataset, "masks", ()) is None:
             raise ValueError(f"{part}_split must have masks; {split!r} of {self.root} has none")
-        if self.dataset == "folder" and dataset.num_classes == 2 and part != "predict":
-            check_binary(dataset)
         return dataset
+
+    def _look(self, opened):
+        """Refuses masks from which nothing is learnt or scored; warns of classes that never occur
+        and of images that both train and validate."""
+        colours = self.options.get("mask_colors")
+        reading = repr((1, self.dataset, os.path.abspath(self.root), colours))  # 1: change it with how masks are read
+        with first_of_machine(self.trainer):
+            counts = {part: count_values(dataset, reading) for part, dataset in opened.items()}
+        if self.dataset == "folder" and colours is None:
+            part, dataset = next(iter(opened.items()))
+            check_values(dataset, counts[part], PART_NAMES[part])
+        for part, dataset in opened.items():
+            rows = getattr(self.sets[part], "indices", range(len(dataset)))
+            which = f"labelled {PART_NAMES[part]}" if len(rows) < len(dataset) else PART_NAMES[part]
+            check_scored(dataset, rows, counts[part], which)
+            classes = occurring(dataset, counts[part][rows])
+            if len(classes) == 1:
+                lacking = "there is nothing to learn" if part == "train" else "no other is scored"
+                rank_zero_warn(f"all {len(rows)} {which} masks hold class {self.classes[classes[0]]!r} alone: {lacking}")
+            elif part == "train":
+                warn_of_absent(self.classes, classes, f"{which} masks")
+        if "train" in opened:
+            warn_of_shared(opened["train"].images, opened["val"].images)
 
     def _divide(self):
         """The training set's images with masks, and those without."""
         train, without = self.sets["train"], []
         count = max(round(self.labelled * len(train)), 1)
+        if self.labelled * len(train) < 1:
+            rank_zero_warn(f"labelled {self.labelled} of {len(train)} training images is less than one: 1 is used")
         if count < len(train):
             order = np.random.default_rng((run_seed(), len(train))).permutation(len(train))
             self.sets["train"] = torch.utils.data.Subset(train, sorted(order[:count].tolist()))
@@ -373,16 +409,6 @@ class SegmentationData(Data):
         }
 
 
-def check_binary(dataset, looked_at=8):
-    """Refuses masks of 0 and 255, of which 255 would be void: white is not class 1."""
-    found = {value for index in range(min(looked_at, len(dataset))) for value in dataset[index][1].unique().tolist()}
-    if found == {0, VOID}:
-        raise ValueError(
-            f"masks of two classes must hold 0 and 1; the first {min(looked_at, len(dataset))}, as {dataset.masks[0]}, hold 0 and 255 alone, "
-            "and 255 is void: data.options.values={255: 1} makes it class 1"
-        )
-
-
 class WithoutMasks(Dataset):
     """A data set whose masks are kept from sight."""
 
@@ -424,6 +450,37 @@ def check_folder(name, value):
         raise ValueError(f"{name} must be a folder; got {value!r}")
 
 
+@contextmanager
+def first_of_machine(trainer):
+    """One process of each machine goes first; the others find what it has remembered."""
+    alone = trainer is None or trainer.world_size == 1
+    if not alone and trainer.local_rank > 0:
+        trainer.strategy.barrier()
+    try:
+        yield
+    finally:
+        if not alone and trainer.local_rank == 0:
+            trainer.strategy.barrier()
+
+
+def warn_of_absent(classes, found, where):
+    absent = [repr(name) for index, name in enumerate(classes) if index not in found]
+    if absent:
+        which = "class that never occurs" if len(absent) == 1 else "classes that never occur"
+        rank_zero_warn(f"{which} in the {where}: {listed(absent, 10)}")
+
+
+def warn_of_shared(train, val):
+    """train, val: lists of paths."""
+    trained = set(train)
+    shared = [path for path in val if path in trained]
+    if shared:
+        rank_zero_warn(
+            f"{len(shared)} of {len(val)} validation images are training images too, the first {shared[0]}: "
+            "their scores say nothing of new images"
+        )
+
+
 DATASETS = {"camvid": CamVid, "cityscapes": Cityscapes, "folder": Folder, "synthetic": synthetic, "voc": VOC}
 
 
@@ -445,10 +502,11 @@ class ClassificationData(Data):
             `segops.train.datasets.read_image`.
 
     Batches are (images (N, 3, H, W) float32, classes (N) int64). Prediction reads test_split, or
-    what validates where that is None.
+    what validates where that is None. Warnings tell of a class that no training image has, and of
+    images that both train and validate.
 
     Raises:
-        ValueError: a setting is wrong (names it).
+        ValueError: a setting is wrong (names it), or there are fewer than two classes.
         FileNotFoundError: as `ImageClasses`.
     """
 
@@ -499,8 +557,11 @@ class ClassificationData(Data):
         else:
             self.sets = {part: ImageClasses(*self.table, split, scale=self.scale) for part, split in splits.items()}
             everything = next(iter(self.sets.values()))
+        if everything.num_classes < 2:
+            raise ValueError(f"classes must be at least 2; got {', '.join(map(repr, everything.classes)) or 'none'}")
         self.num_classes, self.classes = everything.num_classes, tuple(everything.classes)
         if stage == "fit":
+            self._look()
             self.sets["train"] = RandomClasses(self.sets["train"], self.num_classes, self.random_classes, run_seed())
 
     def _halves(self, everything):
@@ -513,6 +574,20 @@ class ClassificationData(Data):
                 raise ValueError(f"val_share leaves no image to {part}; got {self.val_share}")
         parts["predict"] = parts["val"]
         return {part: torch.utils.data.Subset(everything, sorted(indices)) for part, indices in parts.items()}
+
+    def _look(self):
+        train, val = self.sets["train"], self.sets["val"]
+        if isinstance(train, torch.utils.data.Subset):  # of one table, in which an image is once
+            targets = [train.dataset.targets[index] for index in train.indices]
+        else:
+            targets = train.targets
+            warn_of_shared(train.images, val.images)
+        if len(set(targets)) == 1:
+            rank_zero_warn(
+                f"all {len(targets)} training images are of class {self.classes[targets[0]]!r}: there is nothing to learn"
+            )
+        else:
+            warn_of_absent(self.classes, targets, "training table")
 
     def train_dataloader(self, steps=None, number=0):
         train = self.opened("train")

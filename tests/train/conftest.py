@@ -5,6 +5,14 @@ class Parsed(Exception):
     pass
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Counts of masks are remembered among the tests' own files, also by processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def parser():
     """`segops fit`'s."""

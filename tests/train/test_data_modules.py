@@ -1,5 +1,7 @@
 """Streams and loaders: what is read, in which order, on which rank, whatever the workers; and the data modules' splits."""
 
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from segops.train import Augment, ClassificationData, CooperativeData, SegmentationData, normalize
+from segops.train import Augment, ClassificationData, CooperativeData, Folder, SegmentationData, normalize
 from segops.train.data import UNSCORED, Key, Once, RandomClasses, Samples, Stream, WithoutMasks, collate
 from segops.train.transforms import VOID
 
@@ -495,11 +497,11 @@ def test_descriptions(table):
 
 
 def test_scale_is_that_of_all_images(tmp_path, table):
-    root = binary_folder(tmp_path, (0, 1))
+    folder(tmp_path, [[[0, 1], [0, 255]]] * 2)
     (tmp_path / "more").mkdir()
     for image in (*(tmp_path / "images").iterdir(), tmp_path / "more/a.png"):
         Image.fromarray(np.full((2, 2), 819, np.uint16)).save(image)
-    data = trained(SegmentationData("folder", root, options={"scale": 4095}, unlabelled=str(tmp_path / "more")))
+    data = trained(SegmentationData("folder", str(tmp_path), {"scale": 4095}, unlabelled=str(tmp_path / "more")))
     assert all(data.sets[part][0][0].unique().tolist() == [51] for part in ("train", "val", "unlabelled"))
     assert data.description()["scale"] == 4095
     assert trained(scenes()).description()["scale"] == "dtype"
@@ -561,6 +563,48 @@ def test_shares(table, name, value):
 def test_classification_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         ClassificationData(**{"root": "nowhere"} | settings)
+
+
+def write_table(root, rows):
+    (root / "train").mkdir(exist_ok=True)
+    for name, _, _ in rows:
+        Image.new("RGB", (4, 4)).save(root / f"train/{name}.png")
+    (root / "trainLabels.csv").write_text("image,level,split\n" + "".join(f"{','.join(row)}\n" for row in rows))
+    return ClassificationData(str(root), split_column="split")
+
+
+def warnings_of(data, **where):
+    """What setup says."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trained(data, **where)
+    return [str(warning.message) for warning in caught]
+
+
+def test_image_classes_that_never_occur(tmp_path):
+    data = write_table(tmp_path, [("a", "x", "train"), ("b", "y", "train"), ("c", "z", "val"), ("d", "w", "val")])
+    assert warnings_of(data) == ["classes that never occur in the training table: 'w', 'z'"]
+    assert warnings_of(data, stage="validate") == []
+    data = write_table(tmp_path, [("a", "x", "train"), ("b", "x", "train"), ("c", "z", "val")])
+    assert warnings_of(data) == ["all 2 training images are of class 'x': there is nothing to learn"]
+    data = write_table(tmp_path, [("a", "x", "train"), ("b", "z", "train"), ("c", "z", "val")])
+    assert warnings_of(data) == []
+    data = write_table(tmp_path, [("a", "x", "train"), ("c", "x", "val")])
+    with pytest.raises(ValueError, match="classes must be at least 2; got 'x'"):
+        trained(data)
+
+
+def test_image_classes_without_a_column_of_splits(table):
+    assert warnings_of(ClassificationData(str(table), val_share=0.1)) == []
+    (message,) = warnings_of(ClassificationData(str(table), val_share=0.95))
+    assert message.startswith("all 1 training images are of class")
+    (message,) = warnings_of(ClassificationData(str(table), val_share=0.9))
+    assert message.startswith("classes that never occur in the training table: ")
+
+
+def test_images_with_classes_that_train_and_validate(table):
+    (message,) = warnings_of(ClassificationData(str(table), split_column="split", val_split="train"))
+    assert message.startswith("14 of 14 validation images are training images too, the first ") and "6.png" in message
 
 
 def test_what_is_predicted_of_a_table(table):
@@ -649,34 +693,151 @@ def test_the_classifier_s_stream_goes_on(table):
     assert all(sorted(seen[start : start + 14]) == list(range(6, 20)) for start in (0, 14))
 
 
-def binary_folder(tmp_path, values):
-    write_folder(tmp_path, [[[values[0], values[1]], [values[0], 255]]] * 2)
-    for split in ("train", "val"):
-        (tmp_path / f"{split}.txt").write_text("0\n1\n")
-    return str(tmp_path)
+def folder(root, train, val=None, test=None, **settings):
+    """A data module of masks, each a list of rows, in splits."""
+    write_folder(root, [*train, *(val or train), *(test or [])])
+    start = 0
+    for name, masks in (("train", train), ("val", val or train), ("test", test or [])):
+        (root / f"{name}.txt").write_text("".join(f"{index}\n" for index in range(start, start + len(masks))))
+        start += len(masks)
+    return SegmentationData("folder", str(root), **settings)
 
 
-def test_masks_of_0_and_255(tmp_path):
-    """They would train on nothing."""
-    root = binary_folder(tmp_path, (0, 255))
-    message = r"masks of two classes must hold 0 and 1; the first 2, as .*0\.png, hold 0 and 255 alone"
+EMPTY, WHITE, ONE, VOIDS = [[0, 0, 0]], [[0, 255, 0]], [[0, 1, 1]], [[255, 255, 255]]
+
+
+@pytest.mark.parametrize("num_classes", [2, 5])
+def test_masks_of_0_and_255(tmp_path, num_classes):
+    """They would train on nothing, however many empty ones come first."""
+    options = {"num_classes": num_classes}
+    data = folder(tmp_path, [EMPTY] * 9 + [WHITE], options=options, test_split="val")
+    message = r"all 10 {} masks, as .*{}\.png, hold 0 and 255 alone, and 255 is void: data\.options\.values=\{{255: 1\}} makes"
+    for stage, which, first in (("fit", "training", 0), ("validate", "validation", 10), ("test", "test", 10)):
+        with pytest.raises(ValueError, match=message.format(which, first)):
+            trained(data, stage=stage)
+    data = trained(SegmentationData("folder", str(tmp_path), options | {"values": {255: 1}}))
+    assert data.sets["train"][9][1].tolist() == [[0, 1, 0]]
+    with pytest.raises(ValueError, match=rf"values must be \{{0 to 255: class below {num_classes}\}}; got 255: {num_classes}"):
+        trained(SegmentationData("folder", str(tmp_path), options | {"values": {255: num_classes}}))
+
+
+def test_void_that_is_a_class(tmp_path):
+    data = folder(tmp_path, [EMPTY, ONE], options={"void": 1})
+    message = r"void is 1, so that class 1 never occurs: all 2 training masks, as .*0\.png, hold class 0 and void alone"
     with pytest.raises(ValueError, match=message):
-        trained(SegmentationData("folder", root))
-    data = trained(SegmentationData("folder", root, options={"values": {255: 1}}))
-    assert data.sets["train"][0][1].tolist() == [[0, 1], [0, 1]]
-    with pytest.raises(ValueError, match=r"values must be \{0 to 255: class below 2\}; got 255: 2"):
-        trained(SegmentationData("folder", root, options={"values": {255: 2}}))
+        trained(data)
+    with pytest.raises(ValueError, match=r"void is 0, so that class 0 never occurs: .* hold class 1 and void alone"):
+        trained(SegmentationData("folder", str(tmp_path), {"void": 0}))
+    assert warnings_of(SegmentationData("folder", str(tmp_path), {"void": 2, "num_classes": 3})) == [
+        "class that never occurs in the training masks: '2'"
+    ]
+
+
+def test_masks_in_colours(tmp_path):
+    """White is what mask_colors says, also where it says another thing than before."""
+    data = folder(tmp_path, [WHITE] * 2)
+    for file in (tmp_path / "masks").iterdir():
+        Image.open(file).convert("RGB").save(file)
+    for white, expected in ((1, []), (255, ["all 2 training masks hold class '0' alone: there is nothing to learn"])):
+        colours = {"mask_colors": {"0,0,0": 0, "255,255,255": white}}
+        assert warnings_of(SegmentationData("folder", data.root, colours))[:1] == expected
+
+
+def test_classes_that_never_occur(tmp_path):
+    names = [f"name {index}" for index in range(14)]
+    data = folder(tmp_path, [EMPTY, ONE], [[[0, 1, 2]]], options={"num_classes": 14, "classes": names})
+    listed = ", ".join(f"'name {index}'" for index in range(2, 12))
+    assert warnings_of(data) == [f"classes that never occur in the training masks: {listed} and 2 more"]
+    assert warnings_of(data, stage="validate") == []
+
+
+def test_classes_of_the_labelled(tmp_path):
+    train = [[[0, 1, index]] for index in range(10)]
+    data = folder(tmp_path, train, options={"num_classes": 10}, labelled=0.3)
+    (message,) = warnings_of(data)
+    shown = {0, 1, *data.sets["train"].indices}
+    absent = ", ".join(repr(str(index)) for index in range(10) if index not in shown)
+    assert message == f"classes that never occur in the labelled training masks: {absent}"
+
+
+def test_masks_of_one_class(tmp_path):
+    assert warnings_of(folder(tmp_path, [EMPTY] * 3, [EMPTY, [[0, 255, 0], [0, 0, 0]]], [[[0, 0, 1]]], test_split="test")) == [
+        "all 3 training masks hold class '0' alone: there is nothing to learn",
+        "all 2 validation masks hold class '0' alone: no other is scored",
+    ]
+
+
+@pytest.mark.parametrize("part", ["training", "validation", "test"])
+def test_masks_that_are_void(tmp_path, part):
+    masks = {name: [VOIDS] * 5 if name == part else [ONE] * 5 for name in ("training", "validation", "test")}
+    data = folder(tmp_path, *masks.values(), test_split="test")
+    first = 5 * list(masks).index(part)
+    files = ", ".join(rf".*/masks/{index}\.png" for index in range(first, first + 3))
+    with pytest.raises(ValueError, match=rf"every pixel of all 5 {part} masks is void, of value 255: {files} and 2 more$"):
+        trained(data, stage="test" if part == "test" else "fit")
+
+
+def test_labelled_masks_that_are_void(tmp_path):
+    data = folder(tmp_path, [VOIDS] * 9 + [ONE], [ONE], labelled=0.2)
+    message = r"every pixel of all 2 labelled training masks is void, of value 255: .*\.png, .*\.png$"
+    with pytest.raises(ValueError, match=message):
+        trained(data)
+
+
+def test_values_that_are_void(tmp_path):
+    data = folder(tmp_path, [[[0, 255, 0]], [[0, 0, 0]]], options={"void": 0})
+    with pytest.raises(ValueError, match="every pixel of all 2 training masks is void, of value 0, 255: "):
+        trained(data)
+
+
+def test_every_mask_is_read(tmp_path):
+    data = folder(tmp_path, [ONE] * 19 + [[[0, 1, 7]]])
+    with pytest.raises(ValueError, match=r"19\.png holds value 7: neither a class \(0 to 1\) nor void \(255\)"):
+        trained(data)
+
+
+def test_images_that_train_and_validate(tmp_path):
+    data = folder(tmp_path, [ONE] * 5)
+    assert warnings_of(data) == []
+    (tmp_path / "val.txt").write_text("7\n3\n8\n4\n")
+    message = f"2 of 4 validation images are training images too, the first {tmp_path}/images/3.png: their scores say nothing"
+    (found,) = warnings_of(data)
+    assert found.startswith(message)
+    (found,) = warnings_of(SegmentationData("folder", str(tmp_path), train_split=None, val_split=None))
+    assert found.startswith("10 of 10 validation images are training images too")
+
+
+def test_less_than_one_labelled_image():
+    assert warnings_of(scenes(labelled=0.01)) == ["labelled 0.01 of 10 training images is less than one: 1 is used"]
+    assert warnings_of(scenes(labelled=0.1)) == []
+
+
+@pytest.mark.parametrize(("masks", "error"), [([ONE] * 3, None), ([[[0, 9, 0]]], "holds value 9")])
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_processes_of_a_machine_take_turns(tmp_path, monkeypatch, masks, error, local_rank):
+    """The first reads masks before the barrier, the others look up what it found after it; also where the first fails."""
+    data, steps, values = folder(tmp_path, masks), [], Folder.values
+    if local_rank == 1:
+        with pytest.raises(ValueError, match=error) if error else nullcontext():
+            data.setup("fit")
+    monkeypatch.setattr(Folder, "values", lambda *arguments: steps.append("read") or values(*arguments))
+    strategy = SimpleNamespace(barrier=lambda: steps.append("barrier"))
+    data.trainer = SimpleNamespace(world_size=2, local_rank=local_rank, strategy=strategy)
+    with pytest.raises(ValueError, match=error) if error else nullcontext():
+        data.setup("fit")
+    reads = ["read"] * (len(steps) - 1)
+    assert steps == ([*reads, "barrier"] if local_rank == 0 else ["barrier", *reads])
+    assert bool(reads) == (local_rank == 0 or error is not None)
 
 
 def test_masks_of_0_1_and_void(tmp_path):
-    data = trained(SegmentationData("folder", binary_folder(tmp_path, (0, 1))))
+    data = trained(folder(tmp_path, [[[0, 1], [0, 255]]] * 2))
     assert data.sets["train"][0][1].tolist() == [[0, 1], [0, 255]]
 
 
 def test_one_class_is_refused(tmp_path):
-    root = binary_folder(tmp_path, (0, 0))
     with pytest.raises(ValueError, match="dataset must have at least 2 classes, background among them; got 1"):
-        trained(SegmentationData("folder", root, options={"num_classes": 1}))
+        trained(folder(tmp_path, [EMPTY], options={"num_classes": 1}))
 
 
 def test_a_split_without_masks_is_not_scored(tmp_path):
