@@ -349,7 +349,8 @@ class SegmentationData(Data):
             elif part == "train":
                 warn_of_absent(self.classes, classes, f"{which} masks")
         if "train" in opened:
-            warn_of_shared(opened["train"].images, opened["val"].images)
+            parts = opened["train"], *getattr(self.sets.get("unlabelled"), "datasets", ())
+            warn_of_shared([image for part in parts for image in getattr(part, "images", ())], opened["val"].images)
 
     def _divide(self):
         """The training set's images with masks, and those without."""
@@ -472,8 +473,8 @@ def warn_of_absent(classes, found, where):
 
 def warn_of_shared(train, val):
     """train, val: lists of paths."""
-    trained = set(train)
-    shared = [path for path in val if path in trained]
+    trained = set(map(os.path.abspath, train))
+    shared = [path for path in val if os.path.abspath(path) in trained]
     if shared:
         rank_zero_warn(
             f"{len(shared)} of {len(val)} validation images are training images too, the first {shared[0]}: "

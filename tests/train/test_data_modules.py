@@ -807,6 +807,13 @@ def test_images_that_train_and_validate(tmp_path):
     assert found.startswith("10 of 10 validation images are training images too")
 
 
+def test_images_that_train_without_masks_and_validate(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the same files by other paths
+    data = folder(tmp_path, [ONE] * 5, labelled=0.4, unlabelled="images")
+    (found,) = warnings_of(data)
+    assert found.startswith(f"5 of 5 validation images are training images too, the first {tmp_path}/images/5.png: ")
+
+
 def test_less_than_one_labelled_image():
     assert warnings_of(scenes(labelled=0.01)) == ["labelled 0.01 of 10 training images is less than one: 1 is used"]
     assert warnings_of(scenes(labelled=0.1)) == []
