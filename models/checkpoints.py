@@ -53,10 +53,16 @@ def load_encoder(model, path):
 
 
 def load_state_dict(model, state_dict, source, names=lambda key: key):
-    """Loads weights; where names or shapes differ, an error lists the first of them, by `names(our name)`."""
-    own = model.state_dict()
+    """Loads weights that fit: see `check_state_dict`."""
     if isinstance(model, Model):
         state_dict = model.adapt_state_dict(state_dict)
+    check_state_dict(model, state_dict, source, names)
+    model.load_state_dict(state_dict)
+
+
+def check_state_dict(module, state_dict, source, names=lambda key: key):
+    """Where names or shapes differ, a ValueError lists the first of them, by `names(our name)`."""
+    own = module.state_dict()
     mismatches = [f"{names(key)} is missing" for key in own if key not in state_dict]
     mismatches += [f"{names(key)} is unknown" for key in state_dict if key not in own]
     shapes = {key: getattr(value, "shape", None) for key, value in state_dict.items()}
@@ -67,8 +73,7 @@ def load_state_dict(model, state_dict, source, names=lambda key: key):
     ]
     if mismatches:
         more = f"; and {len(mismatches) - SHOWN} more" if len(mismatches) > SHOWN else ""
-        raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(mismatches[:SHOWN])}{more}")
-    model.load_state_dict(state_dict)
+        raise ValueError(f"{source} does not fit {type(module).__name__}: {'; '.join(mismatches[:SHOWN])}{more}")
 
 
 # torchvision's prefixes -> ours; the first that fits counts.

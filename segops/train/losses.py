@@ -70,12 +70,17 @@ class SegmentationLoss(nn.Module):
 
     def forward(self, output, labels, align_corners=False):
         """align_corners: of the resizing that the model's predictions have; where it is True, full-size logits are built."""
+        total, count = self.total(output, labels, align_corners)
+        return total * ranks() if self.reduction == "sum" else mean_over_ranks(total, count)
+
+    def total(self, output, labels, align_corners=False):
+        """The sum over the pixels that are not void, of this rank, and how many they are."""
         total = self._sum(output.logits, labels, align_corners)
         auxiliary = output.aux_logits
         if auxiliary is not None:
             maps = auxiliary if isinstance(auxiliary, tuple) else (auxiliary,)
             total = total + self.aux_weight * sum(self._sum(logits, labels, align_corners) for logits in maps)
-        return total * ranks() if self.reduction == "sum" else mean_over_ranks(total, (labels != VOID).sum())
+        return total, (labels != VOID).sum()
 
     def _sum(self, logits, labels, align_corners):
         if align_corners:

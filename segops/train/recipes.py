@@ -6,7 +6,7 @@ Each draws the random numbers of a training step (dropout) from the run's seed a
 import copy
 import math
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import timm
@@ -15,19 +15,31 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torchmetrics import Metric
 from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 
 from segops.models import Output, create_model, list_models
+from segops.models.checkpoints import check_state_dict
 
 from .data import UNSCORED, mixed_seed, run_seed
+from .inference import Predictor
 from .losses import MEDIAN_FREQUENCY, SegmentationLoss, mean_over_ranks
 from .metrics import SegmentationMetrics
 from .optimizers import Optimizer
 from .transforms import VOID
 
+# What a data module describes: masks have a palette.
+MASKS, CLASSES = frozenset({"palette"}), frozenset({"image_classes"})
+DATA = {
+    MASKS: "images with masks, as SegmentationData",
+    CLASSES: "images with classes, as ClassificationData",
+    MASKS | CLASSES: "images with classes beside those with masks, as CooperativeData",
+}
+
 
 class Recipe(LightningModule):
-    """What the recipes share. The network, `model`, is made when training or evaluation begins, for the classes of the data.
+    """What the recipes share. The network, `model`, is made for the classes of the data when training
+    or evaluation begins, or for those of the checkpoint by `load_from_checkpoint`.
 
     Args:
         model: name of a model (`segops.models.list_models()`).
@@ -36,25 +48,59 @@ class Recipe(LightningModule):
     """
 
     takes_unlabelled = False
+    reads = MASKS
 
     def __init__(self, model, options, optimizer):
         super().__init__()
+        self.save_hyperparameters(logger=False)  # `on_save_checkpoint` makes them plain
         self.name, self.options = model, dict(options or {})
-        self.optimizer = Optimizer() if optimizer is None else optimizer
+        self.optimizer = settings(optimizer) or Optimizer()
         self.model = None
+        self.entry = None  # what checkpoints say of the network, under "segops"
         self.latest = {}  # losses
         self.resumes = False  # the command line says so where it is given a checkpoint
 
     def setup(self, stage):
         data = self.trainer.datamodule
+        if data is None:
+            if self.model is None:
+                raise ValueError(
+                    f"{type(self).__name__} needs a data module beside it, which says the classes: "
+                    f"trainer.{self.trainer.state.fn.value}(recipe, data), as segops.train.SegmentationData"
+                )
+            return
         if getattr(data, "unlabelled", None) is not None and not self.takes_unlabelled:
             raise ValueError(
                 f"unlabelled must be None: {type(self).__name__} takes no images without masks; got {data.unlabelled!r}"
             )
+        description = data.description()
+        if {"palette", "image_classes"} & description.keys() != self.reads:
+            raise ValueError(f"{type(self).__name__} needs {DATA[self.reads]}; got {type(data).__name__}")
         if self.model is None:
-            self.make(data)
+            self.entry = {"model": {"num_classes": data.num_classes}} | description
+            self.make(self.entry)
+            self.entry["model"] |= {"name": self.name, "options": self.options}
+        else:
+            self.check_data(self.entry, data, "the recipe's network")
+        self.begin(data)
+
+    def check_data(self, entry, data, whose):
+        """Refuses other classes than the network's, and warns of images that are read in another way."""
+        count = entry["model"]["num_classes"]
+        if data.num_classes != count:
+            raise ValueError(f"{whose} has {count} classes; the data has {data.num_classes}: {', '.join(data.classes)}")
+        for key, value in data.description().items():
+            if key in entry and entry[key] != value and key not in ("palette", "resize"):
+                rank_zero_warn(f"{whose} was trained with {key} {entry[key]!r}; the data has {value!r}")
+
+    def begin(self, data):
+        """What a recipe needs of the data beside the classes: nothing here."""
 
     def forward(self, images):
+        if self.model is None:
+            raise RuntimeError(
+                f"{type(self).__name__} has no network yet: fit makes it, or {type(self).__name__}.load_from_checkpoint"
+            )
         return self.model(images)
 
     def network_options(self):
@@ -125,42 +171,115 @@ class Recipe(LightningModule):
             self.log(f"{split}/{name}", value.float(), prog_bar=name == "iou_macro")
 
     def on_save_checkpoint(self, checkpoint):
-        """Adds what `segops predict` needs, in plain types, so that weights_only loads it."""
-        data = self.trainer.datamodule
-        model = {"name": self.name, "num_classes": data.num_classes, "options": self.options}
-        checkpoint["segops"] = {"model": model} | data.description()
+        """Adds what `segops predict` and `load_from_checkpoint` need, in plain types, so that
+        weights_only loads it."""
+        checkpoint["segops"] = self.entry | {"optimizers": list(map(asdict, self.optimizer_settings()))}
+        checkpoint["hyper_parameters"] = {
+            name: asdict(value) if isinstance(value, Optimizer) else value for name, value in self.hparams.items()
+        }
+
+    def on_load_checkpoint(self, checkpoint):
+        """Refuses a checkpoint that does not fit. Where there is no network yet, makes that of the
+        checkpoint."""
+        training = self._trainer is not None and self.trainer.training
+        file = "the checkpoint" if self._trainer is None else self.trainer.ckpt_path or "the checkpoint"
+        entry = checkpoint.get("segops")
+        if not isinstance(entry, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+            raise ValueError(f"{file} is no checkpoint of segops fit: it needs the entries 'state_dict' and 'segops'")
+        if self.model is None:
+            self.resumes, self.entry = True, {key: value for key, value in entry.items() if key != "optimizers"}
+            self.name = entry["model"]["name"]
+            self.options = dict(entry["model"]["options"])
+            self.make(self.entry)
+        elif entry["model"]["name"] != self.name:
+            raise ValueError(f"{file} has the weights of {entry['model']['name']!r}; model is {self.name!r}")
+        elif self._trainer is not None and self.trainer.datamodule is not None:
+            self.check_data(entry, self.trainer.datamodule, file)
+        if training:
+            self.check_optimizers(entry.get("optimizers", []), file)
+        check_state_dict(self, checkpoint["state_dict"], str(file))
+
+    def check_optimizers(self, saved, file):
+        """Refuses other settings than the saved ones, which would not come into force: the state of
+        optimizers and schedules is the checkpoint's."""
+        for before, now in zip(saved, map(asdict, self.optimizer_settings()), strict=False):
+            for key in before.keys() & now.keys():
+                if before[key] != now[key]:
+                    raise ValueError(
+                        f"a resumed run keeps its optimizer: {key} is {now[key]!r}, in {file} {before[key]!r}; "
+                        "for others begin a run with model.options.checkpoint"
+                    )
+
+    def optimizer_settings(self):
+        """`Optimizer` of each optimizer, in the order of `configure_optimizers`."""
+        return [self.optimizer]
+
+
+def settings(optimizer):
+    """An `Optimizer` given as such, or as checkpoints have it."""
+    return Optimizer(**optimizer) if isinstance(optimizer, dict) else optimizer
 
 
 class Segmentation(Recipe):
-    """Base of the recipes that segment: loss and figures of validation and test."""
+    """Base of the recipes that segment: loss and figures of validation and test.
+
+    `predictor_options`, {} by default, are arguments of `Predictor` (window, overlap, scales, flip):
+    with any, validation and test score its class maps, and there is no val/loss.
+    """
 
     monitor = "val/iou_macro"  # of best.ckpt
 
     def __init__(self, model, options, loss, loss_options, optimizer):
         super().__init__(model, options, optimizer)
+        self.predictor_options = {}
         self.loss_name, self.loss_options = loss, dict(loss_options or {})
         options = self.loss_options
         if options.get("class_weight") == MEDIAN_FREQUENCY:
             options = options | {"class_weight": None}
         SegmentationLoss(loss, **options)  # what is wrong is said before any data is read
 
-    def make(self, data):
-        self.model = create_model(self.name, data.num_classes, **self.network_options())
+    def make(self, entry):
+        classes = entry["model"]["num_classes"]
+        self.model = create_model(self.name, classes, **self.network_options())
         if not hasattr(self.model, "to_classes"):
             raise ValueError(f"model must segment; {self.name!r} judges what other models segment")
         options = dict(self.loss_options)
         if options.get("class_weight") == MEDIAN_FREQUENCY:
-            options["class_weight"] = data.median_frequency() if "train" in data.sets else None
+            options["class_weight"] = entry.get("class_weight")
         self.criterion = SegmentationLoss(self.loss_name, **options)
-        self.metrics = SegmentationMetrics(data.num_classes)
+        self.metrics, self.val_loss = SegmentationMetrics(classes), MeanLoss()
+        Predictor(self.model, **self.predictor_options)  # what is wrong is said before training
+
+    def begin(self, data):
+        if self.loss_options.get("class_weight") == MEDIAN_FREQUENCY and "train" in data.sets:
+            weights = data.median_frequency()
+            self.entry["class_weight"] = weights
+            self.criterion.class_weight = torch.tensor(weights)
+
+    def on_load_checkpoint(self, checkpoint):
+        super().on_load_checkpoint(checkpoint)
+        weights = checkpoint["segops"].get("class_weight")
+        if weights is not None:
+            self.criterion.class_weight = torch.tensor(weights)
 
     def loss(self, output, masks):
         return self.criterion(output, masks, self.model.align_corners)
 
+    @property
+    def evaluates_bytes(self):
+        """Whether evaluation is `Predictor`'s, which takes images as they are read."""
+        return bool(self.predictor_options)
+
     def evaluate(self, batch):
         images, masks = batch
-        logits = self.model(channels_last(images)).logits
-        self.metrics.update(self.model.to_classes(logits, masks.shape[1:]), masks)
+        if self.predictor_options:
+            predictor = Predictor(self.model, self.entry["normalize"], **self.predictor_options)
+            predicted = torch.stack([predictor(image) for image in images]).to(masks.device)
+        else:
+            output = self.model(channels_last(images))
+            self.val_loss.update(*self.criterion.total(output, masks, self.model.align_corners))
+            predicted = self.model.to_classes(output.logits, masks.shape[1:])
+        self.metrics.update(predicted, masks)
 
     def validation_step(self, batch, batch_idx):
         self.evaluate(batch)
@@ -168,11 +287,42 @@ class Segmentation(Recipe):
     def test_step(self, batch, batch_idx):
         self.evaluate(batch)
 
+    def predict_step(self, batch, batch_idx):
+        """Class maps (N, H, W) of a batch of images, or of one of images and targets."""
+        images = batch if isinstance(batch, torch.Tensor) else batch[0]
+        if images.dtype == torch.uint8:
+            predictor = Predictor(self.model, self.entry["normalize"], **self.predictor_options)
+            return torch.stack([predictor(image) for image in images])
+        return self.model.predict(channels_last(images))
+
     def figures(self):
         self.per_class = {name: values.tolist() for name, values in self.metrics.per_class().items()}
         values = self.metrics.compute()
         self.metrics.reset()
+        if not self.predictor_options:
+            values["loss"] = self.val_loss.compute()
+            self.val_loss.reset()
+        if values["pixel_accuracy"].isnan() and not self.trainer.sanity_checking:
+            raise ValueError("nothing was scored: every pixel of the masks that were looked at is void")
         return values
+
+
+class MeanLoss(Metric):
+    """A loss over batches and ranks, in which each pixel, or image, counts once."""
+
+    full_state_update = False
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, total, count):
+        self.total += total
+        self.count += count
+
+    def compute(self):
+        return self.total / self.count
 
 
 class Supervised(Segmentation):
@@ -201,8 +351,8 @@ class Supervised(Segmentation):
         super().__init__(model, options, loss, loss_options, optimizer)
         self.freeze_batch_norm, self.batch_norm_momentum = freeze_batch_norm, batch_norm_momentum
 
-    def make(self, data):
-        super().make(data)
+    def make(self, entry):
+        super().make(entry)
         for module in batch_norms(self.model):
             module.requires_grad_(not self.freeze_batch_norm)
             if self.batch_norm_momentum is not None:
@@ -233,23 +383,25 @@ class Classification(Recipe):
     """
 
     monitor = "val/top1_accuracy_micro"
+    reads = CLASSES
 
     def __init__(self, model: str = "vgg19", options: dict[str, Any] | None = None, optimizer: Optimizer | None = None):
         super().__init__(model, options, optimizer)
 
-    def make(self, data):
+    def make(self, entry):
+        classes, options = entry["model"]["num_classes"], self.network_options()
         if self.name in list_models():
-            network = create_model(self.name, data.num_classes, **self.network_options())
+            network = create_model(self.name, classes, **options)
             if hasattr(network, "class_logits"):
                 network.decoder, network.forward = None, network.class_logits
             else:
-                network = ImageClassifier(network, data.num_classes)
+                network = ImageClassifier(network, classes)
             self.model = network
         elif timm.is_model(self.name):
-            self.model = timm.create_model(self.name, num_classes=data.num_classes, **self.network_options())
+            self.model = timm.create_model(self.name, num_classes=classes, **options)
         else:
             raise ValueError(f"model must be a model of timm or of segops; got {self.name!r}")
-        self.metrics = ClassificationMetrics(data.num_classes)
+        self.metrics, self.val_loss = ClassificationMetrics(classes), MeanLoss()
 
     def training_step(self, batch, batch_idx):
         images, classes = batch
@@ -263,14 +415,27 @@ class Classification(Recipe):
 
     def validation_step(self, batch, batch_idx):
         images, classes = batch
-        logits = self.model(channels_last(images))
-        self.metrics.update(logits[0] if isinstance(logits, tuple) else logits, classes)
+        logits = main_logits(self.model(channels_last(images)))
+        self.metrics.update(logits, classes)
+        self.val_loss.update(*class_total(logits, classes))
 
     def test_step(self, batch, batch_idx):
         self.validation_step(batch, batch_idx)
 
+    def predict_step(self, batch, batch_idx):
+        """Classes (N) of a batch of images, or of one of images and targets."""
+        images = batch if isinstance(batch, torch.Tensor) else batch[0]
+        return main_logits(self.model(channels_last(images))).argmax(1)
+
     def figures(self):
-        return self.metrics.compute()
+        values = self.metrics.compute() | {"loss": self.val_loss.compute()}
+        self.val_loss.reset()
+        return values
+
+
+def main_logits(output):
+    """Of Inception-v3 in training, which has auxiliary ones too, and of others."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 class ImageClassifier(nn.Module):
@@ -328,6 +493,8 @@ class Cooperative(Segmentation):
             the data module's.)
     """
 
+    reads = MASKS | CLASSES
+
     def __init__(
         self,
         model: str = "jointseg",
@@ -337,20 +504,22 @@ class Cooperative(Segmentation):
         optimizer: Optimizer | None = None,
         classifier_lr: float = 30.0,
     ):
-        super().__init__(model, options, loss, loss_options, optimizer or Optimizer(lr=0.001, nesterov=True))
+        optimizer = settings(optimizer) or Optimizer(lr=0.001, nesterov=True)
+        super().__init__(model, options, loss, loss_options, optimizer)
         self.classifier_lr = classifier_lr
         self.automatic_optimization = False
 
-    def make(self, data):
-        if not hasattr(data, "image_classes"):
-            raise ValueError("the cooperative recipe needs images with classes beside those with masks: CooperativeData")
-        self.options["image_classes"] = len(data.image_classes)
-        super().make(data)
-        self.class_metrics = ClassificationMetrics(len(data.image_classes))
+    def optimizer_settings(self):
+        segmenter, factor = self.optimizer, self.classifier_lr
+        return [segmenter, replace(segmenter, lr=factor * segmenter.lr, min_lr=factor * segmenter.min_lr)]
+
+    def make(self, entry):
+        self.options["image_classes"] = len(entry["image_classes"])
+        super().make(entry)
+        self.class_metrics, self.class_val_loss = ClassificationMetrics(len(entry["image_classes"])), MeanLoss()
 
     def configure_optimizers(self):
-        segmenter, factor = self.optimizer, self.classifier_lr
-        classifier = replace(segmenter, lr=factor * segmenter.lr, min_lr=factor * segmenter.min_lr)
+        segmenter, classifier = self.optimizer_settings()
         built = [
             segmenter.build([self.model.encoder, self.model.decoder], self.iterations()),
             classifier.build([self.model.encoder, self.model.classifier], self.iterations()),
@@ -378,13 +547,18 @@ class Cooperative(Segmentation):
             self.evaluate(batch)
         else:
             images, classes = batch
-            self.class_metrics.update(self.model.class_logits(channels_last(images)), classes)
+            logits = self.model.class_logits(channels_last(images))
+            self.class_metrics.update(logits, classes)
+            self.class_val_loss.update(*class_total(logits, classes))
 
     def test_step(self, batch, batch_idx, dataloader_idx=0):
         self.validation_step(batch, batch_idx, dataloader_idx)
 
     def figures(self):
-        return super().figures() | self.class_metrics.compute()
+        values = super().figures() | self.class_metrics.compute()
+        values["classification_loss"] = self.class_val_loss.compute()
+        self.class_val_loss.reset()
+        return values
 
 
 class Adversarial(Segmentation):
@@ -424,7 +598,9 @@ class Adversarial(Segmentation):
         if discriminator not in ("fcn_discriminator", "patchgan"):
             raise ValueError(f"discriminator must be 'fcn_discriminator' or 'patchgan'; got {discriminator!r}")
         self.discriminator_name, self.discriminator_options = discriminator, dict(discriminator_options or {})
-        self.discriminator_optimizer = discriminator_optimizer or Optimizer("adam", 1e-4, betas=(0.9, 0.99), weight_decay=0.0)
+        self.discriminator_optimizer = settings(discriminator_optimizer) or Optimizer(
+            "adam", 1e-4, betas=(0.9, 0.99), weight_decay=0.0
+        )
         if discriminator == "patchgan" and self.discriminator_optimizer.lr <= self.optimizer.lr:
             raise ValueError(
                 f"discriminator_optimizer.lr must be above the generator's, {self.optimizer.lr}, for 'patchgan'; "
@@ -436,11 +612,18 @@ class Adversarial(Segmentation):
         self.lambda_labelled, self.lambda_unlabelled, self.unlabelled_from = lambda_labelled, lambda_unlabelled, unlabelled_from
         self.automatic_optimization = False
 
-    def make(self, data):
-        super().make(data)
+    def optimizer_settings(self):
+        return [self.optimizer, self.discriminator_optimizer]
+
+    def make(self, entry):
+        super().make(entry)
+        classes = entry["model"]["num_classes"]
+        self.discriminator = create_model(self.discriminator_name, classes, **self.discriminator_options)
+
+    def begin(self, data):
+        super().begin(data)
         if "train" in data.sets and "unlabelled" not in data.sets:
             rank_zero_warn("no images without masks (data.labelled below 1, or data.unlabelled): there is no unlabelled phase")
-        self.discriminator = create_model(self.discriminator_name, data.num_classes, **self.discriminator_options)
 
     def configure_optimizers(self):
         built = [
@@ -520,10 +703,15 @@ def frozen(network):
         network.train(training).requires_grad_(True)
 
 
+def class_total(logits, classes):
+    """Cross entropy of image classes, its sum, and how many images it is of."""
+    total = F.cross_entropy(logits.float(), classes, ignore_index=UNSCORED, reduction="sum")
+    return total, (classes != UNSCORED).sum()
+
+
 def class_loss(logits, classes):
     """Cross entropy of image classes, averaged over all ranks."""
-    total = F.cross_entropy(logits.float(), classes, ignore_index=UNSCORED, reduction="sum")
-    return mean_over_ranks(total, (classes != UNSCORED).sum())
+    return mean_over_ranks(*class_total(logits, classes))
 
 
 def channels_last(images):

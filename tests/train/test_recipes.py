@@ -289,9 +289,15 @@ def test_figures(trainer, split):
     run = trainer()
     getattr(run, {"val": "validate", "test": "test"}[split])(recipe, datamodule=data, verbose=False)
     metrics = SegmentationMetrics(7)
+    total = count = 0
     for image, mask in (data.val_dataloader if split == "val" else data.test_dataloader)():
         metrics.update(recipe.model.eval().predict(image), mask)
-    expected = metrics.compute()
+        logits = recipe.model(image).logits.detach()
+        total += F.cross_entropy(
+            F.interpolate(logits, mask.shape[1:], mode="bilinear"), mask, reduction="sum", ignore_index=255
+        )
+        count += (mask != 255).sum()
+    expected = metrics.compute() | {"loss": total / count}
     assert set(run.callback_metrics) == {f"{split}/{name}" for name in expected}
     for name, value in expected.items():
         assert run.callback_metrics[f"{split}/{name}"].item() == pytest.approx(value.item(), nan_ok=True), name
@@ -337,7 +343,11 @@ def test_settings(make, message):
     [
         (Supervised("fcn_discriminator"), "model must segment; 'fcn_discriminator' judges what other models segment"),
         (Adversarial("patchgan"), "model must segment; 'patchgan'"),
-        (Cooperative(), "the cooperative recipe needs images with classes beside those with masks: CooperativeData"),
+        (
+            Cooperative(),
+            "Cooperative needs images with classes beside those with masks, as CooperativeData; got SegmentationData",
+        ),
+        (Classification("unet"), "Classification needs images with classes, as ClassificationData; got SegmentationData"),
     ],
 )
 def test_what_data_or_model_cannot_do(trainer, recipe, message):
@@ -410,7 +420,8 @@ def test_classification(trainer, table, model, options):
     losses = [step["train/loss"] for step in watch.losses]
     assert len(losses) == 10 and sum(losses[-3:]) < sum(losses[:3])
     assert {name for name in run.callback_metrics if name.startswith("val/")} == {
-        f"val/{name}_accuracy_micro" for name in ("top1", "top2", "binary")
+        "val/loss",
+        *(f"val/{name}_accuracy_micro" for name in ("top1", "top2", "binary")),
     }
 
 
@@ -465,7 +476,8 @@ def test_classification_figures(trainer, table, eval_batch_size):
         pairs = [(recipe.model.eval()(batch), classes) for batch, classes in data.val_dataloader()]
     logits, classes = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     found = {name.removeprefix("val/"): value.item() for name, value in run.callback_metrics.items()}
-    assert len(classes) == 4 and found == pytest.approx(accuracies(logits, classes))
+    expected = accuracies(logits, classes) | {"loss": F.cross_entropy(logits, classes).item()}
+    assert len(classes) == 4 and found == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", ["unet_inception", "jointseg"])
@@ -483,7 +495,7 @@ def test_a_classifier_s_encoder_begins_a_segmentation(trainer, table, tmp_path, 
 def test_classification_model():
     recipe = Classification("vgg_of_mine")
     with pytest.raises(ValueError, match="model must be a model of timm or of segops; got 'vgg_of_mine'"):
-        recipe.make(None)
+        recipe.make({"model": {"num_classes": 3}})
 
 
 # cooperative
@@ -816,9 +828,10 @@ def test_the_same_seed_trains_the_same_network(trainer, table, name):
     for drawn in (0, 5):
         torch.manual_seed(1)
         recipe, data = recipes(table)[name]
-        data.trainer = run = trainer(limit_val_batches=0)
+        data.trainer = recipe.trainer = run = trainer(limit_val_batches=0)
+        run.datamodule = data
         data.setup("fit")
-        recipe.make(data)
+        recipe.setup("fit")
         torch.rand(drawn)
         run.fit(recipe, datamodule=data)
         ends.append(tensors(recipe))
