@@ -5,6 +5,7 @@ import argparse
 import importlib
 import os
 import platform
+import re
 import sys
 
 import torch
@@ -107,6 +108,27 @@ COMMANDS = {
 }
 
 
+# What a user may have done wrong, or a machine may lack. Others are faults of segops.
+MISTAKES = (
+    FloatingPointError,
+    ImportError,
+    IndexError,
+    MemoryError,
+    OSError,
+    TypeError,
+    ValueError,
+    torch.OutOfMemoryError,
+)
+
+
+def one_line(error):
+    """What an exception says, without line breaks or what else would steer a terminal."""
+    text = str(error).strip() or repr(error)
+    if re.match("Caught .+ in DataLoader worker", text):  # and a traceback, whose last line says it
+        text = text.splitlines()[-1].partition(": ")[2]
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(text.split()))
+
+
 def main():
     parser = argparse.ArgumentParser(
         prog="segops",
@@ -114,6 +136,7 @@ def main():
         epilog="commands:\n" + "\n".join(f"  {name:<10}{text}" for name, (text, _) in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"segops {segops.__version__}")
     parser.add_argument(
         "command", choices=COMMANDS, metavar="command", help="one of those below; segops COMMAND --help says more"
     )
@@ -125,8 +148,10 @@ def main():
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read, as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (FloatingPointError, ImportError, OSError, ValueError) as error:
-        raise SystemExit(f"segops {name}: {error}") from error
+    except MISTAKES as error:
+        if os.environ.get("SEGOPS_TRACEBACK") == "1":
+            raise
+        raise SystemExit(f"segops {name}: {one_line(error)}") from error
 
 
 if __name__ == "__main__":

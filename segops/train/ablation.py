@@ -12,10 +12,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from tqdm import tqdm
 
-from .cli import CONFIGS, shipped
+from .cli import CONFIGS, read_yaml, shipped
 from .files import write_whole
 from .runs import last_checkpoint
 
@@ -92,18 +91,11 @@ def load(name):
         path = ABLATIONS / f"{name}.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"ablation must be a file or one of {', '.join(shipped(ABLATIONS))}; got {str(name)!r}")
-    content = _read_yaml(path)
+    content = read_yaml(path)
     try:
         return _ablation(path, content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def _read_yaml(path):
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be YAML: {' '.join(str(error).split())}") from error
 
 
 def _ablation(path, content):
@@ -254,7 +246,7 @@ def schedule(ablation, seeds, only=None):
 
 def asked(ablation, variant, extra):
     """What a variant is trained with, for every seed: what run.json keeps, to be compared with what is asked for later."""
-    contents = [_read_yaml(path) for path in base_files(ablation, variant)]
+    contents = [read_yaml(path) for path in base_files(ablation, variant)]
     return {"configs": json.loads(json.dumps(contents, default=str)), "arguments": [*variant.arguments, *extra]}
 
 

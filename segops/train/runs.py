@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,6 +13,42 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 
 from .files import read_checkpoint, write_whole
 from .metrics import table
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None
+
+
+@contextmanager
+def locked(folder, leads=True):
+    """Keeps other processes from training in a run's folder, until it ends or the process does.
+
+    Args:
+        leads: False on the ranks that need no lock, as the first has it.
+
+    Raises:
+        FileExistsError: another process has it.
+    """
+    if fcntl is None or not leads:
+        yield
+        return
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a+") as file:
+        try:
+            # A record lock and no flock: those that forked processes, as a loader's workers, would keep.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise FileExistsError(
+                f"process {file.read().strip() or '?'} trains in {folder}: wait until it ends, or name another folder with "
+                "--trainer.default_root_dir"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -46,10 +84,14 @@ def last_checkpoint(folder):
     return Path(folder, "checkpoints", "last.ckpt")
 
 
+def best_checkpoint(folder):
+    return Path(folder, "checkpoints", "best.ckpt")
+
+
 def best(folder, monitor):
     """Keeps checkpoints/best.ckpt: of the epoch with the largest `monitor`."""
-    path = Path(folder, "checkpoints")
-    return ModelCheckpoint(path, "best", monitor, mode="max", enable_version_counter=False)
+    path = best_checkpoint(folder)
+    return ModelCheckpoint(path.parent, path.stem, monitor, mode="max", enable_version_counter=False)
 
 
 class Results(Callback):
@@ -101,5 +143,5 @@ def summary(trainer, module, split):
     if "iou_macro" in values:
         per_class = {name: torch.tensor(figures) for name, figures in module.per_class.items()}
         lines.append(table(values, per_class, trainer.datamodule.classes))
-    lines += [f"{name} {value:.4f}" for name, value in values.items() if name.startswith(("top", "binary"))]
+    lines += [f"{name} {value:.4f}" for name, value in values.items() if name.startswith(("top", "binary")) or "loss" in name]
     return "\n".join(lines)
