@@ -13,6 +13,7 @@ import torch
 import segops
 
 from .backend import ORDER, build_info, requested, why_not
+from .text import printable
 
 
 def describe_build(info):
@@ -79,7 +80,9 @@ def parsed(module):
 
     def command(arguments):
         implementation = importlib.import_module(module, __package__)
-        parser = argparse.ArgumentParser(prog=f"segops {arguments[0]}", description=COMMANDS[arguments[0]][0])
+        parser = argparse.ArgumentParser(
+            prog=f"segops {arguments[0]}", description=COMMANDS[arguments[0]][0], allow_abbrev=False
+        )
         implementation.add_arguments(parser)
         implementation.run(parser.parse_args(arguments[1:]))
 
@@ -121,12 +124,16 @@ MISTAKES = (
 )
 
 
+OF_WORKER = r"Caught \w+ in (DataLoader worker|pin memory thread)"  # whatever type it comes as
+
+
 def one_line(error):
     """What an exception says, without line breaks or what else would steer a terminal."""
     text = str(error).strip() or repr(error)
-    if re.match("Caught .+ in DataLoader worker", text):  # and a traceback, whose last line says it
-        text = text.splitlines()[-1].partition(": ")[2]
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(text.split()))
+    if re.match(OF_WORKER, text):  # what follows is a traceback, whose last line says it
+        last = text.splitlines()[-1]
+        text = last.partition(": ")[2] or last
+    return printable(" ".join(text.split()))
 
 
 def main():
@@ -148,8 +155,9 @@ def main():
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read, as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except MISTAKES as error:
-        if os.environ.get("SEGOPS_TRACEBACK") == "1":
+    except Exception as error:
+        of_worker = re.match(OF_WORKER, str(error))
+        if os.environ.get("SEGOPS_TRACEBACK") == "1" or not (of_worker or isinstance(error, MISTAKES)):
             raise
         raise SystemExit(f"segops {name}: {one_line(error)}") from error
 

@@ -5,6 +5,7 @@ import logging
 import re
 import shlex
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -32,6 +33,7 @@ UNHELPFUL = (
     "LightningCLI's args parameter",
     "`isinstance.treespec, LeafSpec.` is deprecated",
     "The number of training batches",
+    "You are using a custom batch sampler",
     "Be aware that when using `ckpt_path`, callbacks",  # of evaluation, which has none
     ".*Checkpoint directory .* exists and is not empty",  # of a resumed run; others are refused
     ".*find_unused_parameters=True was specified",
@@ -314,8 +316,17 @@ def read_yaml(path):
         raise ValueError(f"{path} must be YAML: {' '.join(str(error).split())}") from error
 
 
+def say_os_error(raised):
+    """Of a logger's thread, as on a full disk: in one line."""
+    if issubclass(raised.exc_type, OSError):
+        print(f"segops: in {raised.thread.name}, perhaps TensorBoard's: {raised.exc_value}", file=sys.stderr)
+    else:
+        threading.__excepthook__(raised)
+
+
 def main(arguments):
     """Runs `fit`, `validate` or `test`. Raises what goes wrong."""
+    threading.excepthook = say_os_error
     for message in UNHELPFUL:
         warnings.filterwarnings("ignore", message)
         for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):

@@ -5,10 +5,16 @@ from pathlib import Path
 
 import torch
 
+from ..text import printable
+
 
 def write_whole(path, write):
-    """Calls write(file) on a file beside `path`, which then takes its place: whoever reads `path` finds the old or the new, on a full disk and after a
-    kill too."""
+    """Calls write(file) on a file beside `path`, which then takes its place: whoever reads `path` finds
+    the old or the new, on a full disk and after a kill too.
+
+    Raises:
+        OSError: it cannot be written; names `path`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
@@ -18,6 +24,13 @@ def write_whole(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save closes its archive with the latter
+        failed = error
+        while failed is not None and not isinstance(failed, OSError):
+            failed = failed.__context__
+        if failed is None:
+            raise
+        raise OSError(failed.errno, f"{failed.strerror}; what was there before is whole", str(path)) from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -38,5 +51,6 @@ def read_checkpoint(path, map_location="cpu"):
 
 
 def first_line(error):
-    """The first line of what an exception says, or the exception where it says nothing."""
-    return (str(error).strip() or repr(error)).splitlines()[0]
+    """The first line of what an exception says, or the exception where it says nothing, for a
+    terminal."""
+    return printable((str(error).strip() or repr(error)).splitlines()[0])

@@ -34,7 +34,7 @@ def add_arguments(parser):
     parser.add_argument("--scales", nargs="+", type=float, default=[1.0], help="average over these; default 1.0")
     parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
     parser.add_argument(
-        "--scale",
+        "--image-scale",
         type=_number_or_text,
         help='which value of images becomes 255: "dtype", "file" or a number; default: as in training',
     )
@@ -71,7 +71,7 @@ def run(options):
         # A single class is told from none.
         values = {index: index for index in range(max(info["model"]["num_classes"], 2))} | {options.void: VOID}
         # Checkpoints from before there was a scale do not tell it.
-        scale = info.get("scale", "dtype") if options.scale is None else options.scale
+        scale = info.get("scale", "dtype") if options.image_scale is None else options.image_scale
         dataset = ImagesWithMasks(names, images, labels, info["classes"], info["palette"] or (), values, scale)
         for kind in kinds:
             (out / kind).mkdir(parents=True, exist_ok=True)

@@ -482,12 +482,16 @@ def test_command_reads_images_as_training_did(work):
     wide = picture(36, 40)[0].numpy().astype(np.uint16) * 16
     Image.fromarray(wide).save(work / "wide.png")
     predictor = Predictor(load_network(work / "best.ckpt")[0])
-    for said, asked, scale in (({}, (), "dtype"), ({"scale": 4095}, (), 4095), ({"scale": 4095}, ("--scale", "file"), "file")):
+    for said, asked, scale in (
+        ({}, (), "dtype"),
+        ({"scale": 4095}, (), 4095),
+        ({"scale": 4095}, ("--image-scale", "file"), "file"),
+    ):
         save_checkpoint(work / "best.ckpt", predictor.model, **said)
         command(work, *asked, inputs=("wide.png",))
         assert torch.equal(pixels(work / "out/classes/wide.png"), predictor(read_image(work / "wide.png", scale)))
     with pytest.raises(SystemExit, match=r'scale must be "dtype", "file" or a positive number, .*; got -1\.0'):
-        command(work, "--scale=-1")
+        command(work, "--image-scale=-1")
 
 
 def test_command_predicts_upright(work):
