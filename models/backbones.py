@@ -1,6 +1,5 @@
 """timm backbones as feature extractors, dilated as far as they can be."""
 
-import difflib
 import functools
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from .layers import MaxPool2d
 from .model import check_all_positive, crop, pad_to_multiple
+from .pretrained import check_timm, create_timm
 
 LEVELS = (-4, -3, -2, -1)  # of a timm pyramid: strides 4, 8, 16, 32 where nothing is dilated
 
@@ -35,7 +35,8 @@ class Backbone(nn.Module):
 
     Raises:
         ValueError: timm does not know the name; the model has no features at this output stride (names those it has), too few maps, or takes
-            one size of images only; full_rate or multi_grid without a ResNet.
+            one size of images only; full_rate or multi_grid without a ResNet; timm has no weights of the model.
+        OSError: timm's weights are not in the cache and cannot be fetched.
     """
 
     def __init__(self, name, output_stride, in_channels=3, pretrained=False, levels=(-1,), full_rate=False, multi_grid=None):
@@ -48,13 +49,8 @@ class Backbone(nn.Module):
             raise ValueError(f"output_stride must be {has} for backbone {name!r}; got {output_stride!r}")
         if structure.maps < -min(levels):
             raise ValueError(f"backbone must have {-min(levels)} maps for this model; {name!r} has {structure.maps}")
-        self.features = timm.create_model(
-            name,
-            features_only=True,
-            in_chans=in_channels,
-            out_indices=levels,
-            **weights_from(pretrained),
-            **structure.arguments,
+        self.features = create_timm(
+            name, pretrained, features_only=True, in_chans=in_channels, out_indices=levels, **structure.arguments
         )
         if structure.dilated_vgg:
             _dilate_vgg(self.features, output_stride)
@@ -99,38 +95,6 @@ class Backbone(nn.Module):
 
 def _rectify(module, arguments):
     return (torch.relu(arguments[0]),)
-
-
-def weights_from(pretrained):
-    """timm's arguments for no weights, its own, or those of a classifier's state_dict, which `check_classifier` has seen."""
-    if isinstance(pretrained, bool):
-        return {"pretrained": pretrained}
-    return {
-        "pretrained": True,
-        "pretrained_cfg_overlay": {"state_dict": pretrained, "num_classes": -1},
-    }  # unlike any: its layer of classes is dropped
-
-
-def check_classifier(name, state_dict, source):
-    """Refuses a state_dict that is not that of timm's classifier `name`, of whatever classes: timm would load what fits and be silent."""
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    last = model.pretrained_cfg.get("classifier") or ()
-    last = (last,) if isinstance(last, str) else tuple(last)
-    shapes = {key: value.shape for key, value in model.state_dict().items()}
-    for key in (*shapes, *state_dict):
-        ours, theirs = shapes.get(key), getattr(state_dict.get(key), "shape", None)
-        if ours != theirs and not key.startswith(tuple(f"{layer}." for layer in last)):
-            raise ValueError(
-                f"pretrained must be weights of timm's {name}; in {source} {key} is "
-                f"{tuple(theirs) if theirs is not None else 'missing'} instead of {tuple(ours) if ours is not None else 'nothing'}"
-            )
-
-
-def check_timm(name):
-    if not isinstance(name, str) or not timm.is_model(name):
-        near = difflib.get_close_matches(str(name), timm.list_models(), n=5)
-        raise ValueError(f"backbone must be a timm model; got {name!r}; near matches: {', '.join(near) or 'none'}")
 
 
 @functools.cache
@@ -254,13 +218,13 @@ def create_vgg(name, in_channels, pretrained):
         ValueError: it is not a VGG.
     """
     check_vgg(name)
-    return timm.create_model(name, in_chans=in_channels, num_classes=1, **weights_from(pretrained))
+    return create_timm(name, pretrained, in_chans=in_channels, num_classes=1)
 
 
 def create_vgg_features(name, in_channels, pretrained):
     """Its `features` alone, as an nn.Sequential. Raises as `create_vgg`."""
     check_vgg(name)
-    features = timm.create_model(name, in_chans=in_channels, features_only=True, **weights_from(pretrained))
+    features = create_timm(name, pretrained, in_chans=in_channels, features_only=True)
     return nn.Sequential(*features.children())
 
 

@@ -154,3 +154,24 @@ def check_options(owner, function, options):
         if name not in parameters:
             has = ", ".join(known for known in parameters if known not in COMMON) or "none"
             raise TypeError(f"{owner} has no option {name!r}; it has {has}")
+
+
+def misfit(own, value):
+    """What keeps a saved value from being loaded into a tensor of ours, as words, or None."""
+    if type(value) not in (torch.Tensor, nn.Parameter):
+        return f"is a {type(value).__name__} instead of a tensor"
+    if value.shape != own.shape:
+        return f"has shape {tuple(value.shape)} instead of {tuple(own.shape)}"
+    if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+        return "is not a dense tensor with values"
+    floating = value.dtype.is_floating_point and value.dtype.itemsize > 1  # not of 8 bits
+    if value.dtype != own.dtype and not (floating and own.dtype.is_floating_point):
+        return f"has dtype {value.dtype} instead of {own.dtype}"
+    if floating and not torch.isfinite(value).all():
+        return "holds NaN or infinity"
+    return None
+
+
+def printable(key):
+    """The name of a weight as an error may show it, whoever gave it."""
+    return key if key.isprintable() and len(key) < 200 else ascii(key[:200])

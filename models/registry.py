@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-from .backbones import check_classifier, check_timm
 from .checkpoints import load_checkpoint, load_encoder, read_weights
 from .deeplab import deeplabv1_largefov, deeplabv2, deeplabv3, deeplabv3_cascaded, deeplabv3plus
 from .dilated import FrontEnd, FrontEndContext
@@ -17,6 +16,7 @@ from .gcn import GCN
 from .jointseg import JointSeg
 from .model import check_options, check_positive
 from .pacnet import pacnet
+from .pretrained import check_classifier, check_timm
 from .pspnet import pspnet
 from .refinenet import RefineNet
 from .segnet import SegNetBasic, segnet, segnet_aspp
@@ -136,9 +136,10 @@ def create_model(
 
     Raises:
         ValueError: unknown name or backbone (lists near matches), an output_stride, backbone or aux that the model does not have (says what it has), a
-            checkpoint that does not fit (lists the first mismatches).
+            checkpoint that does not fit (lists the first mismatches), a file that cannot be read, pretrained=True for a backbone of which timm has no weights.
         TypeError: an option that the model does not have.
         FileNotFoundError: no such checkpoint.
+        OSError: timm's weights are not in the cache and cannot be fetched: says so within seconds, and what does without.
     """
     builder, fixed, _ = _entry(name)
     check_positive("num_classes", num_classes)
