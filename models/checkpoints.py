@@ -1,18 +1,37 @@
 """Loading weights: checkpoints of these models, and torchvision's segmentation networks."""
 
+import argparse
+import mmap
 import os
+import re
+import stat
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import safetensors.torch
 import timm.models
+import torch
 from torch import nn
 
 from .backbones import Backbone
 from .deeplab import deeplabv3
-from .model import Model
+from .model import Model, misfit, printable
 from .segmenter import Segmenter, auxiliary_head, encoder_levels, fcn_head
 
 SHOWN = 5  # mismatches that an error lists
+
+# What begins a file, at which byte, and what it is then.
+SIGNS = (
+    (b"\xff\xd8\xff", 0, "a JPEG image"),
+    (b"\x89PNG", 0, "a PNG image"),
+    (b"\x89HDF", 0, "an HDF5 file"),
+    (b"\x1f\x8b", 0, "a gzip archive"),
+    (b"ustar", 257, "a tar archive"),
+    (b"PK", 0, "a zip archive that is cut short, damaged or of another program"),
+)
+# What torch.load calls with weights_only, and what then makes gigabytes of a few bytes.
+BOMBS = (b"c_codecs\nencode\n", b"cbuiltins\nbytearray\n", b"c__builtin__\nbytearray\n")
 
 
 def load_checkpoint(model, path):
@@ -26,21 +45,85 @@ def read_weights(path, argument):
     The file holds a state_dict, or a dictionary with one under "state_dict" or "model". Of a training module's, which holds the model beside others, the
     model's are taken: those that begin with "model.".
 
+    Raises: as `read_file`; ValueError where the file holds no state_dict.
+    """
+    saved = read_file(path, argument)
+    for key in ("state_dict", "model"):
+        if isinstance(saved, dict) and key in saved:
+            saved = saved[key]
+            break
+    if not isinstance(saved, dict) or not all(isinstance(key, str) for key in saved):
+        raise ValueError(f"{argument} must be a file of weights; {path} holds no state_dict")
+    state_dict = timm.models.clean_state_dict(named(saved))
+    of_model = {key.removeprefix("model."): value for key, value in state_dict.items() if key.startswith("model.")}
+    return of_model or state_dict
+
+
+def named(state_dict):
+    """A state_dict as a plain dict: an OrderedDict from a file may have an `items` of its own."""
+    return dict(dict.items(state_dict))
+
+
+def read_file(path, argument, map_location="cpu"):
+    """What is in a file of torch.save or safetensors: tensors and plain values. Nothing of it is run, whoever wrote it.
+
     Raises:
-        FileNotFoundError: there is no such file. TypeError: no path. ValueError: it is no file of weights. They name `argument`.
+        FileNotFoundError: there is no such file. TypeError: no path. ValueError: it cannot be read so; says what it is, as far as that can be told.
+        They name `argument` and the file.
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"{argument} must be a path; got {type(path).__name__}")
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{argument} must be a file; there is none at {path}")
+    if not path.is_file():  # reading a FIFO would wait
+        kind = "a directory" if path.is_dir() else stat.filemode(path.stat().st_mode)
+        raise ValueError(f"{argument} must be a regular file; {path} is {kind}")
+    with path.open("rb") as file:
+        head = file.read(512)
     try:
-        state_dict = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
-    except Exception as error:  # torch.load raises what its parsers do
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"{argument} must be a file of weights; {path} is not: {type(error).__name__}: {reason}") from error
-    of_model = {key.removeprefix("model."): value for key, value in state_dict.items() if key.startswith("model.")}
-    return of_model or state_dict
+        if head[8:9] == b"{":
+            return safetensors.torch.load_file(path)
+        _check_memory(path)
+        # timm's own checkpoints hold their arguments as a Namespace, which runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location, weights_only=True)
+    except Exception as error:  # the parsers raise anything; what PyTorch says advises to trust the file
+        raise ValueError(f"{argument} {path} cannot be read as a checkpoint: {_reason(head, error)}") from None
+
+
+class _Refused(Exception):
+    pass
+
+
+def _check_memory(path):
+    """Refuses a file that would unpack to more than it is."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+            raise _Refused("it is a TorchScript archive, a program; what is needed is its state_dict")
+        if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise _Refused("it is a zip archive that unpacks to more than torch.save packs")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if any(content.find(bomb) >= 0 for bomb in BOMBS):
+            raise _Refused("it holds bytes that are made as it is read; only tensors and plain values are")
+
+
+def _reason(head, error):
+    if isinstance(error, _Refused):
+        return str(error)
+    if not head:
+        return "it is empty"
+    wanted = re.search(r"GLOBAL ([\w.]{1,100})", str(error))
+    if wanted:
+        return f"it wants Python's {wanted[1]}, which could run code; only tensors and plain values are read"
+    for sign, start, kind in SIGNS:
+        if head.startswith(sign, start):
+            return f"it is {kind}"
+    if not re.search(rb"[\x00-\x08\x0e-\x1f]", head):
+        return f"it is text, which begins {head[:40].decode(errors='replace')!a}"
+    return "it is damaged, or not written by torch.save or safetensors"
 
 
 def load_encoder(model, path):
@@ -53,27 +136,23 @@ def load_encoder(model, path):
 
 
 def load_state_dict(model, state_dict, source, names=lambda key: key):
-    """Loads weights that fit: see `check_state_dict`."""
+    """Loads weights; where they do not fit, an error lists the first mismatches, by `names(our name)`."""
     if isinstance(model, Model):
         state_dict = model.adapt_state_dict(state_dict)
     check_state_dict(model, state_dict, source, names)
     model.load_state_dict(state_dict)
 
 
-def check_state_dict(module, state_dict, source, names=lambda key: key):
-    """Where names or shapes differ, a ValueError lists the first of them, by `names(our name)`."""
-    own = module.state_dict()
-    mismatches = [f"{names(key)} is missing" for key in own if key not in state_dict]
-    mismatches += [f"{names(key)} is unknown" for key in state_dict if key not in own]
-    shapes = {key: getattr(value, "shape", None) for key, value in state_dict.items()}
-    mismatches += [
-        f"{names(key)} has shape {shapes[key] and tuple(shapes[key])} instead of {tuple(value.shape)}"
-        for key, value in own.items()
-        if key in shapes and shapes[key] != value.shape
-    ]
+def check_state_dict(model, state_dict, source, names=lambda key: key):
+    """Refuses weights that are not the model's, which may be on the meta device: in names, shapes, dtypes, or not finite."""
+    own = model.state_dict()
+    mismatches = [(key, "is missing") for key in own if key not in state_dict]
+    mismatches += [(key, "is unknown") for key in state_dict if key not in own]
+    mismatches += [(key, misfit(value, state_dict[key])) for key, value in own.items() if key in state_dict]
+    mismatches = [f"{printable(names(key))} {reason}" for key, reason in mismatches if reason]
     if mismatches:
         more = f"; and {len(mismatches) - SHOWN} more" if len(mismatches) > SHOWN else ""
-        raise ValueError(f"{source} does not fit {type(module).__name__}: {'; '.join(mismatches[:SHOWN])}{more}")
+        raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(mismatches[:SHOWN])}{more}")
 
 
 # torchvision's prefixes -> ours; the first that fits counts.

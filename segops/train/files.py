@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-import torch
+from segops.models.checkpoints import read_file
 
 from ..text import printable
 
@@ -36,18 +36,12 @@ def write_whole(path, write):
 
 
 def read_checkpoint(path, map_location="cpu"):
-    """What torch.save wrote, with weights_only=True.
+    """What torch.save wrote: tensors and plain values. Nothing in the file is run.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: it cannot be read. Both name it.
+        FileNotFoundError: there is no such file. ValueError: it cannot be read; says what it is. Both name it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint must be a file; there is none at {path}")
-    try:
-        return torch.load(path, map_location, weights_only=True)
-    except Exception as error:  # torch.load raises what its parsers do
-        raise ValueError(f"{path} cannot be read as a checkpoint: {type(error).__name__}: {first_line(error)}") from error
+    return read_file(path, "checkpoint", map_location)
 
 
 def first_line(error):

@@ -1,30 +1,38 @@
 """Prediction with a trained network: whole images or windows, scales, flips; class maps, overlays, loss images."""
 
 import contextlib
+import itertools
 import math
+import re
+import reprlib
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torchvision.transforms.v2 import InterpolationMode, functional
 
 import segops
 from segops.models import create_model
-from segops.models.checkpoints import load_state_dict
+from segops.models.checkpoints import check_state_dict, named
 
 from ..ops.common.checks import positive_pair
 from .datasets import SOFTWARE
 from .datasets import palette as voc_palette
-from .files import read_checkpoint, write_whole
-from .transforms import VOID, check_kind, normalize
+from .files import first_line, read_checkpoint, write_whole
+from .transforms import KINDS, VOID, check_kind, normalize
 
-INFO = ("model", "classes", "palette", "normalize", "resize")
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # a terminal obeys them, or cannot print them
 
 
 def load_network(checkpoint_path, device="cpu"):
     """The network of a checkpoint of `segops fit`, with its weights and in eval mode, and what the checkpoint says of it.
+
+    The file may be a stranger's: nothing in it is run or fetched, no other file is read, and no more memory is taken than its size calls
+    for. (A YAML configuration, on the other hand, names classes to be imported: run only those that you trust.)
 
     Args:
         checkpoint_path: the file. Of its "state_dict" only "model.*" is read; its "segops" entry tells model, classes, palette,
@@ -32,36 +40,144 @@ def load_network(checkpoint_path, device="cpu"):
         device: where the network goes, default "cpu".
 
     Returns:
-        (model, info): info is the "segops" entry, a dict.
+        (model, info): info is the "segops" entry, a dict of plain values.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, is no checkpoint of `segops fit`, names a network that there is not, or has weights of
-            another one (lists the first mismatches). Each names the file.
+        ValueError: it cannot be read, is no checkpoint of `segops fit`, has a "segops" entry that is not as `segops fit` writes it, names
+            a network that there is not, or has weights of another one (lists the first mismatches). Each names the file.
     """
     path, saved = Path(checkpoint_path), read_checkpoint(checkpoint_path)
-    info = saved.get("segops") if isinstance(saved, dict) else None
-    if not isinstance(info, dict) or not isinstance(saved.get("state_dict"), dict):
+    saved = named(saved) if isinstance(saved, dict) else {}
+    info, weights = saved.get("segops"), saved.get("state_dict")
+    if not isinstance(info, dict) or not isinstance(weights, dict):
         raise ValueError(f"{path} is no checkpoint of segops fit: it needs the entries 'state_dict' and 'segops'")
-    if "image_classes" in info and "palette" not in info:
-        raise ValueError(f"{path} classifies whole images: class maps need a model that segments")
-    missing = [key for key in INFO if key not in info]
-    if missing:
-        raise ValueError(f"{path} is no checkpoint of segops fit: its entry 'segops' lacks {', '.join(map(repr, missing))}")
+    _check_entry(info, path)
+    weights = named(weights)
+    if not all(isinstance(key, str) for key in weights):
+        raise ValueError(f"{path} is no checkpoint of segops fit: its state_dict has keys that are not str")
+    prefix = "model."
+    weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
+    # The weights are here: none are fetched.
+    options = {key: value for key, value in info["model"]["options"].items() if key not in ("pretrained", "checkpoint")}
+    build = partial(create_model, info["model"]["name"], info["model"]["num_classes"], **options)
     try:
-        check_kind(info["normalize"])
-        # The weights are here: none are fetched.
-        options = {key: value for key, value in info["model"]["options"].items() if key not in ("pretrained", "checkpoint")}
-        model = create_model(info["model"]["name"], info["model"]["num_classes"], **options)
+        with torch.device("meta"), _at_most(2_000 + 10 * len(weights)):  # timm makes a backbone several times to look at it
+            model = build()
         if not hasattr(model, "to_classes"):
             raise ValueError(f"{info['model']['name']} judges what other networks segment")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} names no network that can be built: {type(error).__name__}: {error}") from error
-    prefix = "model."
-    weights = {key.removeprefix(prefix): value for key, value in saved["state_dict"].items() if key.startswith(prefix)}
-    load_state_dict(model, weights, str(path))
+    except Exception as error:  # options of any kind raise anything
+        reason = f"{type(error).__name__}: {first_line(error)[:500]}"
+        raise ValueError(f"{path} names no network that can be built: {reason}") from error
+    if sum(value.numel() * value.element_size() for value in weights.values() if torch.is_tensor(value)) > path.stat().st_size:
+        raise ValueError(f"{path} does not hold its weights: some are views of the same numbers")
+    check_state_dict(model, weights, str(path))
+    model = build()
+    model.load_state_dict(weights)
     return model.to(device).eval(), info
+
+
+def _is_model(value, _):
+    return (
+        type(value) is dict
+        and type(value.get("name")) is str
+        and type(value.get("num_classes")) is int
+        and 1 <= value["num_classes"] <= VOID
+        and type(value.get("options")) is dict
+    )
+
+
+def _is_palette(value, num_classes):
+    return value is None or (
+        type(value) is list
+        and len(value) == num_classes
+        and all(type(colour) is list and len(colour) == 3 for colour in value)
+        and all(type(level) is int and 0 <= level <= 255 for colour in value for level in colour)
+    )
+
+
+def _is_size(value, _):
+    return value is None or (
+        type(value) is list and len(value) == 2 and all(type(side) is int and 0 < side < 2**15 for side in value)
+    )
+
+
+# What a "segops" entry must hold, and how that is told of a value and the number of classes.
+ENTRY = {
+    "model": ("a name, num_classes from 1 to 255 and a dict of options", _is_model),
+    "classes": (
+        "as many names as the model has classes",
+        lambda value, num_classes: (
+            type(value) is list and len(value) == num_classes and all(type(name) is str for name in value)
+        ),
+    ),
+    "palette": ("a colour [r, g, b] for each class, or None", _is_palette),
+    "normalize": (f"one of {', '.join(map(repr, KINDS))}", lambda value, _: value in KINDS),
+    "resize": (f"[height, width], each below {2**15}, or None", _is_size),
+    "scale": (
+        "'dtype', 'file' or a positive number",
+        lambda value, _: value in ("dtype", "file") or (type(value) in (int, float) and 0 < value < 2**32),
+    ),
+}
+
+
+def _check_entry(info, path):
+    if "image_classes" in info and "palette" not in info:
+        raise ValueError(f"{path} classifies whole images: class maps need a model that segments")
+    entry = {"scale": "dtype"} | named(info)  # older checkpoints have no scale
+    missing = [key for key in ENTRY if key not in entry]
+    if missing:
+        raise ValueError(f"{path} is no checkpoint of segops fit: its entry 'segops' lacks {', '.join(map(repr, missing))}")
+    if not _is_plain(info):
+        raise ValueError(
+            f"{path} is no checkpoint of segops fit: its entry 'segops' must hold plain values and printable text alone"
+        )
+    num_classes = None
+    for key, (needed, fits) in ENTRY.items():
+        if not fits(entry[key], num_classes):
+            raise ValueError(
+                f"{path} is no checkpoint of segops fit: {key} in its entry 'segops' must be {needed}; got {_short(entry[key])}"
+            )
+        num_classes = num_classes or entry["model"]["num_classes"]
+
+
+def _is_plain(value, most=2**16):
+    """Whether it is made of at most so many dicts, lists, numbers and texts without control characters, also where it holds itself."""
+    stack, seen = [value], 0
+    while stack:
+        item = stack.pop()
+        seen += 1
+        if type(item) is dict:
+            stack += [*item, *item.values()]
+        elif type(item) in (list, tuple):
+            stack += item
+        elif type(item) is str:
+            if len(item) > 1000 or CONTROL.search(item):
+                return False
+        elif type(item) not in (bool, int, float, type(None)):
+            return False
+        if seen + len(stack) > most:
+            return False
+    return True
+
+
+def _short(value):
+    """An error shows no more of it."""
+    return reprlib.repr(value)
+
+
+@contextlib.contextmanager
+def _at_most(parameters):
+    """Raises where more are made: options may ask for a billion layers."""
+    made = itertools.count(1)
+
+    def hook(module, name, parameter):
+        if next(made) > parameters:
+            raise ValueError("it has more weights than the file")
+
+    with register_module_parameter_registration_hook(hook):
+        yield
 
 
 class Predictor:

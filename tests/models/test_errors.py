@@ -168,17 +168,24 @@ def test_checkpoint_that_is_missing(tmp_path):
     message = f"checkpoint must be a file; there is none at {re.escape(str(tmp_path))}/no.pt"
     with pytest.raises(FileNotFoundError, match=message):
         create_model("unet", 5, channels=2, checkpoint=tmp_path / "no.pt")
-    with pytest.raises(FileNotFoundError, match="checkpoint must be a file"):
+    with pytest.raises(ValueError, match=r"checkpoint must be a regular file; .* is a directory"):
         create_model("unet", 5, channels=2, checkpoint=tmp_path)
     with pytest.raises(TypeError, match="checkpoint must be a path; got int"):
         create_model("unet", 5, channels=2, checkpoint=3)
 
 
-@pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04 cut short"])
-def test_checkpoint_that_is_corrupt(content, tmp_path):
+@pytest.mark.parametrize(
+    "content, kind",
+    [
+        (b"", "it is empty"),
+        (b"no weights", "it is text, which begins 'no weights'"),
+        (b"PK\x03\x04 cut short", "it is a zip archive that is cut"),
+    ],
+)
+def test_checkpoint_that_is_corrupt(content, kind, tmp_path):
     path = tmp_path / "corrupt.pt"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"checkpoint must be a file of weights; .*corrupt\.pt is not: \w+: .+"):
+    with pytest.raises(ValueError, match=rf"^checkpoint .*corrupt\.pt cannot be read as a checkpoint: {kind}"):
         create_model("unet", 5, channels=2, checkpoint=path)
 
 
@@ -192,7 +199,9 @@ class Payload:
 @pytest.mark.parametrize("content", [torch.zeros(3), [1, 2], 7, Payload()], ids=["tensor", "list", "number", "code"])
 def test_checkpoint_that_holds_something_else(content, tmp_path, capsys):
     torch.save(content, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"checkpoint must be a file of weights; .*other\.pt is not"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint (must be a file of weights; )?.*other\.pt (holds no state_dict|cannot be read)"
+    ):
         create_model("unet", 5, channels=2, checkpoint=tmp_path / "other.pt")
     assert "unpickled" not in capsys.readouterr().out
 

@@ -365,7 +365,7 @@ def test_checkpoints_that_are_none(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"checkpoint must be a file; there is none at .*best\.ckpt"):
         load_network(path)
     path.write_bytes(b"no checkpoint")
-    with pytest.raises(ValueError, match=r"best\.ckpt cannot be read as a checkpoint: \w+: "):
+    with pytest.raises(ValueError, match=r"best\.ckpt cannot be read as a checkpoint: it is text"):
         load_network(path)
     for saved in ({"state_dict": {}}, {"segops": {}}, [1], {"state_dict": {}, "segops": 3}):
         torch.save(saved, path)
@@ -379,13 +379,12 @@ def test_checkpoints_that_are_none(tmp_path):
         ({"name": "segnot", "num_classes": 3, "options": {}}, "name must be a known model; got 'segnot'"),
         ({"name": "segnet_basic", "num_classes": 3, "options": {"wide": 1}}, "has no option 'wide'"),
         ({"name": "patchgan", "num_classes": 3, "options": {}}, "patchgan judges what other networks segment"),
-        ({"name": "segnet_basic"}, "'options'"),
     ):
         save_checkpoint(path, model=model)
         with pytest.raises(ValueError, match=rf"best\.ckpt names no network that can be built: .*{reason}"):
             load_network(path)
     save_checkpoint(path, normalize="mean")
-    with pytest.raises(ValueError, match=r"best\.ckpt names no network that can be built: .*normalize must be one of"):
+    with pytest.raises(ValueError, match=r"best\.ckpt is no checkpoint of segops fit: normalize .* must be one of"):
         load_network(path)
     save_checkpoint(path, network(num_classes=4))
     with pytest.raises(ValueError, match=r"best\.ckpt does not fit SegNetBasic: .*has shape \(4"):
