@@ -165,7 +165,8 @@ class CLI(LightningCLI):
                 raise ValueError(f"--{name} must be at least {least}{'' if most is None else f', at most {most}'}; got {value}")
 
     def _parse_ckpt_path(self):
-        """Nothing: Lightning would take settings from the checkpoint, over those that were given."""
+        """Takes no settings from a checkpoint: Lightning would import what its "hyper_parameters"
+        name, and let them replace those that were given."""
 
     @property
     def settings(self):

@@ -60,6 +60,11 @@ class WholeCheckpoints(TorchCheckpointIO):
     def load_checkpoint(self, path, map_location=lambda storage, place: storage, weights_only=True):
         return read_checkpoint(path, map_location)
 
+    def remove_checkpoint(self, path):
+        # A resumed run's callbacks have their paths from the checkpoint: Lightning would delete any folder, by "..".
+        if Path(path).is_file() and ".." not in Path(path).parts:
+            super().remove_checkpoint(path)
+
 
 class Last(Checkpoint):
     """Keeps checkpoints/last.ckpt: of the end of the last epoch and, with `every`, of the last step whose number it divides. Comes after `best`, whose state it

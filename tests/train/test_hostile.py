@@ -20,6 +20,7 @@ from segops.models import create_model
 from segops.train import predict
 from segops.train.cli import main
 from segops.train.inference import load_network
+from segops.train.runs import WholeCheckpoints
 
 OPTIONS = {"channels": 4}
 
@@ -167,6 +168,31 @@ def test_no_command_runs_it(tmp_path, good, name, kind):
     with pytest.raises((ValueError, SystemExit, pickle.UnpicklingError)):
         command(name, *arguments.get(name, run))
     assert not (tmp_path / "marker").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["validate", "fit"])
+@pytest.mark.parametrize("key", ["class_path", "_class_path"])
+def test_no_command_imports_what_a_checkpoint_names(tmp_path, good, monkeypatch, name, key):
+    (tmp_path / "stranger.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = saved(tmp_path, good | {"hyper_parameters": {key: "stranger.Recipe"}})
+    run = ["--config", "demo", "--trainer.default_root_dir", str(tmp_path / "run"), "--trainer.accelerator", "cpu"]
+    with pytest.raises(Exception):  # noqa: B017  whatever it lacks
+        main([name, *run, "--ckpt_path", str(path)])
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_run_removes_no_more_than_checkpoints_of_its_own(tmp_path):
+    """What it removes is named in the checkpoint that it was resumed from."""
+    folder, other = tmp_path / "run/checkpoints", tmp_path / "other"
+    for parent in (folder, other):
+        parent.mkdir(parents=True)
+        (parent / "some.ckpt").write_text("")
+    for path in (other, folder / "../../other", folder / "../../other/some.ckpt", f"simplecache::file://{other}/some.ckpt"):
+        WholeCheckpoints().remove_checkpoint(str(path))
+        assert (other / "some.ckpt").exists()
+    WholeCheckpoints().remove_checkpoint(str(folder / "some.ckpt"))
+    assert not (folder / "some.ckpt").exists()
 
 
 # Files of other kinds.
