@@ -10,6 +10,7 @@ except ImportError as error:
 
 from .data import ClassificationData, CooperativeData, SegmentationData
 from .datasets import VOC, CamVid, Cityscapes, Folder, ImageClasses, Unlabelled, palette
+from .inference import Predictor, load_network
 from .losses import SegmentationLoss, focal_loss
 from .metrics import SegmentationMetrics, boundary_mask, confusion_matrix, iou, scores
 from .optimizers import Optimizer
@@ -30,6 +31,7 @@ __all__ = [
     "Folder",
     "ImageClasses",
     "Optimizer",
+    "Predictor",
     "SegmentationData",
     "SegmentationLoss",
     "SegmentationMetrics",
@@ -40,6 +42,7 @@ __all__ = [
     "confusion_matrix",
     "focal_loss",
     "iou",
+    "load_network",
     "normalize",
     "palette",
     "scores",

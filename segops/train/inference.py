@@ -78,7 +78,8 @@ def load_network(checkpoint_path, device="cpu"):
     return model.to(device).eval(), info
 
 
-def _is_model(value, _):
+def is_model(value, _=None):
+    """Whether it is what an entry says of a network."""
     return (
         type(value) is dict
         and type(value.get("name")) is str
@@ -105,7 +106,7 @@ def _is_size(value, _):
 
 # What a "segops" entry must hold, and how that is told of a value and the number of classes.
 ENTRY = {
-    "model": ("a name, num_classes from 1 to 255 and a dict of options", _is_model),
+    "model": ("a name, num_classes from 1 to 255 and a dict of options", is_model),
     "classes": (
         "as many names as the model has classes",
         lambda value, num_classes: (

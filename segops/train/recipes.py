@@ -20,9 +20,10 @@ from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 
 from segops.models import Output, create_model, list_models
 from segops.models.checkpoints import check_state_dict
+from segops.models.pretrained import create_timm
 
 from .data import UNSCORED, mixed_seed, run_seed
-from .inference import Predictor
+from .inference import Predictor, is_model
 from .losses import MEDIAN_FREQUENCY, SegmentationLoss, mean_over_ranks
 from .metrics import SegmentationMetrics
 from .optimizers import Optimizer
@@ -184,7 +185,7 @@ class Recipe(LightningModule):
         training = self._trainer is not None and self.trainer.training
         file = "the checkpoint" if self._trainer is None else self.trainer.ckpt_path or "the checkpoint"
         entry = checkpoint.get("segops")
-        if not isinstance(entry, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        if not isinstance(entry, dict) or not is_model(entry.get("model")) or "state_dict" not in checkpoint:
             raise ValueError(f"{file} is no checkpoint of segops fit: it needs the entries 'state_dict' and 'segops'")
         if self.model is None:
             self.resumes, self.entry = True, {key: value for key, value in entry.items() if key != "optimizers"}
@@ -398,7 +399,7 @@ class Classification(Recipe):
                 network = ImageClassifier(network, classes)
             self.model = network
         elif timm.is_model(self.name):
-            self.model = timm.create_model(self.name, num_classes=classes, **options)
+            self.model = create_timm(self.name, num_classes=classes, **options)
         else:
             raise ValueError(f"model must be a model of timm or of segops; got {self.name!r}")
         self.metrics, self.val_loss = ClassificationMetrics(classes), MeanLoss()

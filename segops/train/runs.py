@@ -58,7 +58,11 @@ class WholeCheckpoints(TorchCheckpointIO):
         write_whole(path, lambda file: torch.save(checkpoint, file))
 
     def load_checkpoint(self, path, map_location=lambda storage, place: storage, weights_only=True):
-        return read_checkpoint(path, map_location)
+        saved = read_checkpoint(path, map_location)
+        needed = ("pytorch-lightning_version", "state_dict", "segops")
+        if not isinstance(saved, dict) or not all(key in saved for key in needed):
+            raise ValueError(f"{path} is no checkpoint of segops fit: it needs the entries {', '.join(map(repr, needed))}")
+        return saved
 
     def remove_checkpoint(self, path):
         # A resumed run's callbacks have their paths from the checkpoint: Lightning would delete any folder, by "..".

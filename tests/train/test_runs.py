@@ -309,16 +309,17 @@ def test_a_damaged_checkpoint_is_named(trained):
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     plugin, path = WholeCheckpoints(), tmp_path / "last.ckpt"
-    plugin.save_checkpoint({"step": 1}, path)
+    whole = {"pytorch-lightning_version": "2.6.6", "state_dict": {}, "segops": {}}
+    plugin.save_checkpoint(whole, path)
 
     def full(checkpoint, file):
         file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        plugin.save_checkpoint({"step": 2}, path)
-    assert plugin.load_checkpoint(path) == {"step": 1} and [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+    with pytest.raises(OSError, match=f"No space left on device; what was there before is whole: '{path}'"):
+        plugin.save_checkpoint(whole | {"step": 2}, path)
+    assert plugin.load_checkpoint(path) == whole and [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_what_is_written_replaces_only_when_whole(tmp_path):
