@@ -170,8 +170,9 @@ class SegmentationMetrics(Metric):
 
     def update(self, predicted, labels):
         near = boundary_mask(labels, self.num_classes, self.radius)
-        self.confusion += confusion_matrix(predicted, labels, self.num_classes)
-        self.boundary += confusion_matrix(predicted[near], labels[near], self.num_classes)
+        # Not in place: what reset() makes in an evaluation is for inference alone.
+        self.confusion = self.confusion + confusion_matrix(predicted, labels, self.num_classes)
+        self.boundary = self.boundary + confusion_matrix(predicted[near], labels[near], self.num_classes)
 
     def compute(self):
         micro = micro_scores(self.confusion)

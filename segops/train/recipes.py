@@ -319,8 +319,8 @@ class MeanLoss(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, total, count):
-        self.total += total
-        self.count += count
+        self.total = self.total + total  # not in place: what reset() makes in an evaluation is for inference alone
+        self.count = self.count + count
 
     def compute(self):
         return self.total / self.count

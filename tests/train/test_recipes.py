@@ -21,6 +21,7 @@ from segops.train import (
     Cooperative,
     CooperativeData,
     Optimizer,
+    Predictor,
     SegmentationData,
     SegmentationLoss,
     SegmentationMetrics,
@@ -819,6 +820,114 @@ def test_checkpoints_rebuild_the_network(trainer, table, tmp_path, name):
     assert info["classes"] == list(data.classes) and len(info["palette"]) == 7
     assert (info["normalize"], info["resize"]) == (("per_image", [24, 40]) if name == "patchgan" else ("imagenet", None))
     assert info.get("image_classes") == (["0", "1", "2"] if name == "cooperative" else None)
+
+
+@pytest.mark.parametrize("name", ["supervised", "cooperative", "adversarial", "patchgan", "classification"])
+def test_recipes_from_checkpoints(trainer, table, tmp_path, name):
+    """With the settings that they had, they predict and are evaluated as the trained ones, and train on."""
+    optimizer = Optimizer("adam", 0.02)
+    trained = recipes(table) | {
+        "supervised": (Supervised(**PACNET, optimizer=optimizer, freeze_batch_norm=True), scenes()),
+        "classification": (Classification("resnettiny", optimizer=optimizer), images(table)),
+    }
+    recipe, data = trained[name]
+    run, path, pictures = trainer(), tmp_path / "last.ckpt", torch.randn(3, 3, 32, 48)
+    run.fit(recipe, datamodule=data)
+    run.save_checkpoint(path)
+    loaded = type(recipe).load_from_checkpoint(path)
+    assert not changed(tensors(recipe), tensors(loaded)) and loaded.optimizer_settings() == recipe.optimizer_settings()
+    assert loaded.hparams.keys() == recipe.hparams.keys()
+    if name == "supervised":
+        assert loaded.freeze_batch_norm and loaded.optimizer == optimizer
+    recipe.eval(), loaded.eval()
+    with torch.no_grad():
+        expected = recipe(pictures)
+        outputs = [output if isinstance(output, torch.Tensor) else output.logits for output in (loaded(pictures), expected)]
+    assert torch.equal(*outputs)
+    classes = outputs[1].argmax(1) if name == "classification" else recipe.model.predict(pictures)
+    assert torch.equal(torch.cat(trainer().predict(loaded, torch.utils.data.DataLoader(pictures, 2))), classes)
+
+    figures = []
+    for each in (recipe, loaded):
+        again = trainer()
+        again.validate(each, datamodule=data, verbose=False)
+        figures.append({key: value.item() for key, value in again.callback_metrics.items()})
+    assert figures[0] == pytest.approx(figures[1], nan_ok=True) and "val/loss" in figures[0]
+    trainer().fit(loaded, datamodule=data)
+
+
+def test_predictions_of_a_data_module(trainer):
+    recipe, data = Supervised(**PACNET), scenes()
+    trainer().fit(recipe, datamodule=data)
+    recipe.predictor_options = {"scales": (0.5, 1.0), "flip": True}  # then it is given bytes
+    predicted = torch.cat(trainer().predict(recipe, datamodule=data))
+    predictor = Predictor(recipe.model.eval(), **recipe.predictor_options)
+    assert torch.equal(predicted, torch.stack([predictor(image) for image, _ in data.sets["predict"]]))
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_figures_of_a_predictor(trainer, split):
+    """Windows, scales and flips: what is scored is what `Predictor` makes of the bytes."""
+    options = {"window": (16, 24), "overlap": 0.25, "scales": (0.5, 1.0), "flip": True}
+    recipe, data = Supervised(**PACNET), scenes(normalize="per_image")
+    recipe.predictor_options = options
+    run = trainer()
+    getattr(run, {"val": "validate", "test": "test"}[split])(recipe, datamodule=data, verbose=False)
+    predictor, metrics = Predictor(recipe.model.eval(), "per_image", **options), SegmentationMetrics(7)
+    for image, mask in data.sets[split]:
+        metrics.update(predictor(image)[None], mask[None])
+    expected = {f"{split}/{name}": value.item() for name, value in metrics.compute().items()}
+    found = {name: value.item() for name, value in run.callback_metrics.items()}
+    assert found == pytest.approx(expected, nan_ok=True)  # and no loss, which is of the network's own logits
+
+
+def test_a_recipe_without_a_network(trainer):
+    with pytest.raises(RuntimeError, match="has no network yet: fit makes it, or Supervised"):
+        Supervised()(torch.randn(1, 3, 32, 32))
+    with pytest.raises(ValueError, match=r"Supervised needs a data module beside it, which says the classes: trainer.fit\("):
+        trainer().fit(Supervised(), torch.utils.data.DataLoader(torch.randn(2, 3, 32, 32)))
+
+
+def test_a_recipe_keeps_to_its_classes(trainer, table):
+    recipe = Supervised(**PACNET)
+    trainer().fit(recipe, datamodule=scenes())
+    other = scenes()
+    other.description = lambda: SegmentationData.description(other) | {"normalize": "none", "resize": [8, 8]}
+    with pytest.warns(UserWarning, match="network was trained with normalize 'imagenet'; the data has 'none'"):
+        trainer().validate(recipe, datamodule=other, verbose=False)
+    other.setup = lambda stage: (SegmentationData.setup(other, stage), setattr(other, "num_classes", 5))
+    with pytest.raises(ValueError, match="the recipe's network has 7 classes; the data has 5: background, disc, "):
+        trainer().validate(recipe, datamodule=other, verbose=False)
+
+
+class Void(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return torch.randn(3, 32, 32), torch.full((32, 32), VOID)
+
+
+def test_nothing_scored(trainer):
+    """But for the few batches of Lightning's check before training."""
+    recipe, data, nothing = Supervised(**PACNET), scenes(), torch.utils.data.DataLoader(Void())
+    data.val_dataloader = lambda: nothing
+    for validate in (trainer().validate, trainer(num_sanity_val_steps=1).fit):
+        with pytest.raises(ValueError, match="nothing was scored: every pixel of the masks that were looked at is void"):
+            validate(recipe, datamodule=data)
+    assert recipe.trainer.global_step == 2  # it had begun
+
+
+def test_class_weights_of_a_checkpoint(trainer, tmp_path):
+    """Which an evaluation does not count again, so that val/loss stays the training loss."""
+    recipe, data = Supervised(**PACNET, loss_options={"class_weight": "median_frequency"}), scenes()
+    run, path = trainer(), tmp_path / "last.ckpt"
+    run.fit(recipe, datamodule=data)
+    run.save_checkpoint(path)
+    other, again = Supervised(**PACNET, loss_options={"class_weight": "median_frequency"}), trainer()
+    again.validate(other, datamodule=scenes(), ckpt_path=path, verbose=False, weights_only=True)
+    assert other.criterion.class_weight.tolist() == pytest.approx(data.median_frequency())
+    assert again.callback_metrics["val/loss"] == pytest.approx(run.callback_metrics["val/loss"].item())
 
 
 @names
