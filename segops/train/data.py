@@ -238,8 +238,10 @@ class SegmentationData(Data):
     Args:
         dataset: "camvid", "cityscapes", "folder", "synthetic" or "voc".
         root: its folder (not for "synthetic").
-        options: further arguments of the data set, as sbd for VOC, labels for Cityscapes, num_classes, void, images and masks for a folder; for "synthetic"
-            train and val, the numbers of scenes, default 400 and 100, and size, default (128, 128).
+        options: further arguments of the data set, as sbd for VOC, labels for Cityscapes, and those
+            of `Folder` (num_classes, void, values, images, masks, mask_suffix, mask_colors, scale);
+            for "synthetic" train and val, the numbers of scenes, default 400 and 100, and size,
+            default (128, 128).
         train_split, val_split: which splits, default "train" and "val". test_split: what `segops test` scores, default none.
         resize: (height, width) of all images and masks, in training, validation and test, or None (default) for their own.
         augment: what training does to them besides: `Augment`; by default flips them horizontally.

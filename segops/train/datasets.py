@@ -703,7 +703,7 @@ def _loadmat():
     try:
         from scipy.io import loadmat
     except ImportError as error:
-        raise ImportError("the masks of SBD are .mat files, which scipy reads: pip install scipy") from error
+        raise ImportError("the masks of SBD are .mat files, which scipy reads: pip install scipy, or segops[sbd]") from error
     return loadmat
 
 
