@@ -479,7 +479,7 @@ def warn_of_shared(train, val):
     shared = [path for path in val if os.path.abspath(path) in trained]
     if shared:
         rank_zero_warn(
-            f"{len(shared)} of {len(val)} validation images are training images too, the first {shared[0]}: "
+            f"{len(shared)} of {len(val)} validation images are training images too, the first {listed(shared[:1], 1)}: "
             "their scores say nothing of new images"
         )
 

@@ -17,6 +17,7 @@ import torch
 from PIL import ExifTags, Image, ImageColor, ImageOps, ImageSequence
 from torchvision.io import ImageReadMode, decode_image
 
+from ..text import printable
 from .files import first_line
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
@@ -663,8 +664,9 @@ def _read_mask(path, colours=None):
     if len(wrong):
         raise ValueError(f"{path} holds value {wrong[0]}: masks hold values of 8 bits, 0 to 255")
     # Pillow scales gray of 2 and 4 bits to 8
-    step = {"L;2": 85, "L;4": 17}.get(stored[:3], 1) if image.mode == "L" else 1
-    return values.astype(np.uint8) // step
+    step = {"L;2": 85, "L;4": 17}.get(stored[:3]) if image.mode == "L" else None
+    values = values.astype(np.uint8)
+    return values if step is None else values // step
 
 
 def _colour_table(mask_colors):
@@ -754,7 +756,7 @@ def _images_among(paths, folder, hint, tell=warnings.warn):
     if not images:
         raise FileNotFoundError("; ".join([f"{folder} holds no images ({suffixes}){hint}", *notes]))
     for note in notes:
-        tell(note)
+        tell(printable(note))
     return images
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from tqdm import tqdm
 
+from ..text import printable
 from .transforms import VOID
 
 VALUES = {str(value): value for value in range(256)}  # as JSON has them
@@ -112,7 +113,7 @@ def _save(store, known):
 
 def listed(names, most):
     """'a, b and 3 more'."""
-    names = [str(name) for name in names]
+    names = [printable(str(name)) for name in names]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

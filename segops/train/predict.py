@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ..text import printable
 from .datasets import SOFTWARE, ImagesWithMasks, images_below, is_prediction, mask_instead
 from .files import first_line
 from .inference import Predictor, comparison, load_network, overlay, save_classes, save_image
@@ -76,16 +77,21 @@ def run(options):
         for kind in kinds:
             (out / kind).mkdir(parents=True, exist_ok=True)
     except (ImportError, OSError, TypeError, ValueError) as error:
-        raise SystemExit(f"segops predict: {error}") from error
+        raise SystemExit(f"segops predict: {printable(str(error))}") from error
 
     written, failures = dict.fromkeys(kinds, 0), []
     try:
         for index, files in enumerate(tqdm(targets, unit="image", file=sys.stderr)):
             try:
                 results = _results(*dataset[index], kinds, predictor, info["palette"])
-            except (OSError, ValueError, RuntimeError) as error:  # torch raises the last: no memory, or an image too small
-                reason = first_line(error)
-                failures.append(reason if str(images[index]) in reason else f"{images[index]}: {reason}")
+            except (
+                MemoryError,
+                OSError,
+                ValueError,
+                RuntimeError,
+            ) as error:  # torch raises the last: no memory, or an image too small
+                reason, name = first_line(error), printable(str(images[index]))
+                failures.append(reason if name in reason else f"{name}: {reason}")
                 tqdm.write(f"segops predict: {failures[-1]}", file=sys.stderr)
                 continue
             for kind, file in files.items():
@@ -146,7 +152,7 @@ def _images(inputs):
 
 
 def _tell(text):
-    print(f"segops predict: {text}", file=sys.stderr)
+    print(f"segops predict: {printable(text)}", file=sys.stderr)
 
 
 def _check_files(images, labels, targets, mask_suffix):
@@ -190,4 +196,4 @@ def _write(file, result, palette):
         else:
             save_image(file, result)
     except OSError as error:
-        raise SystemExit(f"segops predict: {file} cannot be written: {error}") from error
+        raise SystemExit(f"segops predict: {printable(str(file))} cannot be written: {first_line(error)}") from error
