@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from .files import write_whole
 from .recipes import Recipe
@@ -211,14 +212,15 @@ class CLI(LightningCLI):
                 )
             try:
                 trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-            except SystemExit:  # Lightning's answer to Ctrl-C
+            except SystemExit as end:  # Lightning's answer to Ctrl-C and to SIGTERM
                 self.say_how_to_go_on()
-                raise SystemExit(130) from None
+                raise SystemExit(143 if isinstance(end, SIGTERMException) else 130) from None
             except OSError:  # as a full disk
                 self.say_how_to_go_on()
                 raise
         if not trainer.callback_metrics:
-            print(f"nothing was left to train of {checkpoint}: trainer.max_epochs or max_steps must be larger")
+            if trainer.is_global_zero:
+                print(f"nothing was left to train of {checkpoint}: trainer.max_epochs or max_steps must be larger")
             return
         self.show("val")
         if trainer.is_global_zero:
@@ -254,13 +256,13 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self):
         settings = self.config[self.subcommand]
         chosen = {name: settings.get(name) for name in ("window", "overlap", "scales", "flip")}
-        self.predictor_options = {name: value for name, value in chosen.items() if value not in (None, False)}
+        self.predictor_options = {name: value for name, value in chosen.items() if value is not None and value is not False}
 
     def instantiate_classes(self):
         try:
             super().instantiate_classes()
         except (TypeError, ValueError) as error:  # of a recipe or data module, wrapped
-            raise type(error)(in_short(str(error))) from error
+            raise ValueError(in_short(str(error))) from error
         if self.predictor_options:
             if not hasattr(self.model, "predictor_options"):
                 raise ValueError(f"--{next(iter(self.predictor_options))} is of models that segment")
@@ -268,7 +270,7 @@ class CLI(LightningCLI):
 
     def show(self, split):
         if self.trainer.is_global_zero:
-            print(summary(self.trainer, self.model, split))
+            print(summary(self.trainer, self.model, split) or "nothing was evaluated")
 
     def say_how_to_go_on(self):
         folder = self.trainer.default_root_dir

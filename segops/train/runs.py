@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 
 from .files import read_checkpoint, write_whole
 from .metrics import table
@@ -28,23 +29,27 @@ def locked(folder, leads=True):
         leads: False on the ranks that need no lock, as the first has it.
 
     Raises:
-        FileExistsError: another process has it.
+        FileExistsError: another process has it. OSError: the folder cannot be written.
     """
     if fcntl is None or not leads:
         yield
         return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+") as file:
+    # No link, lest a file elsewhere is written over.
+    with open(
+        folder / "lock", "r+", opener=lambda path, flags: os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    ) as file:
         try:
-            # A record lock and no flock: those that forked processes, as a loader's workers, would keep.
+            # A record lock and no flock, which forked processes, as a loader's workers, would keep.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
+        except (BlockingIOError, PermissionError):
             raise FileExistsError(
                 f"process {file.read().strip() or '?'} trains in {folder}: wait until it ends, or name another folder with "
                 "--trainer.default_root_dir"
             ) from None
+        except OSError as error:  # of some network file systems
+            rank_zero_warn(f"{folder} cannot be locked, so that nothing keeps a second fit out of it: {error}")
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()

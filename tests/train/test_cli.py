@@ -336,7 +336,7 @@ def on_folder(data, run, *arguments):
     ]
 
 
-VIEWS = ["--window", "24", "32", "--overlap", "0.25", "--scales", "0.5", "1.0", "--flip"]
+VIEWS = ["--window", "24", "32", "--overlap", "0", "--scales", "0.5", "1.0", "--flip"]
 
 
 @pytest.mark.parametrize("views", [[], VIEWS], ids=["whole", "windows"])
