@@ -4,6 +4,7 @@ Each draws the random numbers of a training step (dropout) from the run's seed a
 """
 
 import copy
+import inspect
 import math
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -23,6 +24,7 @@ from segops.models.checkpoints import check_state_dict
 from segops.models.pretrained import create_timm
 
 from .data import UNSCORED, mixed_seed, run_seed
+from .files import read_checkpoint
 from .inference import Predictor, is_model
 from .losses import MEDIAN_FREQUENCY, SegmentationLoss, mean_over_ranks
 from .metrics import SegmentationMetrics
@@ -104,11 +106,11 @@ class Recipe(LightningModule):
             )
         return self.model(images)
 
-    def network_options(self):
-        """The options; without weights to begin with where a checkpoint is about to bring all of them."""
+    def network_options(self, options):
+        """Options of a network; without weights to begin with where a checkpoint is about to bring all of them."""
         if not self.resumes:
-            return self.options
-        return {key: value for key, value in self.options.items() if key not in ("pretrained", "checkpoint")}
+            return options
+        return {key: value for key, value in options.items() if key not in ("pretrained", "checkpoint")}
 
     def configure_optimizers(self):
         optimizer, schedule = self.optimizer.build(self.model, self.iterations())
@@ -179,6 +181,32 @@ class Recipe(LightningModule):
             name: asdict(value) if isinstance(value, Optimizer) else value for name, value in self.hparams.items()
         }
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path, map_location="cpu", **settings):
+        """The recipe of a checkpoint of `segops fit`, with its network.
+
+        Nothing in the file is run, and no module imported: Lightning's own would import what
+        "hyper_parameters" names.
+
+        Args:
+            checkpoint_path: the file.
+            map_location: of the weights, as for `torch.load`, default "cpu".
+            settings: arguments of the recipe, in place of those in the file.
+
+        Raises:
+            FileNotFoundError: there is no such file. ValueError: it cannot be read, or is no
+                checkpoint of `segops fit`. TypeError: a setting that the recipe does not have.
+        """
+        saved = read_checkpoint(checkpoint_path, map_location)
+        own = saved.get("hyper_parameters") if isinstance(saved, dict) else None
+        if not isinstance(own, dict):
+            raise ValueError(f"{checkpoint_path} is no checkpoint of segops fit: it needs the entry 'hyper_parameters'")
+        known = inspect.signature(cls).parameters
+        recipe = cls(**{name: value for name, value in own.items() if name in known} | settings)
+        recipe.on_load_checkpoint(saved)
+        recipe.load_state_dict(saved["state_dict"])
+        return recipe
+
     def on_load_checkpoint(self, checkpoint):
         """Refuses a checkpoint that does not fit. Where there is no network yet, makes that of the
         checkpoint."""
@@ -241,7 +269,7 @@ class Segmentation(Recipe):
 
     def make(self, entry):
         classes = entry["model"]["num_classes"]
-        self.model = create_model(self.name, classes, **self.network_options())
+        self.model = create_model(self.name, classes, **self.network_options(self.options))
         if not hasattr(self.model, "to_classes"):
             raise ValueError(f"model must segment; {self.name!r} judges what other models segment")
         options = dict(self.loss_options)
@@ -390,7 +418,7 @@ class Classification(Recipe):
         super().__init__(model, options, optimizer)
 
     def make(self, entry):
-        classes, options = entry["model"]["num_classes"], self.network_options()
+        classes, options = entry["model"]["num_classes"], self.network_options(self.options)
         if self.name in list_models():
             network = create_model(self.name, classes, **options)
             if hasattr(network, "class_logits"):
@@ -619,7 +647,8 @@ class Adversarial(Segmentation):
     def make(self, entry):
         super().make(entry)
         classes = entry["model"]["num_classes"]
-        self.discriminator = create_model(self.discriminator_name, classes, **self.discriminator_options)
+        options = self.network_options(self.discriminator_options)
+        self.discriminator = create_model(self.discriminator_name, classes, **options)
 
     def begin(self, data):
         super().begin(data)

@@ -1,6 +1,7 @@
 """Checkpoints of a stranger: nothing of them runs, none takes the memory it asks for, each is refused in one line."""
 
 import argparse
+import contextlib
 import io
 import os
 import pickle
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 from segops.models import create_model
 
-from segops.train import predict
+from segops.train import Adversarial, Supervised, predict
 from segops.train.cli import main
 from segops.train.inference import load_network
 from segops.train.runs import WholeCheckpoints
@@ -483,3 +484,32 @@ def test_dictionaries_with_methods_of_their_own(tmp_path, good, name):
     assert vars(torch.load(path, weights_only=True)) == {name: torch.Size}
     load_network(path)
     create_model("segnet_basic", 3, **OPTIONS, checkpoint=path)
+
+
+def test_recipes_import_nothing_that_a_checkpoint_names(tmp_path, good, monkeypatch):
+    """Lightning would, as what `_instantiator` makes of its arguments."""
+    (tmp_path / "stranger.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = {
+        "model": "segnet_basic",
+        "_instantiator": "lightning.pytorch.cli.instantiate_module",
+        "optimizer": "stranger.Recipe",
+    }
+    good |= {"hyper_parameters": settings, "pytorch-lightning_version": "2.6.0"}
+    with contextlib.suppress(Exception):  # whatever it lacks
+        Supervised.load_from_checkpoint(saved(tmp_path, good))
+    assert not (tmp_path / "marker").exists()
+
+
+def test_recipes_read_no_weights_that_are_elsewhere(tmp_path, good):
+    elsewhere = {"checkpoint": "/etc/passwd", "pretrained": "/etc/passwd"}
+    good["segops"]["model"]["options"] |= elsewhere
+    settings = {"model": "segnet_basic", "discriminator_options": {"channels": 4} | elsewhere}
+    adversarial = good["state_dict"] | {
+        f"discriminator.{key}": value for key, value in create_model("fcn_discriminator", 3, channels=4).state_dict().items()
+    }
+    good |= {"state_dict": adversarial, "pytorch-lightning_version": "2.6.0"}
+    with pytest.raises(ValueError, match="is no checkpoint of segops fit: it needs the entry 'hyper_parameters'"):
+        Adversarial.load_from_checkpoint(saved(tmp_path, good))
+    path = saved(tmp_path, good | {"hyper_parameters": settings})
+    assert Adversarial.load_from_checkpoint(path).name == "segnet_basic"
