@@ -149,7 +149,7 @@ def check_state_dict(model, state_dict, source, names=lambda key: key):
     mismatches = [(key, "is missing") for key in own if key not in state_dict]
     mismatches += [(key, "is unknown") for key in state_dict if key not in own]
     mismatches += [(key, misfit(value, state_dict[key])) for key, value in own.items() if key in state_dict]
-    mismatches = [f"{printable(names(key))} {reason}" for key, reason in mismatches if reason]
+    mismatches = [f"{printable(str(names(key)))} {reason}" for key, reason in mismatches if reason]
     if mismatches:
         more = f"; and {len(mismatches) - SHOWN} more" if len(mismatches) > SHOWN else ""
         raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(mismatches[:SHOWN])}{more}")

@@ -130,7 +130,7 @@ def _check_entry(info, path):
     missing = [key for key in ENTRY if key not in entry]
     if missing:
         raise ValueError(f"{path} is no checkpoint of segops fit: its entry 'segops' lacks {', '.join(map(repr, missing))}")
-    if not _is_plain(info):
+    if not is_plain(info):
         raise ValueError(
             f"{path} is no checkpoint of segops fit: its entry 'segops' must hold plain values and printable text alone"
         )
@@ -143,7 +143,7 @@ def _check_entry(info, path):
         num_classes = num_classes or entry["model"]["num_classes"]
 
 
-def _is_plain(value, most=2**16):
+def is_plain(value, most=2**16):
     """Whether it is made of at most so many dicts, lists, numbers and texts without control characters, also where it holds itself."""
     stack, seen = [value], 0
     while stack:

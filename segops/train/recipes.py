@@ -25,7 +25,7 @@ from segops.models.pretrained import create_timm
 
 from .data import UNSCORED, mixed_seed, run_seed
 from .files import read_checkpoint
-from .inference import Predictor, is_model
+from .inference import Predictor, is_model, is_plain
 from .losses import MEDIAN_FREQUENCY, SegmentationLoss, mean_over_ranks
 from .metrics import SegmentationMetrics
 from .optimizers import Optimizer
@@ -213,8 +213,10 @@ class Recipe(LightningModule):
         training = self._trainer is not None and self.trainer.training
         file = "the checkpoint" if self._trainer is None else self.trainer.ckpt_path or "the checkpoint"
         entry = checkpoint.get("segops")
-        if not isinstance(entry, dict) or not is_model(entry.get("model")) or "state_dict" not in checkpoint:
+        weights = checkpoint.get("state_dict")
+        if not isinstance(entry, dict) or not is_model(entry.get("model")) or not isinstance(weights, dict):
             raise ValueError(f"{file} is no checkpoint of segops fit: it needs the entries 'state_dict' and 'segops'")
+        check_entry(entry, file)
         if self.model is None:
             self.resumes, self.entry = True, {key: value for key, value in entry.items() if key != "optimizers"}
             self.name = entry["model"]["name"]
@@ -226,7 +228,7 @@ class Recipe(LightningModule):
             self.check_data(entry, self.trainer.datamodule, file)
         if training:
             self.check_optimizers(entry.get("optimizers", []), file)
-        check_state_dict(self, checkpoint["state_dict"], str(file))
+        check_state_dict(self, weights, str(file))
 
     def check_optimizers(self, saved, file):
         """Refuses other settings than the saved ones, which would not come into force: the state of
@@ -242,6 +244,24 @@ class Recipe(LightningModule):
     def optimizer_settings(self):
         """`Optimizer` of each optimizer, in the order of `configure_optimizers`."""
         return [self.optimizer]
+
+
+def check_entry(entry, file):
+    """Refuses what a "segops" entry says beside the network where it is not as `on_save_checkpoint`
+    writes it."""
+    if not is_plain(entry):
+        raise ValueError(
+            f"{file} is no checkpoint of segops fit: its entry 'segops' must hold plain values and printable text alone"
+        )
+    count, weights, optimizers = entry["model"]["num_classes"], entry.get("class_weight"), entry.get("optimizers", [])
+    if weights is not None and not (
+        type(weights) is list and len(weights) == count and all(type(weight) in (int, float) for weight in weights)
+    ):
+        raise ValueError(
+            f"{file} is no checkpoint of segops fit: class_weight must be a number for each of its {count} classes"
+        )
+    if type(optimizers) is not list or not all(type(optimizer) is dict for optimizer in optimizers):
+        raise ValueError(f"{file} is no checkpoint of segops fit: optimizers must be a list of their settings")
 
 
 def settings(optimizer):

@@ -513,3 +513,49 @@ def test_recipes_read_no_weights_that_are_elsewhere(tmp_path, good):
         Adversarial.load_from_checkpoint(saved(tmp_path, good))
     path = saved(tmp_path, good | {"hyper_parameters": settings})
     assert Adversarial.load_from_checkpoint(path).name == "segnet_basic"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The arguments of a run, and its last.ckpt."""
+    arguments = [
+        *("--model=Supervised", "--model.model=segnet_basic", "--model.options={channels: 4}"),
+        *("--data=SegmentationData", "--data.options={train: 2, val: 1, size: [32, 32]}", "--data.batch_size=2"),
+        *("--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"),
+        f"--trainer.default_root_dir={tmp_path_factory.mktemp('run')}",
+    ]
+    main(["fit", *arguments])
+    return arguments, torch.load(f"{arguments[-1].partition('=')[2]}/checkpoints/last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", ["fit", "validate"])
+@pytest.mark.parametrize(
+    "key, value, reason",
+    [
+        ("scale", LAUGHS, "must hold plain values"),
+        ("scale", "\x1b[31m", "must hold plain values"),
+        ("optimizers", [{"lr": LAUGHS}], "must hold plain values"),
+        ("optimizers", ["lr"], "optimizers must be a list of their settings"),
+        ("optimizers", "lr", "optimizers must be a list of their settings"),
+        ("class_weight", {"a": 1}, "class_weight must be a number for each of its 7 classes"),
+        ("class_weight", [1.0] * 6, "class_weight must be a number for each of its 7 classes"),
+        ("class_weight", ["1"] * 7, "class_weight must be a number for each of its 7 classes"),
+    ],
+    ids=range(8),
+)
+def test_entries_that_a_run_is_resumed_from(tmp_path, run, name, key, value, reason):
+    arguments, last = run
+    path = saved(tmp_path, last | {"segops": last["segops"] | {key: value}})
+    with pytest.raises(ValueError, match=f"stranger.ckpt is no checkpoint of segops fit: .*{reason}"):
+        main([name, *arguments, f"--ckpt_path={path}"])
+
+
+@pytest.mark.parametrize("weights", [[1], torch.ones(3), {3: torch.ones(1)}], ids=["list", "tensor", "int"])
+def test_weights_that_a_run_is_resumed_from(tmp_path, run, weights):
+    arguments, last = run
+    if isinstance(weights, dict):
+        weights = last["state_dict"] | weights
+    with pytest.raises(
+        ValueError, match="stranger.ckpt (is no checkpoint of segops fit|does not fit Supervised: 3 is unknown)"
+    ):
+        main(["fit", *arguments, f"--ckpt_path={saved(tmp_path, last | {'state_dict': weights})}"])
