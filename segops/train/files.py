@@ -19,7 +19,8 @@ def write_whole(path, write):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     try:
-        with part.open("wb") as file:
+        part.unlink(missing_ok=True)  # it may be a link to a file elsewhere
+        with part.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

@@ -330,6 +330,17 @@ def test_what_is_written_replaces_only_when_whole(tmp_path):
     assert path.read_bytes() == b"one" and len(list(path.parent.iterdir())) == 1
 
 
+def test_what_is_written_follows_no_link(tmp_path):
+    """Which a folder from elsewhere may hold."""
+    other, path = tmp_path / "other", tmp_path / "run/results.json"
+    other.write_text("precious")
+    path.parent.mkdir()
+    for name in ("results.json", "results.json.part"):
+        (path.parent / name).symlink_to(other)
+    write_whole(path, lambda file: file.write(b"one"))
+    assert other.read_text() == "precious" and path.read_bytes() == b"one" and not path.is_symlink()
+
+
 @pytest.mark.parametrize("subcommand", ["validate", "test"])
 def test_evaluation_of_a_checkpoint(undisturbed, subcommand, capsys):
     folder = undisturbed(*ONE_EPOCH)
