@@ -21,6 +21,8 @@ from ..text import printable
 from .files import first_line
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+# What is opened, whatever a file is named: Pillow would have Ghostscript run a PostScript program.
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
 # PNGs of predict say so in a text chunk before the pixels, lest they are taken for images
 SOFTWARE = "segops predict"
 INDEX_FORMATS, COLOUR_FORMATS = ("PNG", "TIFF", "BMP"), ("PNG", "TIFF", "BMP", "GIF", "WEBP")  # of masks
@@ -615,7 +617,7 @@ def _decode(path):
     Pillow tells that before it decodes only.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             frames = _frames(image)
             stored = "".join(re.findall(r"'([A-Z]+;[0-9A-Z]+)'", str(image.tile[:1])))
             image.load()
@@ -642,7 +644,7 @@ def _frames(image):
 
 def _orientation(path):
     """EXIF's: 1 is upright, 5 to 8 swap the sides."""
-    with contextlib.suppress(Exception), Image.open(path) as image:
+    with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     return 1
 

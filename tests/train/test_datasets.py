@@ -835,6 +835,15 @@ def test_items(folder):
         dataset[0]
 
 
+def test_programs_are_no_images(tmp_path, monkeypatch):
+    """Pillow would have Ghostscript run a PostScript file, whatever its name."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *arguments, **options: pytest.fail("it runs"))
+    for name in ("a.png", "a.jpg"):
+        (tmp_path / name).write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 3 2\n%%EndComments\nshowpage\n")
+        with pytest.raises(ValueError, match=rf"{name} cannot be read as an image: cannot identify"):
+            read_image(tmp_path / name)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "tif", "webp", "gif"])
 def test_truncated_image(tmp_path, suffix):
