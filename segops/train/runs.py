@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from .files import read_checkpoint, write_whole
+from .inference import is_plain
 from .metrics import table
 
 try:
@@ -118,7 +119,11 @@ class Results(Callback):
         return {"history": self.history, "seconds": self._elapsed()}
 
     def load_state_dict(self, state):
-        self.history, self.seconds = state["history"], state["seconds"]
+        history, seconds = (state.get(key) for key in ("history", "seconds")) if isinstance(state, dict) else (None, None)
+        known = type(history) is list and all(type(epoch) is dict for epoch in history) and is_plain(history, 2**24)
+        if not known or type(seconds) not in (int, float):
+            raise ValueError("a resumed run's checkpoint must hold its results as segops fit writes them: epochs and seconds")
+        self.history, self.seconds = history, seconds
 
     def on_train_start(self, trainer, module):
         self.since = time.monotonic()

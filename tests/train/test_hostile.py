@@ -559,3 +559,22 @@ def test_weights_that_a_run_is_resumed_from(tmp_path, run, weights):
         ValueError, match="stranger.ckpt (is no checkpoint of segops fit|does not fit Supervised: 3 is unknown)"
     ):
         main(["fit", *arguments, f"--ckpt_path={saved(tmp_path, last | {'state_dict': weights})}"])
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        "text",
+        {"history": "text", "seconds": 1.0},
+        {"history": [LAUGHS], "seconds": 1.0},
+        {"history": [], "seconds": [1]},
+        {"history": [{"epoch": LAUGHS}], "seconds": 1.0},
+        {"history": [{"epoch": "\x1b[31m"}], "seconds": 1.0},
+    ],
+    ids=range(6),
+)
+def test_results_that_a_run_is_resumed_from(tmp_path, run, results):
+    arguments, last = run
+    path = saved(tmp_path, last | {"callbacks": {"Results": results}})
+    with pytest.raises(ValueError, match="must hold its results as segops fit writes them"):
+        main(["fit", *arguments, f"--ckpt_path={path}", "--trainer.max_epochs=2"])
