@@ -929,7 +929,10 @@ def _classes_of(path, rows, column):
     for line, row in rows:
         if row[column] in values - integers:
             raise ValueError(f"{path}, line {line}: column {column!r} holds {row[column]!r} among integers: give classes")
-    return _numbers(max(map(int, integers)) + 1)
+    largest = max(map(int, integers))
+    if largest >= 2**16:  # as of patients or days
+        raise ValueError(f"{path}: column {column!r} holds {largest}: no more than {2**16} classes are counted; give classes")
+    return _numbers(largest + 1)
 
 
 def _is_integer(text):

@@ -1155,6 +1155,7 @@ def test_image_classes_with_paths(tmp_path):
         (["10_left,x", "10_right,y"], {"classes": ["x", "z"]}, r"csv, line 3: column 'level' holds 'y', needed is one of x, z"),
         (["10_left,0"], {"classes": ["1", "2"]}, r"csv, line 2: column 'level' holds '0', needed is one of 1, 2$"),
         (["10_left,0", "10_right,2x"], {}, r"csv, line 3: column 'level' holds '2x' among integers: give classes"),
+        (["10_left,9999999999"], {}, r"csv: column 'level' holds 9999999999: no more than 65536 classes"),
         (["10_left,x"], {"classes": ["x", "x"]}, r"classes has 'x' twice"),
         (["10_left,0"], {"image_column": "id"}, r"csv has no column 'id'; its columns are image, level"),
         (["10_left,0"], {"class_column": "grade"}, r"csv has no column 'grade'; its columns are image, level"),
