@@ -137,6 +137,7 @@ def test_without_arguments(fails):
     [
         (b"trainer: [1, 2", "config.yaml must be YAML: while parsing .*"),
         (b"\xff\xfe\x00", "config.yaml must be YAML: .*"),
+        (b"[" * 5000, "config.yaml must be YAML: maximum recursion depth .*"),
         (b"hello", "config.yaml must be a mapping of settings; it holds 'hello'"),
         (b"", "config.yaml must be a mapping of settings; it holds 'None'"),
         (b"trainer: {max_epochs: abc}", "--trainer.max_epochs: needs int; got abc"),
