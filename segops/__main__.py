@@ -133,7 +133,7 @@ def one_line(error):
     if re.match(OF_WORKER, text):  # what follows is a traceback, whose last line says it
         last = text.splitlines()[-1]
         text = last.partition(": ")[2] or last
-    return printable(" ".join(text.split()))
+    return printable(" ".join(text.split())[:3000])
 
 
 def main():

@@ -7,6 +7,7 @@ import shlex
 import sys
 import threading
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -18,7 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from .files import write_whole
+from .files import first_line, unfolds_to_more, write_whole
 from .recipes import Recipe
 from .runs import Last, Results, WholeCheckpoints, best, best_checkpoint, last_checkpoint, locked, summary
 
@@ -160,6 +161,8 @@ class CLI(LightningCLI):
             raise ValueError(f"needs --config NAME or FILE, and may have other settings; NAME is one of {', '.join(shipped())}")
         super().parse_arguments(parser, args)
         settings = self.config[self.config["subcommand"]]
+        if "://" in str(folder := settings["trainer.default_root_dir"]):
+            raise ValueError(f"--trainer.default_root_dir must be a folder of this machine; got {folder}")
         for name, least, most in (("seed_everything", 0, 2**32 - 1), ("checkpoint_every", 1, None)):
             value = settings[name]
             if value is not None and (value < least or (most is not None and value > most)):
@@ -211,7 +214,8 @@ class CLI(LightningCLI):
                     "--trainer.default_root_dir"
                 )
             try:
-                trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+                with self.loading(checkpoint):
+                    trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
             except SystemExit as end:  # Lightning's answer to Ctrl-C and to SIGTERM
                 self.say_how_to_go_on()
                 raise SystemExit(143 if isinstance(end, SIGTERMException) else 130) from None
@@ -237,9 +241,19 @@ class CLI(LightningCLI):
         checkpoint = self.checkpoint()
         if checkpoint is None:
             raise ValueError("--ckpt_path must be a checkpoint of segops fit; got none")
-        # The table has all that `verbose` would print.
-        run(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
+        with self.loading(checkpoint):  # the table has all that `verbose` would print
+            run(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
         self.show(split)
+
+    @contextmanager
+    def loading(self, checkpoint):
+        """Until it is loaded: what Lightning raises where a file is not as it would write it."""
+        try:
+            yield
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
+            if not self.model.resumes:
+                raise
+            raise ValueError(f"{checkpoint} cannot be gone on from: {type(error).__name__}: {first_line(error)}") from error
 
     def checkpoint(self):
         """The file that --ckpt_path means, or None."""
@@ -314,9 +328,12 @@ def named_configs(arguments):
 def read_yaml(path):
     """What a YAML file holds. ValueError: it is not YAML."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} must be YAML: {' '.join(str(error).split())}") from error
+    if unfolds_to_more(content):
+        raise ValueError(f"{path} must be a configuration: its anchors repeat more than one holds")
+    return content
 
 
 def say_os_error(raised):

@@ -45,6 +45,22 @@ def read_checkpoint(path, map_location="cpu"):
     return read_file(path, "checkpoint", map_location)
 
 
+def unfolds_to_more(value, most=2**22):
+    """Whether containers within containers hold more items than that, each as often as it is met:
+    a few shared ones may hold billions, or themselves."""
+    stack, seen = [value], 0
+    while stack:
+        item = stack.pop()
+        seen += 1
+        if isinstance(item, dict):
+            stack += [*dict.keys(item), *dict.values(item)]
+        elif isinstance(item, list | tuple | set):
+            stack += item
+        if seen + len(stack) > most:
+            return True
+    return False
+
+
 def first_line(error):
     """The first line of what an exception says, or the exception where it says nothing, for a
     terminal."""

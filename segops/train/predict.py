@@ -13,6 +13,7 @@ from .files import first_line
 from .inference import Predictor, comparison, load_network, overlay, save_classes, save_image
 from .transforms import VOID
 
+LARGEST = 2**29  # pixels that Pillow reads without a word; twice as many it refuses. Large images are what windows are for
 KINDS = {"classes": "class maps", "overlay": "overlays", "loss": "loss images"}  # folders of DIR
 
 
@@ -60,7 +61,14 @@ def run(options):
         SystemExit: with the message, for what is wrong before the first image, a file that cannot be written, or images that
             failed; 130 after an interrupt. Whatever is written is whole.
     """
-    Image.MAX_IMAGE_PIXELS = None  # large images are what windows are for
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, LARGEST
+    try:
+        _run(options)
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _run(options):
     kinds = ["classes", *["overlay"] * options.overlay, *["loss"] * options.loss_images]
     out = Path(options.out)
     try:

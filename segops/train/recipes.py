@@ -162,6 +162,11 @@ class Recipe(LightningModule):
         step = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
         torch.manual_seed(mixed_seed(run_seed(), step, self.global_rank))
 
+    def on_train_start(self):
+        self.resumes = False  # it is loaded
+
+    on_validation_start = on_test_start = on_train_start
+
     def on_validation_epoch_end(self):
         self.finish("val")
 
@@ -182,7 +187,7 @@ class Recipe(LightningModule):
         }
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path, map_location="cpu", **settings):
+    def load_from_checkpoint(cls, checkpoint_path, map_location="cpu", strict=True, weights_only=True, **settings):
         """The recipe of a checkpoint of `segops fit`, with its network.
 
         Nothing in the file is run, and no module imported: Lightning's own would import what
@@ -190,13 +195,16 @@ class Recipe(LightningModule):
 
         Args:
             checkpoint_path: the file.
-            map_location: of the weights, as for `torch.load`, default "cpu".
+            map_location: of the weights and the recipe, as for `torch.load`, default "cpu".
+            strict, weights_only: Lightning's; must be True.
             settings: arguments of the recipe, in place of those in the file.
 
         Raises:
             FileNotFoundError: there is no such file. ValueError: it cannot be read, or is no
                 checkpoint of `segops fit`. TypeError: a setting that the recipe does not have.
         """
+        if not (strict and weights_only):
+            raise ValueError(f"strict and weights_only must be True; got {strict!r} and {weights_only!r}")
         saved = read_checkpoint(checkpoint_path, map_location)
         own = saved.get("hyper_parameters") if isinstance(saved, dict) else None
         if not isinstance(own, dict):
@@ -205,7 +213,7 @@ class Recipe(LightningModule):
         recipe = cls(**{name: value for name, value in own.items() if name in known} | settings)
         recipe.on_load_checkpoint(saved)
         recipe.load_state_dict(saved["state_dict"])
-        return recipe
+        return recipe.to(next(iter(saved["state_dict"].values())).device)
 
     def on_load_checkpoint(self, checkpoint):
         """Refuses a checkpoint that does not fit. Where there is no network yet, makes that of the
@@ -408,6 +416,7 @@ class Supervised(Segmentation):
                 module.momentum = self.batch_norm_momentum
 
     def on_train_start(self):  # a run resumed within an epoch does not start that; validation gives each module its mode back
+        super().on_train_start()
         if self.freeze_batch_norm:
             for module in batch_norms(self.model):
                 module.eval()

@@ -12,7 +12,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from .files import read_checkpoint, write_whole
+from .files import read_checkpoint, unfolds_to_more, write_whole
 from .inference import is_plain
 from .metrics import table
 
@@ -68,6 +68,8 @@ class WholeCheckpoints(TorchCheckpointIO):
         needed = ("pytorch-lightning_version", "state_dict", "segops")
         if not isinstance(saved, dict) or not all(key in saved for key in needed):
             raise ValueError(f"{path} is no checkpoint of segops fit: it needs the entries {', '.join(map(repr, needed))}")
+        if not isinstance(saved[needed[0]], str) or unfolds_to_more(saved):
+            raise ValueError(f"{path} is no checkpoint of segops fit: it is not as Lightning writes them")
         return saved
 
     def remove_checkpoint(self, path):

@@ -110,6 +110,7 @@ def contents(folder):
         (["--window", "0", "8"], "window must be positive.*"),
         (["--overlap=2"], r"overlap must be in \[0, 1\); got 2.0"),
         (["--scales", "a"], "--scales: needs float; got a"),
+        (["--trainer.default_root_dir=s3://b"], "--trainer.default_root_dir must be a folder of this machine; got s3://b"),
         (["--nonsense=3"], "unrecognized arguments: --nonsense=3"),
         (["--optimizer=SGD"], "unrecognized arguments: --optimizer=SGD"),
         (["--ckpt_path=last"], "--ckpt_path last: there is no file .*last.ckpt"),
@@ -132,6 +133,12 @@ def test_without_arguments(fails):
     assert re.fullmatch("needs --config NAME or FILE, .*; NAME is one of .*camvid_pacnet.*, demo, .*", fails("fit"))
 
 
+# Ten lists, each ten times the one before.
+BOMB = b"a0: &a0 [1, 2]\n" + b"".join(
+    f"a{index}: &a{index} [{', '.join(10 * [f'*a{index - 1}'])}]\n".encode() for index in range(1, 10)
+)
+
+
 @pytest.mark.parametrize(
     ("content", "line"),
     [
@@ -140,6 +147,7 @@ def test_without_arguments(fails):
         (b"[" * 5000, "config.yaml must be YAML: maximum recursion depth .*"),
         (b"hello", "config.yaml must be a mapping of settings; it holds 'hello'"),
         (b"", "config.yaml must be a mapping of settings; it holds 'None'"),
+        (BOMB, "config.yaml must be a configuration: its anchors repeat more than one holds"),
         (b"trainer: {max_epochs: abc}", "--trainer.max_epochs: needs int; got abc"),
         (b"model: {class_path: Supervised, init_args: {optimizer: {lr: abc}}}", "--model.optimizer.lr: needs float; got abc"),
     ],

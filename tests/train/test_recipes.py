@@ -881,6 +881,13 @@ def test_figures_of_a_predictor(trainer, split):
     assert found == pytest.approx(expected, nan_ok=True)  # and no loss, which is of the network's own logits
 
 
+def test_what_loading_a_recipe_takes(tmp_path):
+    with pytest.raises(ValueError, match="strict and weights_only must be True; got True and False"):
+        Supervised.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+    with pytest.raises(FileNotFoundError, match="checkpoint must be a file; there is none at .*last.ckpt"):
+        Supervised.load_from_checkpoint(tmp_path / "last.ckpt")
+
+
 def test_a_recipe_without_a_network(trainer):
     with pytest.raises(RuntimeError, match="has no network yet: fit makes it, or Supervised"):
         Supervised()(torch.randn(1, 3, 32, 32))
