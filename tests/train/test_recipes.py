@@ -884,7 +884,7 @@ def test_figures_of_a_predictor(trainer, split):
 def test_what_loading_a_recipe_takes(tmp_path):
     with pytest.raises(ValueError, match="strict and weights_only must be True; got True and False"):
         Supervised.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=False)
-    with pytest.raises(FileNotFoundError, match="checkpoint must be a file; there is none at .*last.ckpt"):
+    with pytest.raises(FileNotFoundError, match=r"checkpoint must be a file; there is none at .*last\.ckpt"):
         Supervised.load_from_checkpoint(tmp_path / "last.ckpt")
 
 
