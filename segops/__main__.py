@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import sys
+import warnings
 
 import torch
 
@@ -148,11 +149,16 @@ def main():
         "command", choices=COMMANDS, metavar="command", help="one of those below; segops COMMAND --help says more"
     )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
     arguments = sys.argv[1:]
     name = parser.parse_args(arguments[:1]).command
     try:
         COMMANDS[name][1](arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"segops {name}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except BrokenPipeError:  # whoever read, as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from .files import first_line, unfolds_to_more, write_whole
 from .recipes import Recipe
-from .runs import Last, Results, WholeCheckpoints, best, best_checkpoint, last_checkpoint, locked, summary
+from .runs import Best, Last, Results, WholeCheckpoints, best_checkpoint, last_checkpoint, locked, summary
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -36,6 +36,7 @@ UNHELPFUL = (
     "`isinstance.treespec, LeafSpec.` is deprecated",
     "The number of training batches",
     "You are using a custom batch sampler",
+    "It is recommended to use `self.log",  # sync_dist: figures are of all ranks
     "Be aware that when using `ckpt_path`, callbacks",  # of evaluation, which has none
     ".*Checkpoint directory .* exists and is not empty",  # of a resumed run; others are refused
     ".*find_unused_parameters=True was specified",
@@ -161,7 +162,8 @@ class CLI(LightningCLI):
             raise ValueError(f"needs --config NAME or FILE, and may have other settings; NAME is one of {', '.join(shipped())}")
         super().parse_arguments(parser, args)
         settings = self.config[self.config["subcommand"]]
-        if "://" in str(folder := settings["trainer.default_root_dir"]):
+        folder = str(settings["trainer.default_root_dir"])
+        if "://" in folder or (Path(folder).exists() and not Path(folder).is_dir()):
             raise ValueError(f"--trainer.default_root_dir must be a folder of this machine; got {folder}")
         for name, least, most in (("seed_everything", 0, 2**32 - 1), ("checkpoint_every", 1, None)):
             value = settings[name]
@@ -183,7 +185,7 @@ class CLI(LightningCLI):
         if config.get("logger") is None:
             kwargs["logger"] = TensorBoardLogger(folder, name="", version="") if trains else False
         if trains:
-            ours = [best(folder, self.model.monitor), Results(folder), Last(folder, self.settings["checkpoint_every"])]
+            ours = [Best(folder, self.model.monitor), Results(folder), Last(folder, self.settings["checkpoint_every"])]
             if config.get("logger") is None:
                 ours.append(LearningRateMonitor("step"))
             config["callbacks"] = [*(config.get("callbacks") or []), *ours]
@@ -199,9 +201,14 @@ class CLI(LightningCLI):
 
     def fit(self, model, datamodule):
         trainer, folder = self.trainer, self.trainer.default_root_dir
-        for name in ("max_epochs", "max_steps", "limit_train_batches"):
+        trained, validated = (
+            ("max_epochs", "max_steps", "limit_train_batches"),
+            ("check_val_every_n_epoch", "val_check_interval"),
+        )
+        for name in (*trained, *validated):
             if getattr(trainer, name) == 0:
-                raise ValueError(f"trainer.{name} must be above 0, as there is nothing to train; got 0")
+                what = "trained" if name in trained else "validated"
+                raise ValueError(f"trainer.{name} must be above 0, or nothing is {what}; got 0")
         if trainer.fast_dev_run:
             trainer.fit(model, datamodule=datamodule)
             self.show("val")
@@ -216,13 +223,16 @@ class CLI(LightningCLI):
             try:
                 with self.loading(checkpoint):
                     trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-            except SystemExit as end:  # Lightning's answer to Ctrl-C and to SIGTERM
+            except SystemExit as end:
                 self.say_how_to_go_on()
-                raise SystemExit(143 if isinstance(end, SIGTERMException) else 130) from None
+                raise SystemExit(status(end)) from None
             except OSError:  # as a full disk
-                self.say_how_to_go_on()
+                if trainer.fit_loop.epoch_loop.batch_progress.total.ready:
+                    self.say_how_to_go_on()
                 raise
         if not trainer.callback_metrics:
+            if checkpoint is None:
+                raise ValueError("nothing was trained: trainer.max_time allows no step")
             if trainer.is_global_zero:
                 print(f"nothing was left to train of {checkpoint}: trainer.max_epochs or max_steps must be larger")
             return
@@ -241,8 +251,11 @@ class CLI(LightningCLI):
         checkpoint = self.checkpoint()
         if checkpoint is None:
             raise ValueError("--ckpt_path must be a checkpoint of segops fit; got none")
-        with self.loading(checkpoint):  # the table has all that `verbose` would print
-            run(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
+        try:
+            with self.loading(checkpoint):  # the table has all that `verbose` would print
+                run(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
+        except SystemExit as end:
+            raise SystemExit(status(end)) from None
         self.show(split)
 
     @contextmanager
@@ -295,6 +308,11 @@ class CLI(LightningCLI):
             print(f"go on with: {shlex.join(command)}", file=sys.stderr)
         else:
             print(f"{folder} has no checkpoint yet: the first is of an epoch's end, or of --checkpoint_every", file=sys.stderr)
+
+
+def status(end):
+    """The exit status that shells expect where Lightning ends at Ctrl-C or SIGTERM."""
+    return 143 if isinstance(end, SIGTERMException) else 130
 
 
 def shipped(folder=CONFIGS):
@@ -368,3 +386,7 @@ def main(arguments):
         )
     except MisconfigurationException as error:
         raise ValueError(error) from error
+    except RuntimeError as error:
+        if str(error).startswith("Early stopping conditioned on metric"):  # and lists those there are
+            raise ValueError(error) from error
+        raise

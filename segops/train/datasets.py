@@ -821,15 +821,27 @@ def _images_in(images, layout, masks=None):
     folder = images.folder
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: expected {layout}")
-    paths = list(folder.rglob("*") if images.deep else folder.iterdir())
-    others = [path for path in paths if masks is None or masks.id_of(path) is None]
-    beside = " beside masks" if len(others) < len(paths) else ""
+    found = sorted(folder.rglob("*") if images.deep else folder.iterdir())
+    others = [path for path in found if masks is None or masks.id_of(path) is None]
+    beside = " beside masks" if len(others) < len(found) else ""
     paths = _images_among(others, folder, f"{beside}: expected {layout}")
     named = [(name, path) for path in paths if (name := images.id_of(path)) is not None]
+    for path in () if images.deep else found:
+        of_masks = masks is not None and path in (masks.folder, *masks.folder.parents)
+        if path.is_dir() and not path.name.startswith(".") and not of_masks and _holds_images(path):
+            note = f"not read in {folder}: the images in folders below it, as {path.name}: a pattern with **/ takes them"
+            warnings.warn(printable(note), stacklevel=2)
+            break
     if not named:
         raise FileNotFoundError(f"{folder} holds {len(paths)} images, none of which is {images}")
     _check_unique([name for name, _ in named], f"{folder}, by names without suffix,")
     return dict(named)
+
+
+def _holds_images(folder):
+    with contextlib.suppress(OSError):
+        return any(_has_suffix(path.name) and path.is_file() for path in folder.iterdir())
+    return False
 
 
 def _pair(images, masks, layout, listed=None, source=None):

@@ -24,7 +24,7 @@ from segops.models.checkpoints import check_state_dict
 from segops.models.pretrained import create_timm
 
 from .data import UNSCORED, mixed_seed, run_seed
-from .files import read_checkpoint
+from .files import first_line, read_checkpoint
 from .inference import Predictor, is_model, is_plain
 from .losses import MEDIAN_FREQUENCY, SegmentationLoss, mean_over_ranks
 from .metrics import SegmentationMetrics
@@ -76,7 +76,7 @@ class Recipe(LightningModule):
             raise ValueError(
                 f"unlabelled must be None: {type(self).__name__} takes no images without masks; got {data.unlabelled!r}"
             )
-        description = data.description()
+        description = data.description() if hasattr(data, "description") else {}
         if {"palette", "image_classes"} & description.keys() != self.reads:
             raise ValueError(f"{type(self).__name__} needs {DATA[self.reads]}; got {type(data).__name__}")
         if self.model is None:
@@ -175,7 +175,10 @@ class Recipe(LightningModule):
 
     def finish(self, split):
         """Logs the figures of a split: the same on every rank, each from the sums of all."""
+        training = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
         for name, value in self.figures().items():
+            if training and "loss" in name and not torch.isfinite(value):  # after an epoch's last step
+                raise FloatingPointError(f"{split}/{name} is {value.item()}: try a smaller learning rate")
             self.log(f"{split}/{name}", value.float(), prog_bar=name == "iou_macro")
 
     def on_save_checkpoint(self, checkpoint):
@@ -330,8 +333,7 @@ class Segmentation(Recipe):
     def evaluate(self, batch):
         images, masks = batch
         if self.predictor_options:
-            predictor = Predictor(self.model, self.entry["normalize"], **self.predictor_options)
-            predicted = torch.stack([predictor(image) for image in images]).to(masks.device)
+            predicted = self.predicted(images).to(masks.device)
         else:
             output = self.model(channels_last(images))
             self.val_loss.update(*self.criterion.total(output, masks, self.model.align_corners))
@@ -347,10 +349,18 @@ class Segmentation(Recipe):
     def predict_step(self, batch, batch_idx):
         """Class maps (N, H, W) of a batch of images, or of one of images and targets."""
         images = batch if isinstance(batch, torch.Tensor) else batch[0]
-        if images.dtype == torch.uint8:
-            predictor = Predictor(self.model, self.entry["normalize"], **self.predictor_options)
+        return self.predicted(images) if images.dtype == torch.uint8 else self.model.predict(channels_last(images))
+
+    def predicted(self, images):
+        """Class maps (N, H, W) of bytes, by `Predictor`."""
+        predictor = Predictor(self.model, self.entry["normalize"], **self.predictor_options)
+        try:
             return torch.stack([predictor(image) for image in images])
-        return self.model.predict(channels_last(images))
+        except RuntimeError as error:  # as of no memory, or of a scale that leaves no image
+            size = "x".join(map(str, images.shape[2:]))
+            raise ValueError(
+                f"images of {size} cannot be predicted with {self.predictor_options}: {first_line(error)}"
+            ) from error
 
     def figures(self):
         self.per_class = {name: values.tolist() for name, values in self.metrics.per_class().items()}

@@ -105,10 +105,24 @@ def best_checkpoint(folder):
     return Path(folder, "checkpoints", "best.ckpt")
 
 
-def best(folder, monitor):
+class Best(ModelCheckpoint):
     """Keeps checkpoints/best.ckpt: of the epoch with the largest `monitor`."""
-    path = best_checkpoint(folder)
-    return ModelCheckpoint(path.parent, path.stem, monitor, mode="max", enable_version_counter=False)
+
+    def __init__(self, folder, monitor):
+        self.path = best_checkpoint(folder)
+        super().__init__(self.path.parent, self.path.stem, monitor, mode="max", enable_version_counter=False)
+
+    @property
+    def state_key(self):
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    def load_state_dict(self, state):
+        """The score of the file that is in this folder, wherever the run was before: Lightning would
+        forget it with the folder's name. Without the file there is no best yet."""
+        score, own = state.get("best_model_score") if isinstance(state, dict) else None, str(Path(self.dirpath, self.path.name))
+        if isinstance(score, torch.Tensor) and self.path.is_file():
+            paths = {"dirpath": self.dirpath, "best_model_path": own, "kth_best_model_path": own}
+            super().load_state_dict(paths | {"best_model_score": score, "kth_value": score, "best_k_models": {own: score}})
 
 
 class Results(Callback):

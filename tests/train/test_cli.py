@@ -102,9 +102,15 @@ def contents(folder):
         (["--data.dataset=foo"], "--data.dataset: needs 'camvid', 'cityscapes', 'folder', 'synthetic', 'voc'; got foo"),
         (["--data.options={trian: 3}"], "options of dataset 'synthetic' are train, val, size; got 'trian'"),
         (["--data.augment.crop=[0, 3]"], "crop must be two positive .*"),
-        (["--trainer.max_epochs=0"], "trainer.max_epochs must be above 0, as there is nothing to train; got 0"),
-        (["--trainer.max_steps=0"], "trainer.max_steps must be above 0, as there is nothing to train; got 0"),
+        (["--trainer.max_epochs=0"], "trainer.max_epochs must be above 0, or nothing is trained; got 0"),
+        (["--trainer.max_steps=0"], "trainer.max_steps must be above 0, or nothing is trained; got 0"),
         (["--trainer.limit_train_batches=0"], "trainer.limit_train_batches must be above 0, .*; got 0"),
+        (
+            ["--trainer.check_val_every_n_epoch=0"],
+            "trainer.check_val_every_n_epoch must be above 0, or nothing is validated; got 0",
+        ),
+        (["--trainer.val_check_interval=0"], "trainer.val_check_interval must be above 0, or nothing is validated; got 0"),
+        (["--trainer.max_time=00:00:00:00"], "nothing was trained: trainer.max_time allows no step"),
         (["--checkpoint_every=0"], "--checkpoint_every must be at least 1; got 0"),
         (["--seed_everything=-3"], "--seed_everything must be at least 0, at most 4294967295; got -3"),
         (["--window", "0", "8"], "window must be positive.*"),
@@ -120,7 +126,7 @@ def contents(folder):
 )
 def test_mistakes(fails, tmp_path, arguments, line):
     assert re.fullmatch(line, fails(*tiny(tmp_path), *arguments))
-    assert not (tmp_path / "config.yaml").exists()
+    assert not (tmp_path / "checkpoints/last.ckpt").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

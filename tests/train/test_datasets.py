@@ -368,6 +368,10 @@ def test_what_is_not_read_is_said(folder):
         with pytest.warns(UserWarning, match=said) as record:
             assert open_it().ids == ["a", "b"]
         assert len(record) == 1
+    write_image(images / "below/c.png")
+    with pytest.warns(UserWarning, match=r"images: the images in folders below it, as below: a pattern with \*\*/ takes them$"):
+        assert Folder(folder).ids == ["a", "b"]
+    (images / "below/c.png").unlink()
     for path in (images / "b.svg", images / "c.npy"):
         path.unlink()
     with warnings.catch_warnings():

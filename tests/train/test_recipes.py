@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from PIL import Image
 from segops.models import Output, create_model
 from segops.models.layers import BatchNorm2d
@@ -923,6 +923,22 @@ def test_nothing_scored(trainer):
         with pytest.raises(ValueError, match="nothing was scored: every pixel of the masks that were looked at is void"):
             validate(recipe, datamodule=data)
     assert recipe.trainer.global_step == 2  # it had begun
+
+
+def test_weights_that_are_no_numbers_after_the_last_step(trainer):
+    class Diverge(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if batch_idx == 1:
+                for parameter in module.parameters():
+                    parameter.data.fill_(torch.nan)
+
+    with pytest.raises(FloatingPointError, match="val/loss is nan: try a smaller learning rate"):
+        trainer(callbacks=[Diverge()]).fit(Supervised(**PACNET), datamodule=scenes())
+
+
+def test_data_of_others(trainer):
+    with pytest.raises(ValueError, match="Supervised needs images with masks, as SegmentationData; got LightningDataModule"):
+        trainer().fit(Supervised(**PACNET), datamodule=LightningDataModule())
 
 
 def test_class_weights_of_a_checkpoint(trainer, tmp_path):

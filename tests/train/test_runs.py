@@ -351,6 +351,26 @@ def test_evaluation_of_a_checkpoint(undisturbed, subcommand, capsys):
     assert f"{figures['val/iou_macro']:.4f}" in printed and "macro: mean over the classes that occur" in printed
 
 
+def best_of(folder):
+    state = next(state for name, state in load(folder)["callbacks"].items() if name.startswith("ModelCheckpoint"))
+    return state["best_model_score"].item(), load(folder, "best")["epoch"]
+
+
+def test_a_moved_run_keeps_its_best(tmp_path):
+    """Also where the next epochs are worse; and where best.ckpt is gone, there is none yet."""
+    fit(tmp_path / "a", *UNET, "--trainer.max_epochs=2")
+    checkpoint = load(tmp_path / "a")
+    for state in (state for name, state in checkpoint["callbacks"].items() if name.startswith("ModelCheckpoint")):
+        state |= {key: torch.tensor(2.0) for key in ("best_model_score", "kth_value")}  # not to be surpassed
+    torch.save(checkpoint, tmp_path / "a/checkpoints/last.ckpt")
+    (tmp_path / "a").rename(tmp_path / "b")
+    fit(tmp_path / "b", *UNET, "--trainer.max_epochs=3", "--ckpt_path=last")
+    assert load(tmp_path / "b")["epoch"] == 2 and best_of(tmp_path / "b")[0] == 2 and best_of(tmp_path / "b")[1] < 2
+    (tmp_path / "b/checkpoints/best.ckpt").unlink()
+    fit(tmp_path / "b", *UNET, "--trainer.max_epochs=4", "--ckpt_path=last")
+    assert best_of(tmp_path / "b")[0] < 1 and best_of(tmp_path / "b")[1] == 3
+
+
 def test_weights_to_begin_with_are_not_needed_again(tmp_path):
     """Not to resume, nor to evaluate."""
     first = tmp_path / "first.pt"
