@@ -16,7 +16,7 @@ from torch import nn
 
 from .backbones import Backbone
 from .deeplab import deeplabv3
-from .model import Model, misfit, printable
+from .model import Model, misfit, shown
 from .segmenter import Segmenter, auxiliary_head, encoder_levels, fcn_head
 
 SHOWN = 5  # mismatches that an error lists
@@ -88,8 +88,10 @@ def read_file(path, argument, map_location="cpu"):
         # timm's own checkpoints hold their arguments as a Namespace, which runs nothing.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location, weights_only=True)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # the parsers raise anything; what PyTorch says advises to trust the file
-        raise ValueError(f"{argument} {path} cannot be read as a checkpoint: {_reason(head, error)}") from None
+        raise ValueError(f"{argument} {path} cannot be read as a checkpoint: {_reason(head, error)}") from error
 
 
 class _Refused(Exception):
@@ -118,6 +120,8 @@ def _reason(head, error):
     wanted = re.search(r"GLOBAL ([\w.]{1,100})", str(error))
     if wanted:
         return f"it wants Python's {wanted[1]}, which could run code; only tensors and plain values are read"
+    if "deserialize object on" in str(error):  # map_location names a device that is not there
+        return str(error).splitlines()[0]
     for sign, start, kind in SIGNS:
         if head.startswith(sign, start):
             return f"it is {kind}"
@@ -149,7 +153,7 @@ def check_state_dict(model, state_dict, source, names=lambda key: key):
     mismatches = [(key, "is missing") for key in own if key not in state_dict]
     mismatches += [(key, "is unknown") for key in state_dict if key not in own]
     mismatches += [(key, misfit(value, state_dict[key])) for key, value in own.items() if key in state_dict]
-    mismatches = [f"{printable(str(names(key)))} {reason}" for key, reason in mismatches if reason]
+    mismatches = [f"{shown(str(names(key)))} {reason}" for key, reason in mismatches if reason]
     if mismatches:
         more = f"; and {len(mismatches) - SHOWN} more" if len(mismatches) > SHOWN else ""
         raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(mismatches[:SHOWN])}{more}")

@@ -172,6 +172,6 @@ def misfit(own, value):
     return None
 
 
-def printable(key):
+def shown(key):
     """The name of a weight as an error may show it, whoever gave it."""
     return key if key.isprintable() and len(key) < 200 else ascii(key[:200])

@@ -13,7 +13,7 @@ import timm
 import torch
 from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError, get_session
 
-from .model import misfit, printable
+from .model import misfit, shown
 
 
 def check_timm(name):
@@ -170,4 +170,4 @@ def check_classifier(name, state_dict, source):
         else:
             reason = "is missing" if key in own else "is unknown"
         if reason:
-            raise ValueError(f"pretrained must be weights of timm's {name}; in {source} {printable(key)} {reason}")
+            raise ValueError(f"pretrained must be weights of timm's {name}; in {source} {shown(key)} {reason}")

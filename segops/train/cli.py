@@ -66,8 +66,8 @@ class SaveConfig(SaveConfigCallback):
         self.text = self.parser.dump(config, skip_none=False)
 
     def on_fit_start(self, trainer, pl_module):
-        if trainer.is_global_zero and self.path.is_file():
-            before, now = (flat(yaml.safe_load(content)) for content in (self.path.read_text(), self.text))
+        if trainer.is_global_zero and pl_module.resumes and self.path.is_file():
+            before, now = flat(read_yaml(self.path)), flat(yaml.safe_load(self.text))
             for key in sorted(before.keys() | now.keys()):
                 if before.get(key) != now.get(key):
                     print(f"resumed with another {key}: {now.get(key)!r}, before {before.get(key)!r}")
@@ -145,7 +145,9 @@ class CLI(LightningCLI):
             default=None,
             help="steps after which last.ckpt is written, besides every epoch",
         )
-        parser.add_argument("--window", nargs=2, type=int, metavar=("H", "W"), help="validate and test in sliding windows")
+        parser.add_argument(
+            "--window", nargs=2, type=int, metavar=("H", "W"), help="score class maps from sliding windows; no val/loss then"
+        )
         parser.add_argument("--overlap", type=float | None, default=None, help="of windows, in [0, 1); default 0.5")
         parser.add_argument("--scales", nargs="+", type=float, help="average over these; default 1.0")
         parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
@@ -164,7 +166,7 @@ class CLI(LightningCLI):
         settings = self.config[self.config["subcommand"]]
         folder = str(settings["trainer.default_root_dir"])
         if "://" in folder or (Path(folder).exists() and not Path(folder).is_dir()):
-            raise ValueError(f"--trainer.default_root_dir must be a folder of this machine; got {folder}")
+            raise ValueError(f"--trainer.default_root_dir must be a local folder; got {folder}")
         for name, least, most in (("seed_everything", 0, 2**32 - 1), ("checkpoint_every", 1, None)):
             value = settings[name]
             if value is not None and (value < least or (most is not None and value > most)):
@@ -266,7 +268,7 @@ class CLI(LightningCLI):
         except (ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
             if not self.model.resumes:
                 raise
-            raise ValueError(f"{checkpoint} cannot be gone on from: {type(error).__name__}: {first_line(error)}") from error
+            raise ValueError(f"{checkpoint} cannot be resumed from: {type(error).__name__}: {first_line(error)}") from error
 
     def checkpoint(self):
         """The file that --ckpt_path means, or None."""
@@ -312,7 +314,9 @@ class CLI(LightningCLI):
 
 def status(end):
     """The exit status that shells expect where Lightning ends at Ctrl-C or SIGTERM."""
-    return 143 if isinstance(end, SIGTERMException) else 130
+    if isinstance(end, SIGTERMException):
+        return 143
+    return 130 if end.code in (1, None) else end.code  # another is a callback's own
 
 
 def shipped(folder=CONFIGS):

@@ -339,7 +339,8 @@ class SegmentationData(Data):
             counts = {part: count_values(dataset, reading) for part, dataset in opened.items()}
         if self.dataset == "folder" and colours is None:
             part, dataset = next(iter(opened.items()))
-            check_values(dataset, counts[part], PART_NAMES[part])
+            if part == "train" or dataset.num_classes == 2:
+                check_values(dataset, counts[part], PART_NAMES[part])
         for part, dataset in opened.items():
             rows = getattr(self.sets[part], "indices", range(len(dataset)))
             which = f"labelled {PART_NAMES[part]}" if len(rows) < len(dataset) else PART_NAMES[part]
@@ -590,7 +591,7 @@ class ClassificationData(Data):
                 f"all {len(targets)} training images are of class {self.classes[targets[0]]!r}: there is nothing to learn"
             )
         else:
-            warn_of_absent(self.classes, targets, "training table")
+            warn_of_absent(self.classes, set(targets), "training table")
 
     def train_dataloader(self, steps=None, number=0):
         train = self.opened("train")

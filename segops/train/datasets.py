@@ -4,7 +4,6 @@ import contextlib
 import math
 import os
 import re
-import warnings
 from csv import DictReader
 from csv import Error as CsvError
 from io import StringIO
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import ExifTags, Image, ImageColor, ImageOps, ImageSequence
 from torchvision.io import ImageReadMode, decode_image
 
@@ -186,7 +186,7 @@ class ImagesWithMasks(torch.utils.data.Dataset):
         path, values = self.masks[index], self.values(index)
         (height, width), (rows, columns) = image.shape[1:], values.shape
         if (rows, columns) != (height, width):
-            sideways = (columns, rows) == (height, width) and _orientation(self.images[index]) > 4
+            sideways = (columns, rows) == (height, width) and _turned(self.images[index])
             why = ", turned upright as its EXIF orientation says: so must the mask lie" if sideways else ""
             raise ValueError(f"{path} is {columns}x{rows} pixels, its image {self.images[index]} {width}x{height}{why}")
         mask = self._table.take(values)
@@ -304,7 +304,8 @@ class Folder(ImagesWithMasks):
         images = _pattern("images", root, images, split, listed)
         masks = _pattern("masks", root, masks if "*" in masks else f"{masks}/*{mask_suffix}", split, listed)
         masks = masks._replace(deep=images.deep)
-        layout = f"{'' if source is None or listed else f'{source}, or '}{images}{'' if images.exact else '.jpg (or another suffix)'} with {masks}"
+        either = "" if source is None or listed else f"{source}, or "
+        layout = f"{either}{images}{'' if images.exact else '.jpg (or another suffix)'} with {masks}"
         files = _pair(images, masks, layout, listed, source)
         super().__init__(*files, classes or _numbers(num_classes), colours, table, scale, mask_colors)
 
@@ -642,11 +643,11 @@ def _frames(image):
     return pages
 
 
-def _orientation(path):
-    """EXIF's: 1 is upright, 5 to 8 swap the sides."""
+def _turned(path):
+    """Whether EXIF's orientation swaps the sides."""
     with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    return 1
+        return image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+    return False
 
 
 def _read_mask(path, colours=None):
@@ -724,7 +725,7 @@ def is_prediction(path):
     return False
 
 
-def images_below(folder, tell=warnings.warn):
+def images_below(folder, tell=rank_zero_warn):
     """The images in a folder and in those below it, sorted.
 
     Hidden files and folders, and lists (.txt), are passed over. tell(text) is called for other
@@ -737,7 +738,7 @@ def images_below(folder, tell=warnings.warn):
     return _images_among(folder.rglob("*"), folder, ", nor do folders below it", tell)
 
 
-def _images_among(paths, folder, hint, tell=warnings.warn):
+def _images_among(paths, folder, hint, tell=rank_zero_warn):
     images, others, predictions, suffixes = [], [], [], ", ".join(IMAGE_SUFFIXES)
     for path in sorted(paths):
         # "._ID.jpg" is what macOS leaves in archives
@@ -830,7 +831,7 @@ def _images_in(images, layout, masks=None):
         of_masks = masks is not None and path in (masks.folder, *masks.folder.parents)
         if path.is_dir() and not path.name.startswith(".") and not of_masks and _holds_images(path):
             note = f"not read in {folder}: the images in folders below it, as {path.name}: a pattern with **/ takes them"
-            warnings.warn(printable(note), stacklevel=2)
+            rank_zero_warn(printable(note))
             break
     if not named:
         raise FileNotFoundError(f"{folder} holds {len(paths)} images, none of which is {images}")

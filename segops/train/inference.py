@@ -79,12 +79,12 @@ def load_network(checkpoint_path, device="cpu"):
 
 
 def is_model(value, _=None):
-    """Whether it is what an entry says of a network."""
+    """Whether it is what a checkpoint says of its network."""
     return (
         type(value) is dict
         and type(value.get("name")) is str
         and type(value.get("num_classes")) is int
-        and 1 <= value["num_classes"] <= VOID
+        and value["num_classes"] >= 1
         and type(value.get("options")) is dict
     )
 
@@ -106,7 +106,10 @@ def _is_size(value, _):
 
 # What a "segops" entry must hold, and how that is told of a value and the number of classes.
 ENTRY = {
-    "model": ("a name, num_classes from 1 to 255 and a dict of options", is_model),
+    "model": (
+        "a name, num_classes from 1 to 255 and a dict of options",
+        lambda value, _: is_model(value) and value["num_classes"] <= VOID,
+    ),
     "classes": (
         "as many names as the model has classes",
         lambda value, num_classes: (
@@ -118,7 +121,7 @@ ENTRY = {
     "resize": (f"[height, width], each below {2**15}, or None", _is_size),
     "scale": (
         "'dtype', 'file' or a positive number",
-        lambda value, _: value in ("dtype", "file") or (type(value) in (int, float) and 0 < value < 2**32),
+        lambda value, _: value in ("dtype", "file") or (type(value) in (int, float) and 0 < value < 2**64),
     ),
 }
 

@@ -1,5 +1,6 @@
 """`segops predict`: class maps, overlays and loss images of image files, from a checkpoint of `segops fit`."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -85,6 +86,8 @@ def _run(options):
         for kind in kinds:
             (out / kind).mkdir(parents=True, exist_ok=True)
     except (ImportError, OSError, TypeError, ValueError) as error:
+        if os.environ.get("SEGOPS_TRACEBACK") == "1":
+            raise
         raise SystemExit(f"segops predict: {printable(str(error))}") from error
 
     written, failures = dict.fromkeys(kinds, 0), []

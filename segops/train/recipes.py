@@ -40,6 +40,10 @@ DATA = {
 }
 
 
+# Options that name weights in other files, ours and timm's.
+ELSEWHERE = ("pretrained", "checkpoint", "checkpoint_path", "pretrained_cfg", "cache_dir")
+
+
 class Recipe(LightningModule):
     """What the recipes share. The network, `model`, is made for the classes of the data when training
     or evaluation begins, or for those of the checkpoint by `load_from_checkpoint`.
@@ -83,8 +87,12 @@ class Recipe(LightningModule):
             self.entry = {"model": {"num_classes": data.num_classes}} | description
             self.make(self.entry)
             self.entry["model"] |= {"name": self.name, "options": self.options}
+            if not is_plain(self.entry, 2**20):  # or its checkpoints could not be read
+                raise ValueError("classes and model.options must be plain values, and text without control characters")
         else:
             self.check_data(self.entry, data, "the recipe's network")
+            if stage == "fit":
+                self.entry |= description
         self.begin(data)
 
     def check_data(self, entry, data, whose):
@@ -110,7 +118,7 @@ class Recipe(LightningModule):
         """Options of a network; without weights to begin with where a checkpoint is about to bring all of them."""
         if not self.resumes:
             return options
-        return {key: value for key, value in options.items() if key not in ("pretrained", "checkpoint")}
+        return {key: value for key, value in options.items() if key not in ELSEWHERE}
 
     def configure_optimizers(self):
         optimizer, schedule = self.optimizer.build(self.model, self.iterations())
@@ -146,8 +154,8 @@ class Recipe(LightningModule):
         self.log(f"train/{name}", loss, prog_bar=name == "loss", sync_dist=True)
         self.latest[name] = loss.detach()
         step = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        # A GPU would wait at every step for the answer. What is no number once remains so.
-        if loss.device.type == "cpu" or step % self.trainer.log_every_n_steps == 0:
+        # A GPU would wait at every step for the answer. A loss that is NaN once stays NaN.
+        if loss.device.type == "cpu" or step % (self.trainer.log_every_n_steps or 50) == 0:
             self.check_finite(step)
 
     def check_finite(self, step):
@@ -190,7 +198,7 @@ class Recipe(LightningModule):
         }
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path, map_location="cpu", strict=True, weights_only=True, **settings):
+    def load_from_checkpoint(cls, checkpoint_path, map_location="cpu", strict=True, weights_only=True, **arguments):
         """The recipe of a checkpoint of `segops fit`, with its network.
 
         Nothing in the file is run, and no module imported: Lightning's own would import what
@@ -200,20 +208,20 @@ class Recipe(LightningModule):
             checkpoint_path: the file.
             map_location: of the weights and the recipe, as for `torch.load`, default "cpu".
             strict, weights_only: Lightning's; must be True.
-            settings: arguments of the recipe, in place of those in the file.
+            arguments: of the recipe, in place of those in the file.
 
         Raises:
             FileNotFoundError: there is no such file. ValueError: it cannot be read, or is no
                 checkpoint of `segops fit`. TypeError: a setting that the recipe does not have.
         """
-        if not (strict and weights_only):
+        if strict is False or weights_only is False:
             raise ValueError(f"strict and weights_only must be True; got {strict!r} and {weights_only!r}")
         saved = read_checkpoint(checkpoint_path, map_location)
         own = saved.get("hyper_parameters") if isinstance(saved, dict) else None
         if not isinstance(own, dict):
             raise ValueError(f"{checkpoint_path} is no checkpoint of segops fit: it needs the entry 'hyper_parameters'")
         known = inspect.signature(cls).parameters
-        recipe = cls(**{name: value for name, value in own.items() if name in known} | settings)
+        recipe = cls(**{name: value for name, value in own.items() if name in known} | arguments)
         recipe.on_load_checkpoint(saved)
         recipe.load_state_dict(saved["state_dict"])
         return recipe.to(next(iter(saved["state_dict"].values())).device)
@@ -243,10 +251,10 @@ class Recipe(LightningModule):
 
     def check_optimizers(self, saved, file):
         """Refuses other settings than the saved ones, which would not come into force: the state of
-        optimizers and schedules is the checkpoint's."""
+        optimizers is the checkpoint's. Schedules are the new ones."""
         for before, now in zip(saved, map(asdict, self.optimizer_settings()), strict=False):
-            for key in before.keys() & now.keys():
-                if before[key] != now[key]:
+            for key in RESTORED:
+                if key in before and before[key] != now[key]:
                     raise ValueError(
                         f"a resumed run keeps its optimizer: {key} is {now[key]!r}, in {file} {before[key]!r}; "
                         "for others begin a run with model.options.checkpoint"
@@ -260,7 +268,7 @@ class Recipe(LightningModule):
 def check_entry(entry, file):
     """Refuses what a "segops" entry says beside the network where it is not as `on_save_checkpoint`
     writes it."""
-    if not is_plain(entry):
+    if not is_plain(entry, 2**20):
         raise ValueError(
             f"{file} is no checkpoint of segops fit: its entry 'segops' must hold plain values and printable text alone"
         )
@@ -273,6 +281,13 @@ def check_entry(entry, file):
         )
     if type(optimizers) is not list or not all(type(optimizer) is dict for optimizer in optimizers):
         raise ValueError(f"{file} is no checkpoint of segops fit: optimizers must be a list of their settings")
+
+
+# Settings of an `Optimizer` that its state has.
+RESTORED = (
+    *("name", "lr", "momentum", "nesterov", "betas"),
+    *("weight_decay", "head_lr", "bias_lr", "bias_weight_decay"),
+)
 
 
 def settings(optimizer):
@@ -347,9 +362,13 @@ class Segmentation(Recipe):
         self.evaluate(batch)
 
     def predict_step(self, batch, batch_idx):
-        """Class maps (N, H, W) of a batch of images, or of one of images and targets."""
+        """Class maps (N, H, W) int64 of a batch of images, or of one of images and targets."""
         images = batch if isinstance(batch, torch.Tensor) else batch[0]
-        return self.predicted(images) if images.dtype == torch.uint8 else self.model.predict(channels_last(images))
+        return (
+            self.predicted(images).long().to(self.device)
+            if images.dtype == torch.uint8
+            else self.model.predict(channels_last(images))
+        )
 
     def predicted(self, images):
         """Class maps (N, H, W) of bytes, by `Predictor`."""

@@ -73,7 +73,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         return saved
 
     def remove_checkpoint(self, path):
-        # A resumed run's callbacks have their paths from the checkpoint: Lightning would delete any folder, by "..".
+        # A resumed run's callbacks may take paths from the checkpoint, where ".." leads anywhere.
         if Path(path).is_file() and ".." not in Path(path).parts:
             super().remove_checkpoint(path)
 
@@ -136,7 +136,7 @@ class Results(Callback):
 
     def load_state_dict(self, state):
         history, seconds = (state.get(key) for key in ("history", "seconds")) if isinstance(state, dict) else (None, None)
-        known = type(history) is list and all(type(epoch) is dict for epoch in history) and is_plain(history, 2**24)
+        known = type(history) is list and all(type(epoch) is dict for epoch in history) and is_plain(history, 2**22)
         if not known or type(seconds) not in (int, float):
             raise ValueError("a resumed run's checkpoint must hold its results as segops fit writes them: epochs and seconds")
         self.history, self.seconds = history, seconds

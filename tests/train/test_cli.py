@@ -116,7 +116,7 @@ def contents(folder):
         (["--window", "0", "8"], "window must be positive.*"),
         (["--overlap=2"], r"overlap must be in \[0, 1\); got 2.0"),
         (["--scales", "a"], "--scales: needs float; got a"),
-        (["--trainer.default_root_dir=s3://b"], "--trainer.default_root_dir must be a folder of this machine; got s3://b"),
+        (["--trainer.default_root_dir=s3://b"], "--trainer.default_root_dir must be a local folder; got s3://b"),
         (["--nonsense=3"], "unrecognized arguments: --nonsense=3"),
         (["--optimizer=SGD"], "unrecognized arguments: --optimizer=SGD"),
         (["--ckpt_path=last"], "--ckpt_path last: there is no file .*last.ckpt"),
@@ -244,6 +244,13 @@ def test_a_resume_that_fails_changes_nothing(fails, tmp_path, arguments, line):
         arguments = ["--data.dataset=folder", f"--data.root={data}", "--data.options={num_classes: 3}"]
     assert re.fullmatch(line, fails(*tiny(run), "--trainer.max_epochs=2", "--ckpt_path=last", *arguments))
     assert contents(run) == before
+
+
+def test_a_resume_with_another_schedule(command, tmp_path):
+    """Which comes into force, as the optimizer's own settings do not."""
+    cli.main(tiny(tmp_path))
+    status, printed = command(*tiny(tmp_path), "--trainer.max_epochs=2", "--model.optimizer.power=2", "--ckpt_path=last")
+    assert status == 0 and "resumed with another model.init_args.optimizer.power: 2.0, before 0.9" in printed.out
 
 
 def test_a_resume_writes_its_configuration(command, tmp_path):

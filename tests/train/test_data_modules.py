@@ -708,11 +708,13 @@ EMPTY, WHITE, ONE, VOIDS = [[0, 0, 0]], [[0, 255, 0]], [[0, 1, 1]], [[255, 255, 
 
 @pytest.mark.parametrize("num_classes", [2, 5])
 def test_masks_of_0_and_255(tmp_path, num_classes):
-    """They would train on nothing, however many empty ones come first."""
+    """They would train on nothing, however many empty ones come first. What is scored alone may, of
+    several classes, hold one and void."""
     options = {"num_classes": num_classes}
     data = folder(tmp_path, [EMPTY] * 9 + [WHITE], options=options, test_split="val")
     message = r"all 10 {} masks, as .*{}\.png, hold 0 and 255 alone, and 255 is void: data\.options\.values=\{{255: 1\}} makes"
-    for stage, which, first in (("fit", "training", 0), ("validate", "validation", 10), ("test", "test", 10)):
+    stages = [("fit", "training", 0), ("validate", "validation", 10), ("test", "test", 10)]
+    for stage, which, first in stages if num_classes == 2 else stages[:1]:
         with pytest.raises(ValueError, match=message.format(which, first)):
             trained(data, stage=stage)
     data = trained(SegmentationData("folder", str(tmp_path), options | {"values": {255: 1}}))

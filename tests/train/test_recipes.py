@@ -862,7 +862,7 @@ def test_predictions_of_a_data_module(trainer):
     recipe.predictor_options = {"scales": (0.5, 1.0), "flip": True}  # then it is given bytes
     predicted = torch.cat(trainer().predict(recipe, datamodule=data))
     predictor = Predictor(recipe.model.eval(), **recipe.predictor_options)
-    assert torch.equal(predicted, torch.stack([predictor(image) for image, _ in data.sets["predict"]]))
+    assert torch.equal(predicted, torch.stack([predictor(image).long() for image, _ in data.sets["predict"]]))
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
@@ -934,6 +934,34 @@ def test_weights_that_are_no_numbers_after_the_last_step(trainer):
 
     with pytest.raises(FloatingPointError, match="val/loss is nan: try a smaller learning rate"):
         trainer(callbacks=[Diverge()]).fit(Supervised(**PACNET), datamodule=scenes())
+
+
+def test_classifiers_of_many_classes(trainer, table, tmp_path):
+    """More than masks can have."""
+    (tmp_path / "trainLabels.csv").write_text("image,level\n" + "".join(f"{index},{30 * index}\n" for index in range(12)))
+    recipe, data, run = Classification("resnettiny"), images(table), trainer()
+    run.fit(recipe, datamodule=data)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = Classification.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert loaded(torch.randn(2, 3, 32, 32)).shape == (2, 331)
+
+
+def test_a_loaded_recipe_that_trains_on_other_data(trainer, tmp_path):
+    """Its checkpoints say how these images were read."""
+    recipe, run = Supervised(**PACNET), trainer()
+    trainer().fit(recipe, datamodule=scenes(normalize="none", resize=(24, 24)))
+    with pytest.warns(UserWarning, match="was trained with normalize 'none'; the data has 'imagenet'"):
+        run.fit(recipe, datamodule=scenes(resize=(40, 40)))
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    _, info = load_network(tmp_path / "last.ckpt")
+    assert (info["normalize"], info["resize"]) == ("imagenet", [40, 40])
+
+
+def test_names_that_no_checkpoint_may_hold(trainer):
+    data = scenes()
+    data.description = lambda: SegmentationData.description(data) | {"classes": ["a\tb", *"cdefgh"]}
+    with pytest.raises(ValueError, match=r"classes and model\.options must be plain values, and text without control"):
+        trainer().fit(Supervised(**PACNET), datamodule=data)
 
 
 def test_data_of_others(trainer):
