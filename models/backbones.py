@@ -35,7 +35,8 @@ class Backbone(nn.Module):
 
     Raises:
         ValueError: timm does not know the name; the model has no features at this output stride (names those it has), too few maps, or takes
-            one size of images only; full_rate or multi_grid without a ResNet; timm has no weights of the model.
+            one size of images only; full_rate or multi_grid without a ResNet; timm has no weights
+            of the model.
         OSError: timm's weights are not in the cache and cannot be fetched.
     """
 

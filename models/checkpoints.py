@@ -65,10 +65,12 @@ def named(state_dict):
 
 
 def read_file(path, argument, map_location="cpu"):
-    """What is in a file of torch.save or safetensors: tensors and plain values. Nothing of it is run, whoever wrote it.
+    """What is in a file of torch.save or safetensors: tensors and plain values. Nothing of it is
+    run, whoever wrote it.
 
     Raises:
-        FileNotFoundError: there is no such file. TypeError: no path. ValueError: it cannot be read so; says what it is, as far as that can be told.
+        FileNotFoundError: there is no such file. TypeError: no path. ValueError: it cannot be read
+            so; says what it is, as far as that can be told.
         They name `argument` and the file.
     """
     if not isinstance(path, str | os.PathLike):
@@ -148,7 +150,8 @@ def load_state_dict(model, state_dict, source, names=lambda key: key):
 
 
 def check_state_dict(model, state_dict, source, names=lambda key: key):
-    """Refuses weights that are not the model's, which may be on the meta device: in names, shapes, dtypes, or not finite."""
+    """Refuses weights that are not the model's, which may be on the meta device: of other names,
+    shapes or dtypes, or not finite."""
     own = model.state_dict()
     mismatches = [(key, "is missing") for key in own if key not in state_dict]
     mismatches += [(key, "is unknown") for key in state_dict if key not in own]

@@ -29,7 +29,8 @@ def check_timm(name):
 
 
 def create_timm(name, pretrained=False, **arguments):
-    """timm.create_model, whose weights are those of the cache, network or not, else fetched; where they cannot be, an error says so at once.
+    """timm.create_model, whose weights are those of the cache, network or not, else fetched; where
+    they cannot be, an error says so at once.
 
     Args:
         name: of a timm model.
@@ -83,7 +84,8 @@ def _weights_of(name):
 
 
 def _hub(repository):
-    """Of a repository on the hub: the cached file of weights or None, a request that tells whether there is a network, and what fetches."""
+    """Of a repository on the hub: the cached file of weights or None, a request that tells whether
+    there is a network, and what fetches."""
     repository, _, revision = repository.partition("@")
     at = {"repo_id": repository, "revision": revision or None}
     names = ("model.safetensors", "pytorch_model.bin")
@@ -156,7 +158,8 @@ def _answered(ask):
 
 
 def check_classifier(name, state_dict, source):
-    """Refuses a state_dict that is not that of timm's classifier `name`, of whatever classes: timm would load what fits and be silent."""
+    """Refuses a state_dict that is not that of timm's classifier `name`, of whatever classes: timm
+    would load what fits and be silent."""
     with torch.device("meta"):
         model = timm.create_model(name)
     last = model.pretrained_cfg.get("classifier") or ()

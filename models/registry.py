@@ -139,7 +139,8 @@ def create_model(
             checkpoint that does not fit (lists the first mismatches), a file that cannot be read, pretrained=True for a backbone of which timm has no weights.
         TypeError: an option that the model does not have.
         FileNotFoundError: no such checkpoint.
-        OSError: timm's weights are not in the cache and cannot be fetched: says so within seconds, and what does without.
+        OSError: timm's weights are not in the cache and cannot be fetched: says so within seconds,
+            and what does without.
     """
     builder, fixed, _ = _entry(name)
     check_positive("num_classes", num_classes)

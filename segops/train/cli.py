@@ -56,8 +56,8 @@ class Without(logging.Filter):
 
 class SaveConfig(SaveConfigCallback):
     """Writes config.yaml, all that was asked for, into the run's folder, once training begins: the
-    checkpoint of a resumed run has been loaded by then. Of such a run it says first what is no longer
-    as it was."""
+    checkpoint of a resumed run has been loaded by then. Of such a run it says first what is no
+    longer as it was."""
 
     def setup(self, trainer, pl_module, stage):
         self.path = config_file(trainer.default_root_dir)
@@ -119,8 +119,8 @@ UNSPECIFIC = (
 
 
 class CLI(LightningCLI):
-    """Recipes and data modules by class_path, `segops.train.` may be left out; every run in a folder of
-    its own, trainer.default_root_dir."""
+    """Recipes and data modules by class_path, `segops.train.` may be left out; every run in a folder
+    of its own, trainer.default_root_dir."""
 
     @staticmethod
     def subcommands():

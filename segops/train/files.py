@@ -40,7 +40,8 @@ def read_checkpoint(path, map_location="cpu"):
     """What torch.save wrote: tensors and plain values. Nothing in the file is run.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: it cannot be read; says what it is. Both name it.
+        FileNotFoundError: there is no such file. ValueError: it cannot be read; says what it is.
+            Both name it.
     """
     return read_file(path, "checkpoint", map_location)
 

@@ -31,8 +31,9 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # a terminal obeys th
 def load_network(checkpoint_path, device="cpu"):
     """The network of a checkpoint of `segops fit`, with its weights and in eval mode, and what the checkpoint says of it.
 
-    The file may be a stranger's: nothing in it is run or fetched, no other file is read, and no more memory is taken than its size calls
-    for. (A YAML configuration, on the other hand, names classes to be imported: run only those that you trust.)
+    The file may be a stranger's: nothing in it is run or fetched, no other file is read, and no
+    more memory is taken than its size calls for. (A YAML configuration, on the other hand, names
+    classes to be imported: run only those that you trust.)
 
     Args:
         checkpoint_path: the file. Of its "state_dict" only "model.*" is read; its "segops" entry tells model, classes, palette,
@@ -44,8 +45,9 @@ def load_network(checkpoint_path, device="cpu"):
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, is no checkpoint of `segops fit`, has a "segops" entry that is not as `segops fit` writes it, names
-            a network that there is not, or has weights of another one (lists the first mismatches). Each names the file.
+        ValueError: it cannot be read, is no checkpoint of `segops fit`, has a "segops" entry that is
+            not as `segops fit` writes it, names a network that there is not, or has weights of
+            another one (lists the first mismatches). Each names the file.
     """
     path, saved = Path(checkpoint_path), read_checkpoint(checkpoint_path)
     saved = named(saved) if isinstance(saved, dict) else {}
@@ -147,7 +149,8 @@ def _check_entry(info, path):
 
 
 def is_plain(value, most=2**16):
-    """Whether it is made of at most so many dicts, lists, numbers and texts without control characters, also where it holds itself."""
+    """Whether it is made of at most so many dicts, lists, numbers and texts without control
+    characters, also where it holds itself."""
     stack, seen = [value], 0
     while stack:
         item = stack.pop()

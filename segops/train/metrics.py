@@ -123,7 +123,8 @@ def boundary_mask(labels, num_classes, radius=3):
 
     Raises:
         TypeError: labels is not an integer tensor.
-        ValueError: labels has another number of dimensions, or num_classes or radius is not a positive integer.
+        ValueError: labels has another number of dimensions, or num_classes or radius is not a
+            positive integer.
     """
     check_integer("num_classes", num_classes, 1)
     check_integer("radius", radius, 1)

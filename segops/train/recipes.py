@@ -45,8 +45,8 @@ ELSEWHERE = ("pretrained", "checkpoint", "checkpoint_path", "pretrained_cfg", "c
 
 
 class Recipe(LightningModule):
-    """What the recipes share. The network, `model`, is made for the classes of the data when training
-    or evaluation begins, or for those of the checkpoint by `load_from_checkpoint`.
+    """What the recipes share. The network, `model`, is made for the classes of the data when
+    training or evaluation begins, or for those of the checkpoint by `load_from_checkpoint`.
 
     Args:
         model: name of a model (`segops.models.list_models()`).
@@ -96,7 +96,7 @@ class Recipe(LightningModule):
         self.begin(data)
 
     def check_data(self, entry, data, whose):
-        """Refuses other classes than the network's, and warns of images that are read in another way."""
+        """Refuses other classes than the network's; warns of images that are read otherwise."""
         count = entry["model"]["num_classes"]
         if data.num_classes != count:
             raise ValueError(f"{whose} has {count} classes; the data has {data.num_classes}: {', '.join(data.classes)}")
@@ -115,7 +115,7 @@ class Recipe(LightningModule):
         return self.model(images)
 
     def network_options(self, options):
-        """Options of a network; without weights to begin with where a checkpoint is about to bring all of them."""
+        """Options of a network; without weights to begin with where a checkpoint brings all."""
         if not self.resumes:
             return options
         return {key: value for key, value in options.items() if key not in ELSEWHERE}

@@ -117,8 +117,8 @@ class Best(ModelCheckpoint):
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
 
     def load_state_dict(self, state):
-        """The score of the file that is in this folder, wherever the run was before: Lightning would
-        forget it with the folder's name. Without the file there is no best yet."""
+        """The score of the file that is in this folder, wherever the run was before: Lightning
+        would forget it with the folder's name. Without the file there is no best yet."""
         score, own = state.get("best_model_score") if isinstance(state, dict) else None, str(Path(self.dirpath, self.path.name))
         if isinstance(score, torch.Tensor) and self.path.is_file():
             paths = {"dirpath": self.dirpath, "best_model_path": own, "kth_best_model_path": own}
