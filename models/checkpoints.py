@@ -31,7 +31,7 @@ SIGNS = (
     (b"PK", 0, "a zip archive that is cut short, damaged or of another program"),
 )
 # What torch.load calls with weights_only, and what then makes gigabytes of a few bytes.
-BOMBS = (b"c_codecs\nencode\n", b"cbuiltins\nbytearray\n", b"c__builtin__\nbytearray\n")
+BOMBS = re.compile(rb"c_codecs\nencode\n|c(?:builtins|__builtin__)\nbytearray\n")
 
 
 def load_checkpoint(model, path):
@@ -110,7 +110,7 @@ def _check_memory(path):
         if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > path.stat().st_size:
             raise _Refused("it is a zip archive that unpacks to more than torch.save packs")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if any(content.find(bomb) >= 0 for bomb in BOMBS):
+        if BOMBS.search(content):
             raise _Refused("it holds bytes that are made as it is read; only tensors and plain values are")
 
 

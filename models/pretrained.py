@@ -34,7 +34,8 @@ def create_timm(name, pretrained=False, **arguments):
 
     Args:
         name: of a timm model.
-        pretrained: False (default) for no weights, True for timm's own, or a classifier's state_dict, which `check_classifier` has seen.
+        pretrained: False (default) for no weights, True for timm's own, or a classifier's
+            state_dict, which `check_classifier` has seen.
         arguments: of timm.create_model.
 
     Raises:
@@ -61,7 +62,8 @@ def _weights_of(name):
     if not repository and not url:
         able = timm.list_pretrained(f"{name.split('.')[0]}.*") or difflib.get_close_matches(name, timm.list_pretrained(), n=5)
         raise ValueError(
-            f"pretrained must be False or a file for {name!r}, of which timm has no weights; it has {', '.join(able) or 'none like it'}"
+            f"pretrained must be False or a file for {name!r}, of which timm has no weights; it has "
+            f"{', '.join(able) or 'none like it'}"
         )
     host = urlparse(huggingface_hub.constants.ENDPOINT if repository else url).netloc
     state = "which cannot be reached"
@@ -76,9 +78,10 @@ def _weights_of(name):
         reason = (str(error).strip() or "no answer").splitlines()[0][:120]
         beforehand = f"hf download {repository}" if repository else f"{url} in {_web_folder()}"
         raise OSError(
-            f"pretrained=True needs the weights of timm's {name} from {host}, {state} ({type(error).__name__}: {reason}); instead: "
-            f"pretrained: false (--model.options.pretrained false), a file (pretrained: PATH), or the weights in the cache beforehand "
-            f"({beforehand})"
+            f"pretrained=True needs the weights of timm's {name} from {host}, {state} "
+            f"({type(error).__name__}: {reason}); instead: pretrained: false "
+            "(--model.options.pretrained false), a file (pretrained: PATH), or the weights in the cache "
+            f"beforehand ({beforehand})"
         ) from None
     return {"file": str(cached), "custom_load": not repository and config.get("custom_load", False)}
 
@@ -139,7 +142,8 @@ def _wait():
 
 
 def _answered(ask):
-    """Calls ask() in a thread of its own: looking up a name, and trying each address of it, would take longer than any timeout."""
+    """Calls ask() in a thread of its own: looking up a name, and trying each address of it, would
+    take longer than any timeout."""
     failures = []
 
     def run():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import library as torch_library
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -173,7 +174,7 @@ class Contract:
     def test_opcheck(self, target, opcheck):
         """Schema, fake and autograd, which are no backend's own."""
         for op, arguments in opcheck(*target):
-            torch.library.opcheck(op, arguments)
+            torch_library.opcheck(op, arguments)
 
     @TRITON
     def test_triton_kernels_compile(self):

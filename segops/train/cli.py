@@ -42,6 +42,11 @@ UNHELPFUL = (
     ".*find_unused_parameters=True was specified",
 )
 
+# Lines of jsonargparse that say nothing to a user.
+UNSPECIFIC = (
+    "Does not validate|Subtypes:|Errors:$|Given value type:|Expected a <class 'NoneType'>|Problem with given class_path"
+)
+
 
 class Without(logging.Filter):
     """Lets through what does not match."""
@@ -110,12 +115,6 @@ def in_short(message):
         value = ""
     text = re.sub(r"(--[\w.]+): --", r"\1.", key + "; ".join(reasons) + value)
     return "; got ".join(text.split("; got ")[:2])
-
-
-# Lines of jsonargparse that say nothing to a user.
-UNSPECIFIC = (
-    "Does not validate|Subtypes:|Errors:$|Given value type:|Expected a <class 'NoneType'>|Problem with given class_path"
-)
 
 
 class CLI(LightningCLI):

@@ -7,7 +7,7 @@ import re
 from csv import DictReader
 from csv import Error as CsvError
 from io import StringIO
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from torchvision.io import ImageReadMode, decode_image
 
 from ..text import printable
 from .files import first_line
+from .transforms import VOID, is_integer
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 # What is opened, whatever a file is named: Pillow would have Ghostscript run a PostScript program.
@@ -26,7 +27,6 @@ FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
 # PNGs of predict say so in a text chunk before the pixels, lest they are taken for images
 SOFTWARE = "segops predict"
 INDEX_FORMATS, COLOUR_FORMATS = ("PNG", "TIFF", "BMP"), ("PNG", "TIFF", "BMP", "GIF", "WEBP")  # of masks
-VOID = 255
 
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -283,7 +283,7 @@ class Folder(ImagesWithMasks):
         _check_num_classes(num_classes)
         _check_classes(classes, num_classes)
         values = _check_values(values, num_classes)
-        if not _is_int(void):
+        if not is_integer(void):
             raise TypeError(f"void must be an int, 0 to 255; got {void!r}")
         if not 0 <= void <= 255:
             raise ValueError(f"void must be a value of 8 bits, 0 to 255; got {void}")
@@ -556,7 +556,7 @@ class ImageClasses(torch.utils.data.Dataset):
         bare = [row[image_column] for _, row in rows if not _has_suffix(row[image_column])]
         files = _images_in(Pattern(Path(images)), f"the images of {csv}") if bare else {}
         known, needed = {name: index for index, name in enumerate(self.classes)}, f"one of {', '.join(self.classes)}"
-        if not any(map(_is_integer, self.classes)):
+        if not any(map(_names_integer, self.classes)):
             known |= {str(index): index for index in range(self.num_classes)}
             needed += f", or 0 to {self.num_classes - 1}"
         self.ids, self.images, self.targets, self.scale = [], [], [], scale
@@ -809,7 +809,8 @@ def _pattern(argument, root, text, split, listed):
     folder = folder[:-2] if deep else folder
     if name.count("*") != 1 or "*" in folder:
         raise ValueError(
-            f'{argument} must be a folder, or a pattern with one * in its name, as "frames/*_a.png" or "frames/**/*_a.png"; got {given!r}'
+            f'{argument} must be a folder, or a pattern with one * in its name, as "frames/*_a.png" or '
+            f'"frames/**/*_a.png"; got {given!r}'
         )
     folder = Path(root) / folder
     if split is not None and (listed is None or (folder / split).is_dir()):
@@ -936,7 +937,7 @@ def _read_csv(path, columns):
 def _classes_of(path, rows, column):
     # rows of a split without labels leave the class empty
     values = {row[column] for _, row in rows} - {""}
-    integers = {value for value in values if _is_integer(value)}
+    integers = {value for value in values if _names_integer(value)}
     if not integers:
         return tuple(sorted(values))
     for line, row in rows:
@@ -948,7 +949,7 @@ def _classes_of(path, rows, column):
     return _numbers(largest + 1)
 
 
-def _is_integer(text):
+def _names_integer(text):
     return re.fullmatch(r"-?[0-9]+", text) is not None
 
 
@@ -958,10 +959,6 @@ def _identity(num_classes):
 
 def _numbers(num_classes):
     return tuple(map(str, range(num_classes)))
-
-
-def _is_int(value):
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _check_text(**arguments):
@@ -996,7 +993,7 @@ def _check_values(values, num_classes):
         int(value) if isinstance(value, str) and value.isdecimal() else value: index for value, index in (values or {}).items()
     }
     for value, index in numbers.items():
-        if not (_is_int(value) and 0 <= value <= 255 and _is_int(index) and 0 <= index < num_classes):
+        if not (is_integer(value) and 0 <= value <= 255 and is_integer(index) and 0 <= index < num_classes):
             raise ValueError(f"values must be {needed}; got {value!r}: {index!r}")
     return numbers
 
@@ -1015,8 +1012,8 @@ def _check_mask_colors(mask_colors, num_classes):
         if (
             not isinstance(colour, tuple)
             or len(colour) != 3
-            or not all(_is_int(value) and 0 <= value <= 255 for value in colour)
-            or not (_is_int(index) and (0 <= index < num_classes or index == VOID))
+            or not all(is_integer(value) and 0 <= value <= 255 for value in colour)
+            or not (is_integer(index) and (0 <= index < num_classes or index == VOID))
         ):
             raise ValueError(f"{needed}; got {key!r}: {index!r}")
         if classes.setdefault(colour, index) != index:
@@ -1025,7 +1022,7 @@ def _check_mask_colors(mask_colors, num_classes):
 
 
 def _check_num_classes(num_classes):
-    if not _is_int(num_classes):
+    if not is_integer(num_classes):
         raise TypeError(f"num_classes must be an int, 1 to {VOID}; got {num_classes!r}")
     if not 1 <= num_classes <= VOID:
         raise ValueError(f"num_classes must be in 1 .. {VOID}, as {VOID} is void; got {num_classes}")

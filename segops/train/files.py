@@ -1,11 +1,15 @@
 """Files that are whole or not there, and checkpoints read without running what is in them."""
 
 import os
+import re
 from pathlib import Path
 
 from segops.models.checkpoints import read_file
 
 from ..text import printable
+
+PLAIN = (dict, list, tuple, bool, int, float, type(None))
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # a terminal obeys them, or cannot print them
 
 
 def write_whole(path, write):
@@ -46,9 +50,13 @@ def read_checkpoint(path, map_location="cpu"):
     return read_file(path, "checkpoint", map_location)
 
 
-def unfolds_to_more(value, most=2**22):
-    """Whether containers within containers hold more items than that, each as often as it is met:
-    a few shared ones may hold billions, or themselves."""
+def unfolded(value, most):
+    """A value and all that containers within containers hold, each as often as it is met: a few
+    shared ones may hold billions, or themselves.
+
+    Raises:
+        OverflowError: there are more than `most`.
+    """
     stack, seen = [value], 0
     while stack:
         item = stack.pop()
@@ -58,8 +66,30 @@ def unfolds_to_more(value, most=2**22):
         elif isinstance(item, list | tuple | set):
             stack += item
         if seen + len(stack) > most:
-            return True
+            raise OverflowError
+        yield item
+
+
+def unfolds_to_more(value, most=2**22):
+    """Whether a value unfolds to more than so many."""
+    try:
+        for _ in unfolded(value, most):
+            pass
+    except OverflowError:
+        return True
     return False
+
+
+def is_plain(value, most=2**16):
+    """Whether a value unfolds to at most so many dicts, lists, tuples, numbers and texts without
+    control characters."""
+    try:
+        return all(
+            len(item) <= 1000 and not CONTROL.search(item) if type(item) is str else type(item) in PLAIN
+            for item in unfolded(value, most)
+        )
+    except OverflowError:
+        return False
 
 
 def first_line(error):

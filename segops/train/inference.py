@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import math
-import re
 import reprlib
 from functools import partial
 from pathlib import Path
@@ -22,10 +21,8 @@ from segops.models.checkpoints import check_state_dict, named
 from ..ops.common.checks import positive_pair
 from .datasets import SOFTWARE
 from .datasets import palette as voc_palette
-from .files import first_line, read_checkpoint, write_whole
+from .files import first_line, is_plain, read_checkpoint, write_whole
 from .transforms import KINDS, VOID, check_kind, normalize
-
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # a terminal obeys them, or cannot print them
 
 
 def load_network(checkpoint_path, device="cpu"):
@@ -146,27 +143,6 @@ def _check_entry(info, path):
                 f"{path} is no checkpoint of segops fit: {key} in its entry 'segops' must be {needed}; got {_short(entry[key])}"
             )
         num_classes = num_classes or entry["model"]["num_classes"]
-
-
-def is_plain(value, most=2**16):
-    """Whether it is made of at most so many dicts, lists, numbers and texts without control
-    characters, also where it holds itself."""
-    stack, seen = [value], 0
-    while stack:
-        item = stack.pop()
-        seen += 1
-        if type(item) is dict:
-            stack += [*item, *item.values()]
-        elif type(item) in (list, tuple):
-            stack += item
-        elif type(item) is str:
-            if len(item) > 1000 or CONTROL.search(item):
-                return False
-        elif type(item) not in (bool, int, float, type(None)):
-            return False
-        if seen + len(stack) > most:
-            return False
-    return True
 
 
 def _short(value):

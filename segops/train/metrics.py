@@ -35,7 +35,13 @@ def confusion_matrix(predicted, labels, num_classes):
             raise IndexError(
                 f"predicted must be classes in [0, {num_classes}) where labels are; got {least if least < 0 else most}"
             )
-    return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes)
+    return counts_of_pairs(predicted, labels, num_classes)
+
+
+def counts_of_pairs(predicted, labels, num_classes):
+    """`confusion_matrix` of classes, which are not checked."""
+    pairs = labels.long() * num_classes + predicted.long()
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def integers(name, values):
@@ -173,7 +179,7 @@ class SegmentationMetrics(Metric):
         near = boundary_mask(labels, self.num_classes, self.radius)
         # Not in place: what reset() makes in an evaluation is for inference alone.
         self.confusion = self.confusion + confusion_matrix(predicted, labels, self.num_classes)
-        self.boundary = self.boundary + confusion_matrix(predicted[near], labels[near], self.num_classes)
+        self.boundary = self.boundary + counts_of_pairs(predicted[near], labels[near], self.num_classes)
 
     def compute(self):
         micro = micro_scores(self.confusion)

@@ -24,8 +24,8 @@ from segops.models.checkpoints import check_state_dict
 from segops.models.pretrained import create_timm
 
 from .data import UNSCORED, mixed_seed, run_seed
-from .files import first_line, read_checkpoint
-from .inference import Predictor, is_model, is_plain
+from .files import first_line, is_plain, read_checkpoint
+from .inference import Predictor, is_model
 from .losses import MEDIAN_FREQUENCY, SegmentationLoss, mean_over_ranks
 from .metrics import SegmentationMetrics
 from .optimizers import Optimizer

@@ -12,8 +12,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from .files import read_checkpoint, unfolds_to_more, write_whole
-from .inference import is_plain
+from .files import is_plain, read_checkpoint, unfolds_to_more, write_whole
 from .metrics import table
 
 try:

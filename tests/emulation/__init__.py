@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import torch
+from torch import library as torch_library
 from torch.utils._pytree import tree_leaves
 
 from segops.backend import REASONS
@@ -26,7 +27,7 @@ CHECKS = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"] if SA
 FLAGS = ["-O1", "-std=c++17", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-DSEGOPS_EMULATION", *CHECKS]
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *(["-DSEGOPS_SANITIZE"] if SANITIZE else [])]
 NAMESPACE = "segops_emulated"  # of the C++ code; what tests call runs it twice
-LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+LIBRARY = torch_library.Library(NAMESPACE, "FRAGMENT")
 ONE_AT_A_TIME = threading.Lock()
 ENDS = (".cpp", "_cuda.cu")
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
