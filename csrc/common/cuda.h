@@ -95,11 +95,53 @@ namespace segops {
 
 constexpr int kThreads = 256;
 
+#ifdef SEGOPS_EMULATION  // whose maps are small: both kinds are to be run
+constexpr int64_t kLargestIndex = 1 << 13;
+#else
+constexpr int64_t kLargestIndex = INT32_MAX;
+#endif
+
 // Blocks of kThreads threads for so many threads of work.
 inline unsigned blocks_for(int64_t threads) {
   const int64_t count = ceil_div(threads, kThreads);
   STD_TORCH_CHECK(count <= 0x7fffffff, "segops: the map is too large for one CUDA launch");
   return unsigned(count);
+}
+
+// Division by what a launch knows, as a multiplication: 64-bit division costs a GPU about a hundred
+// instructions, 32-bit division twenty.
+struct Divisor {
+  uint32_t divisor = 1, multiplier = 0;
+  int shift = 31;
+
+  Divisor() = default;
+  explicit Divisor(int64_t by) : divisor(uint32_t(by)) {
+    STD_TORCH_CHECK(by > 0 && by <= INT32_MAX, "segops: cannot divide by ", by);
+    while ((int64_t(1) << (shift - 31)) < by) ++shift;
+    // At most 1 / divisor too large, and exact below 2^31. (By one it is 2^31 + 1: shifted, the rest vanishes.)
+    multiplier = uint32_t((uint64_t(1) << shift) / divisor + 1);
+  }
+  // n / divisor for 0 <= n < 2^31.
+  __device__ int32_t divide(int32_t n) const { return int32_t(uint64_t(uint32_t(n)) * multiplier >> shift); }
+  __device__ int32_t divide(int32_t n, int32_t& rest) const {
+    const int32_t quotient = divide(n);
+    rest = n - quotient * int32_t(divisor);
+    return quotient;
+  }
+};
+
+// Calls fn with a value of the type that kernels number elements with: 32 bits cost half of 64, and
+// `elements` says how many there are, of the largest tensor and of its gaps.
+template <typename F>
+void with_index(int64_t elements, const F& fn) {
+  elements <= kLargestIndex ? fn(int32_t{}) : fn(int64_t{});
+}
+
+// Elements from a tensor's first to its last, the gaps between them included.
+inline int64_t extent(const Tensor& tensor) {
+  int64_t last = 0;
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) last += (tensor.size(dim) - 1) * tensor.stride(dim);
+  return last + 1;
 }
 
 __device__ inline float widen(float x) {
