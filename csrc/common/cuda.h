@@ -111,7 +111,7 @@ inline unsigned blocks_for(int64_t threads) {
 // Division by what a launch knows, as a multiplication: 64-bit division costs a GPU about a hundred
 // instructions, 32-bit division twenty.
 struct Divisor {
-  uint32_t divisor = 1, multiplier = 0;
+  uint32_t divisor = 1, multiplier = (1u << 31) + 1;
   int shift = 31;
 
   Divisor() = default;
