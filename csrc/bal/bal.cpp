@@ -34,9 +34,9 @@ void check_labels(const Tensor& labels, int64_t classes, int64_t ignore_index, b
 
 LossShape check_loss(
     const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& pixel_weight,
-    const std::optional<Tensor>& class_weight, bool smoothed) {
+    const std::optional<Tensor>& class_weight) {
   STD_TORCH_CHECK(logits.dim() == 4 && labels.dim() == 3, "bal_cross_entropy: needs logits (N, C, h, w) and labels (N, H, W)");
-  LossShape s{logits.size(0), logits.size(1), logits.size(2), logits.size(3), labels.size(1), labels.size(2), 0, 0, smoothed};
+  LossShape s{logits.size(0), logits.size(1), logits.size(2), logits.size(3), labels.size(1), labels.size(2), 0, 0};
   STD_TORCH_CHECK(
       s.classes > 0 && s.h > 0 && s.w > 0 && s.height > 0 && s.width > 0 && labels.size(0) == s.images,
       "bal_cross_entropy: logits and labels must have one batch, classes, heights and widths");
@@ -58,14 +58,23 @@ LossShape check_loss(
   return s;
 }
 
-// As the kernels take them: on the CPU in the dtype that is computed in.
-Tensor readable(const Tensor& logits) {
-  return kOnCpu ? converted(logits, wide(logits.scalar_type())) : logits;
-}
-
-std::optional<Tensor> readable(const std::optional<Tensor>& weight, const Tensor& logits) {
-  if (!weight) return weight;
-  return packed(converted(*weight, wide(logits.scalar_type())));
+// As the kernels take it.
+LossInput loss_input(
+    const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& pixel_weight,
+    const std::optional<Tensor>& class_weight, double label_smoothing, int64_t ignore_index) {
+  const ScalarType dtype = wide(logits.scalar_type());
+  const auto readable = [&](const std::optional<Tensor>& weight) -> std::optional<Tensor> {
+    if (!weight) return weight;
+    return packed(converted(*weight, dtype));
+  };
+  return {
+      check_loss(logits, labels, pixel_weight, class_weight),
+      kOnCpu ? converted(logits, dtype) : logits,
+      packed(labels),
+      readable(pixel_weight),
+      readable(class_weight),
+      label_smoothing,
+      ignore_index};
 }
 
 // PyTorch's bilinear upsampling of a packed map (N, h, w) to the labels' size.
@@ -133,81 +142,100 @@ Tensor edge(
   return downsample == 1 ? map : upsampled(map, labels);
 }
 
-// The loss, and the coefficients.
-std::tuple<Tensor, Tensor> cross_entropy(
+// The loss; with `gradient`, what that needs: the coefficients of a map of losses, or the gradient of
+// their sum; and the divisor.
+std::tuple<Tensor, Tensor, Tensor> cross_entropy(
     Tensor logits, Tensor labels, std::optional<Tensor> pixel_weight, std::optional<Tensor> class_weight,
-    double label_smoothing, int64_t ignore_index, std::string reduction) {
-  const LossShape s = check_loss(logits, labels, pixel_weight, class_weight, label_smoothing > 0);
+    double label_smoothing, int64_t ignore_index, std::string reduction, bool gradient) {
+  const LossInput in = loss_input(logits, labels, pixel_weight, class_weight, label_smoothing, ignore_index);
+  const LossShape& s = in.s;
   STD_TORCH_CHECK(
       reduction == "mean" || reduction == "sum" || reduction == "none", "bal_cross_entropy: no reduction '", reduction, "'");
   const ScalarType dtype = wide(logits.scalar_type());
-  Tensor coefficients = empty({s.coefficients()}, dtype, logits);
-  Tensor loss = empty(reduction == "none" ? Sizes{s.images, s.height, s.width} : Sizes{}, dtype, logits);
+  const bool per_pixel = reduction == "none";
+  Tensor loss = empty(per_pixel ? Sizes{s.images, s.height, s.width} : Sizes{}, dtype, logits);
+  Tensor divisor = empty(per_pixel ? Sizes{0} : Sizes{}, dtype, logits);
+  Tensor saved = !gradient   ? empty({0}, dtype, logits)
+                 : per_pixel ? empty({in.maps(), s.images, s.height, s.width}, dtype, logits)
+                             : empty_map(sizes_of(logits), dtype, logits, is_channels_last(logits));
   if (s.images == 0) {
-    torch::stable::fill_(coefficients, 1);
+    torch::stable::fill_(divisor, 1);
     torch::stable::fill_(loss, 0);
-    return {loss, coefficients};
+    return {loss, saved, divisor};
   }
-  labels = packed(labels);
-  const bool wrong = softmax_loss(
-      s, readable(logits), labels, readable(pixel_weight, logits), readable(class_weight, logits), coefficients, loss,
-      label_smoothing, ignore_index, reduction == "mean");
-  check_labels(labels, s.classes, ignore_index, wrong);
-  return {loss, coefficients};
+  const std::optional<Tensor> wanted = gradient ? std::optional(saved) : std::nullopt;
+  const bool wrong = per_pixel ? loss_map(in, loss, wanted) : loss_sum(in, reduction == "mean", loss, divisor, wanted);
+  check_labels(in.labels, s.classes, ignore_index, wrong);
+  return {loss, saved, divisor};
 }
 
 // The same with the edge map for weights. One op, for its downsampled size must stay out of what
 // export traces.
-std::tuple<Tensor, Tensor> boundary_loss(
+std::tuple<Tensor, Tensor, Tensor> boundary_loss(
     Tensor logits, Tensor labels, std::optional<Tensor> class_weight, std::string kernel, int64_t kernel_size, double sigma,
     double beta, int64_t downsample, std::optional<std::string> normalize, double label_smoothing, int64_t ignore_index,
-    std::string reduction) {
-  check_loss(logits, labels, std::nullopt, class_weight, false);
+    std::string reduction, bool gradient) {
+  check_loss(logits, labels, std::nullopt, class_weight);
   labels = packed(labels);
   const EdgeSettings settings{kernel, kernel_size, sigma, beta, downsample, normalize};
   const Tensor edge = small_edge(labels, logits.size(1), settings, ignore_index);
-  return cross_entropy(logits, labels, edge, class_weight, label_smoothing, ignore_index, reduction);
+  return cross_entropy(logits, labels, edge, class_weight, label_smoothing, ignore_index, reduction, gradient);
 }
 
-Tensor cross_entropy_grad(
-    Tensor grad, Tensor logits, Tensor labels, std::optional<Tensor> class_weight, Tensor coefficients, int64_t ignore_index) {
-  LossShape s = check_loss(logits, labels, std::nullopt, class_weight, false);
-  s.smoothed = coefficients.numel() != s.coefficients();
+// The gradient of a map of losses.
+Tensor cross_entropy_map_grad(
+    Tensor grad, Tensor logits, Tensor labels, std::optional<Tensor> class_weight, Tensor coefficients, double label_smoothing,
+    int64_t ignore_index) {
+  const LossInput in = loss_input(logits, labels, std::nullopt, class_weight, label_smoothing, ignore_index);
+  const LossShape& s = in.s;
   const ScalarType dtype = wide(logits.scalar_type());
   STD_TORCH_CHECK(
-      coefficients.numel() == s.coefficients() && coefficients.is_contiguous() && coefficients.scalar_type() == dtype &&
-          (grad.dim() == 0 || grad.numel() == labels.numel()),
-      "bal_cross_entropy_grad: needs what bal_cross_entropy returned of these logits and labels, and a gradient of its loss");
-  check_devices("bal_cross_entropy_grad", logits, {&grad, &coefficients});
+      sizes_of(coefficients) == (Sizes{in.maps(), s.images, s.height, s.width}) && coefficients.is_contiguous() &&
+          coefficients.scalar_type() == dtype && sizes_of(grad) == sizes_of(labels),
+      "bal_cross_entropy_map_grad: needs what bal_cross_entropy saved of these logits and labels, and a gradient of its loss");
+  check_devices("bal_cross_entropy_map_grad", logits, {&grad, &coefficients});
   const Sizes sizes = sizes_of(logits);
   const bool channels_last = is_channels_last(logits);
   Tensor out = empty_map(sizes, logits.scalar_type(), logits, channels_last);
   if (s.images == 0) return out;
   const bool narrowed = kOnCpu && logits.scalar_type() != dtype;
   const Tensor written = narrowed ? empty_map(sizes, dtype, logits, channels_last) : out;
-  softmax_grad(
-      s, packed(converted(grad, dtype)), readable(logits), packed(labels), readable(class_weight, logits), coefficients,
-      written, ignore_index);
+  map_grad(in, packed(converted(grad, dtype)), coefficients, written);
   if (narrowed) copy(written, out);
+  return out;
+}
+
+// The gradient of their sum or mean: what cross_entropy saved, times grad / divisor.
+Tensor cross_entropy_grad(Tensor grad, Tensor saved, Tensor divisor, ScalarType dtype) {
+  STD_TORCH_CHECK(
+      saved.dim() == 4 && grad.numel() == 1 && divisor.numel() == 1 && saved.scalar_type() == wide(dtype) &&
+          divisor.scalar_type() == wide(dtype),
+      "bal_cross_entropy_grad: needs what bal_cross_entropy saved, with gradient, and a gradient of its loss");
+  check_devices("bal_cross_entropy_grad", saved, {&grad, &divisor});
+  const bool channels_last = is_channels_last(saved);
+  const Tensor out = empty_map(sizes_of(saved), dtype, saved, channels_last);
+  if (out.numel() > 0) scale(dense(saved, channels_last), converted(grad, wide(dtype)), divisor, out);
   return out;
 }
 
 }  // namespace
 
 #define SEGOPS_EDGE_SETTINGS "str kernel, int kernel_size, float sigma, float beta, int downsample, str? normalize"
-#define SEGOPS_LOSS_SETTINGS "float label_smoothing, int ignore_index, str reduction"
+#define SEGOPS_LOSS_SETTINGS "float label_smoothing, int ignore_index, str reduction, bool gradient"
 
 SEGOPS_OPS(op) {
   op("bal_edge(Tensor labels, SymInt num_classes, " SEGOPS_EDGE_SETTINGS ", int ignore_index) -> Tensor", TORCH_BOX(&edge));
   op("bal_cross_entropy(Tensor logits, Tensor labels, Tensor? pixel_weight, Tensor? class_weight, " SEGOPS_LOSS_SETTINGS
-     ") -> (Tensor, Tensor)",
+     ") -> (Tensor, Tensor, Tensor)",
      TORCH_BOX(&cross_entropy));
   op("bal_boundary_loss(Tensor logits, Tensor labels, Tensor? class_weight, " SEGOPS_EDGE_SETTINGS ", " SEGOPS_LOSS_SETTINGS
-     ") -> (Tensor, Tensor)",
+     ") -> (Tensor, Tensor, Tensor)",
      TORCH_BOX(&boundary_loss));
-  op("bal_cross_entropy_grad(Tensor grad, Tensor logits, Tensor labels, Tensor? class_weight, Tensor coefficients, int "
-     "ignore_index) -> Tensor",
+  op("bal_cross_entropy_grad(Tensor grad, Tensor saved, Tensor divisor, ScalarType dtype) -> Tensor",
      TORCH_BOX(&cross_entropy_grad));
+  op("bal_cross_entropy_map_grad(Tensor grad, Tensor logits, Tensor labels, Tensor? class_weight, Tensor coefficients, float "
+     "label_smoothing, int ignore_index) -> Tensor",
+     TORCH_BOX(&cross_entropy_map_grad));
 }
 
 }  // namespace segops::bal

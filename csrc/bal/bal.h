@@ -11,27 +11,34 @@
 //   blur          E = E convolved with u1 v1^T + u2 v2^T, zero padding, plus beta.
 //   normalise     E = E / by + beta, where `by`, the maximum of each image, counts as 1 unless it
 //                 is positive. For the mean: E / by, 1 where that is 0.
-//   softmax_loss  with z the logits of the classes at a label pixel (resized unless sizes agree), t
+//   loss          with z the logits of the classes at a label pixel (resized unless sizes agree), t
 //                 its label, a_c the class weights (1 without), s the label smoothing, w the
 //                 pixel's weight (resized likewise):
 //                     max_logit = max_c z_c, rest = sum_{c != t} exp(z_c - max_logit),
 //                     total     = rest + exp(z_t - max_logit)
 //                     l_c  = log(total) + (max_logit - z_c), the cross entropy of class c
 //                     loss = w ((1 - s) a_t l_t + s / classes * sum_c a_c l_c)
-//                 0 where ignored, NaN where wrong. For each pixel, or their sum; for the mean over
-//                 divisor = max(1, number of pixels not ignored), which is 1 otherwise. And what
-//                 the gradient needs of each pixel, coefficients = (max_logit, grad_scale,
-//                 target_grad) and, with s > 0, smoothing; all but max_logit are 0 where ignored,
-//                 NaN where wrong:
+//                 0 where ignored, NaN where wrong. Its derivative:
+//                     d loss / d z_c = (c == t ? target_grad : grad_scale exp(z_c - max_logit))
+//                                      - smoothing a_c
 //                     grad_scale  = w ((1 - s) a_t + s / classes * sum_c a_c) / total
 //                     target_grad = grad_scale exp(z_t - max_logit) - w (1 - s) a_t, computed from
 //                                   `rest`, as the two cancel where z_t is by far the largest
 //                     smoothing   = w s / classes
-//                 These maps lie one after the other; behind them, the divisor.
-//   softmax_grad  the gradient for the logits of sum(grad * loss) / divisor, grad one number or one
-//                 per pixel:
-//                     d loss / d z_c = (c == t ? target_grad : grad_scale exp(z_c - max_logit))
-//                                      - smoothing a_c
+//
+// Of a map of losses, the gradient that comes in is known later: it is made in a second pass.
+//
+//   loss_map      loss, and what the gradient needs of each pixel: maps of max_logit, grad_scale,
+//                 target_grad and, with s > 0, smoothing, one after the other; all but max_logit
+//                 are 0 where ignored, NaN where wrong
+//   map_grad      the gradient for the logits of sum(grad * loss)
+//
+// The gradient of a sum is known but for a factor: it is made in the same pass.
+//
+//   loss_sum      the sum of the losses over divisor, which for the mean is max(1, number of pixels
+//                 not ignored), else 1; and the gradient of the sum for the logits, not divided: in
+//                 float16 one of a mean would vanish before a loss scale comes in
+//   scale         gradient * grad / divisor
 #pragma once
 
 #include "../common/resize.h"
@@ -133,28 +140,34 @@ struct LossShape {
   int64_t images, classes, h, w;  // of the logits
   int64_t height, width;          // of the labels
   int64_t weight_h, weight_w;     // of the pixel weights
-  bool smoothed;                  // the coefficients hold `smoothing`
 
   bool resized() const { return h != height || w != width; }
   SEGOPS_HOST_DEVICE int64_t pixels() const { return images * height * width; }
-  SEGOPS_HOST_DEVICE int64_t maps() const { return smoothed ? 4 : 3; }
-  int64_t coefficients() const { return maps() * pixels() + 1; }
 };
 
-// What a device implements. Only logits and their gradient may have gaps; weights, coefficients and
-// losses have the dtype that is computed in, on the CPU logits and their gradient too. Results say
+// What the losses are of. Weights have the dtype that is computed in, on the CPU the logits too.
+struct LossInput {
+  LossShape s;
+  Tensor logits, labels;  // (N, C, h, w) with any strides, (N, H, W) without gaps
+  std::optional<Tensor> pixel_weight, class_weight;
+  double label_smoothing;
+  int64_t ignore_index;
+
+  bool smoothed() const { return label_smoothing > 0; }
+  int64_t maps() const { return smoothed() ? 4 : 3; }
+};
+
+// What a device implements. Losses, coefficients and gradients have the dtype that is computed in,
+// but for what `map_grad` writes on CUDA and what `scale` writes: these have the logits'. Results say
 // whether a label was wrong: the CPU knows, a GPU would have to be waited for.
 bool count_edges(const Tensor& labels, const Tensor& out, int64_t classes, int64_t ignore_index, double beta);
 // edges is overwritten; scratch is for 2 * edges.numel() + 4 * kernel.size float32.
 void blur(const Tensor& edges, const BlurKernel& kernel, double beta, const Tensor& scratch);
 void normalise(const Tensor& edges, const Tensor& by, bool mean, double beta);
-// loss is a map or one number: the sum, or the mean.
-bool softmax_loss(
-    const LossShape& s, const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& pixel_weight,
-    const std::optional<Tensor>& class_weight, const Tensor& coefficients, const Tensor& loss, double label_smoothing,
-    int64_t ignore_index, bool mean);
-void softmax_grad(
-    const LossShape& s, const Tensor& grad, const Tensor& logits, const Tensor& labels,
-    const std::optional<Tensor>& class_weight, const Tensor& coefficients, const Tensor& out, int64_t ignore_index);
+bool loss_map(const LossInput& in, const Tensor& loss, const std::optional<Tensor>& coefficients);
+void map_grad(const LossInput& in, const Tensor& grad, const Tensor& coefficients, const Tensor& out);
+bool loss_sum(const LossInput& in, bool mean, const Tensor& loss, const Tensor& divisor, const std::optional<Tensor>& gradient);
+// gradient and out lie in memory alike.
+void scale(const Tensor& gradient, const Tensor& grad, const Tensor& divisor, const Tensor& out);
 
 }  // namespace segops::bal

@@ -114,19 +114,19 @@ struct Problem {
   Labels labels;
   const float* __restrict__ pixel_weight;
   const float* __restrict__ class_weight;
+  bool smoothed;
   float keep, share;  // the loss is w (keep a_t l_t + share sum_c a_c l_c)
   double scale_y, scale_x, weight_scale_y, weight_scale_x;
 
-  Problem(
-      const LossShape& s, const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& pixel_weight,
-      const std::optional<Tensor>& class_weight, double label_smoothing, int64_t ignore_index, const char* op)
-      : s(s),
-        logits(logits),
-        labels(labels, s.classes, ignore_index, op),
-        pixel_weight(data_of<const float>(pixel_weight)),
-        class_weight(data_of<const float>(class_weight)),
-        keep(float(1 - label_smoothing)),
-        share(float(label_smoothing / double(s.classes))),
+  Problem(const LossInput& in, const char* op)
+      : s(in.s),
+        logits(in.logits),
+        labels(in.labels, s.classes, in.ignore_index, op),
+        pixel_weight(data_of<const float>(in.pixel_weight)),
+        class_weight(data_of<const float>(in.class_weight)),
+        smoothed(in.smoothed()),
+        keep(float(1 - in.label_smoothing)),
+        share(float(in.label_smoothing / double(s.classes))),
         scale_y(double(s.h) / double(s.height)),
         scale_x(double(s.w) / double(s.width)),
         weight_scale_y(double(s.weight_h) / double(s.height)),
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(
     }
     float class_weight_sum = 0;
     for (int64_t c = 0; c < s.classes; ++c) {
-      const float weight = p.s.smoothed ? p.weight_of_class(c) : 0.f;
+      const float weight = p.smoothed ? p.weight_of_class(c) : 0.f;
       float above = 0, below = 0;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
@@ -198,8 +198,7 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(
         const float previous = max_logit[r];
         max_logit[r] = fmaxf(previous, z);
         if (target[r] == c) at_target[r] = z;
-        if (p.s.smoothed)
-          smooth[r] += weight * (max_logit[r] - z) + (c > 0 ? class_weight_sum * (max_logit[r] - previous) : 0.f);
+        if (p.smoothed) smooth[r] += weight * (max_logit[r] - z) + (c > 0 ? class_weight_sum * (max_logit[r] - previous) : 0.f);
       }
       class_weight_sum += weight;
     }
@@ -215,16 +214,18 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(
         const float own = p.keep * p.weight_of_class(target[r]), smooth_weight = p.share * class_weight_sum;
         const float weight = p.weight_of_pixel(image, y, x);
         value = own * (log_total + (max_logit[r] - at_target[r]));
-        if (p.s.smoothed) value += smooth_weight * log_total + p.share * smooth[r];
+        if (p.smoothed) value += smooth_weight * log_total + p.share * smooth[r];
         value *= weight;
         grad_scale = weight * (own + smooth_weight) / total;
         target_grad = weight * ((smooth_weight * (total - rest[r]) - own * rest[r]) / total);
         smoothing = weight * p.share;
       }
-      coefficients[at] = max_logit[r];
-      coefficients[s.pixels() + at] = grad_scale;
-      coefficients[2 * s.pixels() + at] = target_grad;
-      if (p.s.smoothed) coefficients[3 * s.pixels() + at] = smoothing;
+      if (coefficients) {
+        coefficients[at] = max_logit[r];
+        coefficients[s.pixels() + at] = grad_scale;
+        coefficients[2 * s.pixels() + at] = target_grad;
+        if (p.smoothed) coefficients[3 * s.pixels() + at] = smoothing;
+      }
       if (loss) loss[at] = value;
       sum += value;
       valid += target[r] != kIgnored;
@@ -237,7 +238,7 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(
   }
 }
 
-// The sums of `count` pairs, by one block; the divisor, and the loss unless that is a map.
+// The sums of `count` pairs, by one block: the divisor, and the loss.
 __global__ void __launch_bounds__(kThreads)
     total_kernel(const double* __restrict__ partial, int64_t count, bool mean, float* divisor, float* loss) {
   double losses = 0, valid = 0;
@@ -248,20 +249,15 @@ __global__ void __launch_bounds__(kThreads)
   const double total_losses = block_sum(losses), total_valid = block_sum(valid);
   if (threadIdx.x == 0) {
     *divisor = mean ? fmaxf(float(total_valid), 1) : 1;
-    if (loss) *loss = float(total_losses) / *divisor;
+    *loss = float(total_losses) / *divisor;
   }
 }
 
 template <typename T>
 struct Gradient {
-  const float* __restrict__ grad;
-  bool per_pixel;  // or one number
+  const float* __restrict__ grad;  // of each pixel's loss
   const float* __restrict__ coefficients;
-  const float* __restrict__ divisor;
   View<T> out;
-
-  // What comes in at each pixel, if it is the same.
-  __device__ float whole() const { return per_pixel ? 0.f : *grad / *divisor; }
 };
 
 // The coefficients of a label pixel, times the gradient that comes in.
@@ -275,31 +271,31 @@ struct Pixel {
   }
 };
 
-template <typename T>
-__device__ inline Pixel read_pixel(const Problem<T>& p, const Gradient<T>& g, float whole, int64_t at) {
+template <typename T, typename G>
+__device__ inline Pixel read_pixel(const Problem<T>& p, const Gradient<G>& g, int64_t at) {
   Pixel pixel{0, 0, 0, 0, p.labels.at(at)};
   if (pixel.label == kIgnored) return pixel;  // what comes in there, NaN perhaps, goes nowhere
-  const float grad = g.per_pixel ? g.grad[at] : whole;
+  const float grad = g.grad[at];
   const float *grad_scale = g.coefficients + p.s.pixels(), *target_grad = grad_scale + p.s.pixels();
   pixel.max_logit = g.coefficients[at];
   pixel.grad_scale = grad * grad_scale[at];
   pixel.target_grad = grad * target_grad[at];
-  if (p.s.smoothed) pixel.smoothing = grad * target_grad[p.s.pixels() + at];
+  if (p.smoothed) pixel.smoothing = grad * target_grad[p.s.pixels() + at];
   return pixel;
 }
 
 // The gradient for logits of the labels' size: a thread per pixel.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) grad_kernel(const Problem<T> p, const Gradient<T> g, int64_t work) {
+template <typename T, typename Out>
+__global__ void __launch_bounds__(kThreads) grad_kernel(const Problem<T> p, const Gradient<Out> g, int64_t work) {
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= work) return;
   const LossShape& s = p.s;
   const int64_t x = index % s.width, y = index / s.width % s.height, image = index / s.width / s.height;
-  const Pixel pixel = read_pixel(p, g, g.whole(), index);
-  T* out = g.out.at(image, 0, y, x);
+  const Pixel pixel = read_pixel(p, g, index);
+  Out* out = g.out.at(image, 0, y, x);
   for (int64_t c = 0; c < s.classes; ++c) {
     const float z = p.logit(image, c, y, x);
-    const float value = pixel.label == kIgnored ? 0.f : pixel.gradient(z, c, p.s.smoothed ? p.weight_of_class(c) : 0.f);
+    const float value = pixel.label == kIgnored ? 0.f : pixel.gradient(z, c, p.smoothed ? p.weight_of_class(c) : 0.f);
     narrow(value, out[c * g.out.channel]);
   }
 }
@@ -322,9 +318,9 @@ __device__ inline float share_of(int64_t j, const Source& source) {
 }
 
 // The gradient for resized logits: a block owns row k, `columns` columns and kClasses classes.
-template <typename T>
+template <typename T, typename Out>
 __global__ void __launch_bounds__(kThreads)
-    resized_grad_kernel(const Problem<T> p, const Gradient<T> g, int columns, int64_t column_tiles, int64_t class_tiles) {
+    resized_grad_kernel(const Problem<T> p, const Gradient<Out> g, int columns, int64_t column_tiles, int64_t class_tiles) {
   __shared__ float sums[kClasses][kThreads];
   const LossShape& s = p.s;
   int64_t index = blockIdx.x;
@@ -345,7 +341,6 @@ __global__ void __launch_bounds__(kThreads)
   const bool owner = own_class < kClasses && own_column < s.w && first_class + own_class < s.classes;
   const int64_t own_begin = first_output(own_column - 1, s.w, s.width, p.scale_x);
   const int64_t own_end = first_output(own_column + 1, s.w, s.width, p.scale_x);
-  const float whole = g.whole();
   double gradient = 0;
 
   for (int64_t start = x_begin; start < x_end; start += kThreads) {
@@ -363,7 +358,7 @@ __global__ void __launch_bounds__(kThreads)
         lower[i] = left * p.logit(image, c, below, column.low) + right * p.logit(image, c, below, column.high);
       }
       for (int64_t y = y_begin; y < y_end; ++y) {
-        const Pixel pixel = read_pixel(p, g, whole, (image * s.height + y) * s.width + x);
+        const Pixel pixel = read_pixel(p, g, (image * s.height + y) * s.width + x);
         if (pixel.label == kIgnored) continue;
         const Source row = bilinear_source(y, s.h, p.scale_y);
         const float down = float(row.weight), share = share_of(k, row);
@@ -372,7 +367,7 @@ __global__ void __launch_bounds__(kThreads)
         for (int i = 0; i < kClasses; ++i) {
           const float z = (1 - down) * (own ? middle[i] : upper[i]) + down * (own ? lower[i] : middle[i]);
           const int64_t c = first_class + i;
-          const float class_weight = p.s.smoothed && c < s.classes ? p.weight_of_class(c) : 0.f;
+          const float class_weight = p.smoothed && c < s.classes ? p.weight_of_class(c) : 0.f;
           sum[i] += share * pixel.gradient(z, c, class_weight);
         }
       }
@@ -423,39 +418,35 @@ void normalise(const Tensor& edges, const Tensor& by, bool mean, double beta) {
   launch(normalise_kernel, blocks_for(work), kThreads, 0, stream, map, divisors, mean, float(beta), plane, work);
 }
 
-bool softmax_loss(
-    const LossShape& s, const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& pixel_weight,
-    const std::optional<Tensor>& class_weight, const Tensor& coefficients, const Tensor& loss, double label_smoothing,
-    int64_t ignore_index, bool mean) {
-  const char* op = "bal_cross_entropy";
-  const CurrentStream stream(logits);
+namespace {
+
+// loss is a map or one number.
+void run_loss(
+    const LossInput& in, bool mean, float* loss_map, float* loss, float* divisor, const std::optional<Tensor>& coefficients) {
+  const LossShape& s = in.s;
+  const CurrentStream stream(in.logits);
   const int64_t work = s.images * ceil_div(s.height, kRows) * s.width;
   const unsigned blocks = blocks_for(work);
-  const Tensor partial = empty({2 * int64_t(blocks)}, ScalarType::Double, logits);
+  const Tensor partial = empty({2 * int64_t(blocks)}, ScalarType::Double, in.logits);
   double* pairs = data_of<double>(partial);
-  float *maps = data_of<float>(coefficients), *losses = data_of<float>(loss);
-  const bool per_pixel = loss.dim() > 0;
-  dispatch_cuda(logits, op, [&](auto type) {
+  float* maps = data_of<float>(coefficients);
+  dispatch_cuda(in.logits, "bal_cross_entropy", [&](auto type) {
     using T = decltype(type);
-    const Problem<T> p(s, logits, labels, pixel_weight, class_weight, label_smoothing, ignore_index, op);
+    const Problem<T> p(in, "bal_cross_entropy");
     const auto kernel = s.resized() ? &loss_kernel<T, true> : &loss_kernel<T, false>;
-    launch(kernel, blocks, kThreads, 0, stream, p, maps, per_pixel ? losses : nullptr, pairs, work);
+    launch(kernel, blocks, kThreads, 0, stream, p, maps, loss_map, pairs, work);
   });
-  float* divisor = maps + s.coefficients() - 1;
-  launch(total_kernel, 1, kThreads, 0, stream, pairs, blocks, mean, divisor, per_pixel ? nullptr : losses);
-  return false;
+  if (loss) launch(total_kernel, 1, kThreads, 0, stream, pairs, int64_t(blocks), mean, divisor, loss);
 }
 
-void softmax_grad(
-    const LossShape& s, const Tensor& grad, const Tensor& logits, const Tensor& labels,
-    const std::optional<Tensor>& class_weight, const Tensor& coefficients, const Tensor& out, int64_t ignore_index) {
-  const char* op = "bal_cross_entropy_grad";
-  const CurrentStream stream(logits);
-  dispatch_cuda(logits, op, [&](auto type) {
+template <typename Out>
+void run_grad(const LossInput& in, const float* grad, const float* maps, const View<Out>& out) {
+  const LossShape& s = in.s;
+  const CurrentStream stream(in.logits);
+  dispatch_cuda(in.logits, "bal_cross_entropy_map_grad", [&](auto type) {
     using T = decltype(type);
-    const Problem<T> p(s, logits, labels, std::nullopt, class_weight, 0, ignore_index, op);
-    const float* maps = data_of<const float>(coefficients);
-    const Gradient<T> g{data_of<const float>(grad), grad.dim() > 0, maps, maps + s.coefficients() - 1, View<T>(out)};
+    const Problem<T> p(in, "bal_cross_entropy_map_grad");
+    const Gradient<Out> g{grad, maps, out};
     if (s.resized()) {
       // As many columns as there are threads for the label columns that they reach, and for their
       // logits in all the classes.
@@ -463,11 +454,55 @@ void softmax_grad(
       const int columns = int(std::max<int64_t>(1, std::min<int64_t>(reached, kThreads / kClasses)));
       const int64_t column_tiles = ceil_div(s.w, columns), class_tiles = ceil_div(s.classes, kClasses);
       const unsigned blocks = blocks_for(s.images * class_tiles * s.h * column_tiles * kThreads);
-      launch(resized_grad_kernel<T>, blocks, kThreads, 0, stream, p, g, columns, column_tiles, class_tiles);
+      launch(resized_grad_kernel<T, Out>, blocks, kThreads, 0, stream, p, g, columns, column_tiles, class_tiles);
     } else {
-      const int64_t work = labels.numel();
-      launch(grad_kernel<T>, blocks_for(work), kThreads, 0, stream, p, g, work);
+      const int64_t work = in.labels.numel();
+      launch(grad_kernel<T, Out>, blocks_for(work), kThreads, 0, stream, p, g, work);
     }
+  });
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) scale_kernel(
+    const float* __restrict__ gradient, const float* __restrict__ grad, const float* __restrict__ divisor, T* __restrict__ out,
+    int64_t work) {
+  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (index < work) narrow(gradient[index] * (*grad / *divisor), out[index]);
+}
+
+}  // namespace
+
+bool loss_map(const LossInput& in, const Tensor& loss, const std::optional<Tensor>& coefficients) {
+  run_loss(in, false, data_of<float>(loss), nullptr, nullptr, coefficients);
+  return false;
+}
+
+void map_grad(const LossInput& in, const Tensor& grad, const Tensor& coefficients, const Tensor& out) {
+  dispatch_cuda(out, "bal_cross_entropy_map_grad", [&](auto type) {
+    run_grad(in, data_of<const float>(grad), data_of<const float>(coefficients), View<decltype(type)>(out));
+  });
+}
+
+bool loss_sum(
+    const LossInput& in, bool mean, const Tensor& loss, const Tensor& divisor, const std::optional<Tensor>& gradient) {
+  std::optional<Tensor> coefficients;
+  if (gradient) coefficients = empty({in.maps(), in.s.images, in.s.height, in.s.width}, ScalarType::Float, loss);
+  run_loss(in, mean, nullptr, data_of<float>(loss), data_of<float>(divisor), coefficients);
+  if (gradient) {
+    Tensor one = empty(sizes_of(in.labels), ScalarType::Float, loss);
+    torch::stable::fill_(one, 1);
+    run_grad(in, data_of<const float>(one), data_of<const float>(*coefficients), View<float>(*gradient));
+  }
+  return false;
+}
+
+void scale(const Tensor& gradient, const Tensor& grad, const Tensor& divisor, const Tensor& out) {
+  const CurrentStream stream(out);
+  const int64_t work = out.numel();
+  dispatch_cuda(out, "bal_cross_entropy_grad", [&](auto type) {
+    launch(
+        scale_kernel<decltype(type)>, blocks_for(work), kThreads, 0, stream, data_of<const float>(gradient),
+        data_of<const float>(grad), data_of<const float>(divisor), data_of<decltype(type)>(out), work);
   });
 }
 

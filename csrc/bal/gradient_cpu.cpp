@@ -1,4 +1,4 @@
-// softmax_grad on the CPU: for logits that are resized, the gradient for the resized logits
+// map_grad on the CPU: for logits that are resized, the gradient for the resized logits
 // (softmax_cpu.h) is summed over label rows, along y, before it is resized back along x. Strips add
 // to a row of logits that they share one after the other, at the end.
 
@@ -12,7 +12,6 @@ constexpr int64_t kRows = 8;  // label rows that a gradient is summed over befor
 template <typename T>
 struct GradOutput {
   const T* grad;
-  int64_t grad_stride;  // 0 for one number
   const T* coefficients;
   View<T> out;
   T* shared;  // (items, classes, w): what a strip adds to the first row of the next
@@ -35,15 +34,15 @@ struct Coefficients {
   SEGOPS_INLINE void read(const Problem<T>& p, const GradOutput<T>& g, int64_t image, int64_t y, int64_t at) {
     const int64_t row = (image * p.s.height + y) * p.s.width;
     read_classes(p.labels, row, p.s.width, &classes[at]);
-    const T *from = g.coefficients + row, *grad = g.grad + row * g.grad_stride;
+    const T *from = g.coefficients + row, *grad = g.grad + row;
     std::copy(from, from + p.s.width, &max_logit[at]);
     // Not a product with 0 where ignored: what comes in there, NaN perhaps, goes nowhere.
     const auto scale = [&](const T* map, T* __restrict out) __attribute__((always_inline)) {
-      for (int64_t x = 0; x < p.s.width; ++x) out[x] = classes[at + x] == kIgnored ? T(0) : grad[x * g.grad_stride] * map[x];
+      for (int64_t x = 0; x < p.s.width; ++x) out[x] = classes[at + x] == kIgnored ? T(0) : grad[x] * map[x];
     };
     scale(from + p.s.pixels(), &grad_scale[at]);
     scale(from + 2 * p.s.pixels(), &target_grad[at]);
-    if (p.s.smoothed) scale(from + 3 * p.s.pixels(), &smoothing[at]);
+    if (p.smoothed) scale(from + 3 * p.s.pixels(), &smoothing[at]);
   }
 
   // The gradient for the logits z of class c at pixels at .. at + kLanes.
@@ -111,7 +110,7 @@ SEGOPS_INLINE void grad_strip(const Problem<T>& p, const Windows<T>& windows, in
   const int64_t padded = p.padded();
   Reader<T> reader(p, image);
   T* out = g.out.at(image, 0, 0, 0);
-  const bool smoothed = p.s.smoothed;
+  const bool smoothed = p.smoothed;
 
   if (!s.resized()) {
     Coefficients<T> coefficients(p, 1);
@@ -193,20 +192,15 @@ SEGOPS_GRAD_STRIP(double)
 
 }  // namespace
 
-void softmax_grad(
-    const LossShape& s, const Tensor& grad, const Tensor& logits, const Tensor& labels,
-    const std::optional<Tensor>& class_weight, const Tensor& coefficients, const Tensor& out, int64_t ignore_index) {
-  const char* op = "bal_cross_entropy_grad";
-  dispatch<float, double>(logits, op, [&](auto type) {
+void map_grad(const LossInput& in, const Tensor& grad, const Tensor& coefficients, const Tensor& out) {
+  const LossShape& s = in.s;
+  dispatch<float, double>(in.logits, "bal_cross_entropy_map_grad", [&](auto type) {
     using T = decltype(type);
-    const Problem<T> p(s, logits, labels, std::nullopt, class_weight, 0, ignore_index, op);
+    const Problem<T> p(in, "bal_cross_entropy_map_grad");
     const Windows<T> windows(p.columns);
     const int64_t items = s.images * p.strips();
     std::vector<T> shared(s.resized() ? items * s.classes * s.w : 0);
-    const T *maps = data_of<const T>(coefficients), *grads = data_of<const T>(grad);
-    const bool per_pixel = grad.dim() > 0;
-    const T whole = *grads / maps[s.coefficients() - 1];
-    const GradOutput<T> g{per_pixel ? grads : &whole, per_pixel, maps, View<T>(out), shared.data()};
+    const GradOutput<T> g{data_of<const T>(grad), data_of<const T>(coefficients), View<T>(out), shared.data()};
     torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) grad_strip_multiversion(p, windows, item, g);
     });

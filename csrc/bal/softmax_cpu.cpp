@@ -1,6 +1,7 @@
-// softmax_loss on the CPU: the rows of labels one by one, each in blocks of pixels (softmax_cpu.h).
+// loss_map and loss_sum on the CPU: the rows of labels one by one, each in blocks of pixels (softmax_cpu.h).
 
 #include "softmax_cpu.h"
+#include "../common/op.h"
 
 namespace segops::bal {
 namespace {
@@ -27,9 +28,9 @@ SEGOPS_INLINE void read_weights(const Problem<T>& p, int64_t image, int64_t y, T
 
 template <typename T>
 struct LossOutput {
-  T* coefficients;
-  T* loss;         // or null
-  double* totals;  // per label row: sum of losses, pixels not ignored
+  T* coefficients;  // or null
+  T* loss;          // or null
+  double* totals;   // per label row: sum of losses, pixels not ignored
 };
 
 // The label rows of one strip, forward.
@@ -83,7 +84,7 @@ SEGOPS_INLINE void loss_strip(const Problem<T>& p, int64_t item, const LossOutpu
           at_target[v] = target[v] == Integer<T>(c) ? z : at_target[v];
         }
       }
-      if (s.smoothed)
+      if (p.smoothed)
         for (int64_t c = 0; c < s.classes; ++c) {
           const T weight = p.class_weight ? p.class_weight[c] : T(1);
           for (int v = 0; v < vectors; ++v) smooth[v] += weight * (max_logit[v] - V::load(&block[c * pixels + v * kLanes<T>]));
@@ -97,7 +98,7 @@ SEGOPS_INLINE void loss_strip(const Problem<T>& p, int64_t item, const LossOutpu
         const auto weight = V::load(&weights[at]), own = p.keep * V::load(&target_weights[at]);
         const T smooth_weight = p.share * p.class_weight_sum;
         auto loss = own * (log_total + (max_logit[v] - at_target[v]));
-        if (s.smoothed) loss += smooth_weight * log_total + p.share * smooth[v];
+        if (p.smoothed) loss += smooth_weight * log_total + p.share * smooth[v];
         const typename V::type zero{}, nan = zero + std::numeric_limits<T>::quiet_NaN();
         const typename V::type values[] = {
             weight * loss, weight * (own + smooth_weight) / total,
@@ -114,7 +115,8 @@ SEGOPS_INLINE void loss_strip(const Problem<T>& p, int64_t item, const LossOutpu
       }
       const int64_t count = std::min<int64_t>(pixels, s.width - x);
       if (out.loss) std::memcpy(out.loss + row + x, results[0], count * sizeof(T));
-      for (int map = 0; map < s.maps(); ++map)
+      const int maps = out.coefficients ? p.smoothed ? 4 : 3 : 0;
+      for (int map = 0; map < maps; ++map)
         std::memcpy(out.coefficients + map * s.pixels() + row + x, results[map + 1], count * sizeof(T));
     };
     int64_t x = 0;
@@ -139,30 +141,73 @@ SEGOPS_LOSS_STRIP(float)
 SEGOPS_LOSS_STRIP(double)
 #undef SEGOPS_LOSS_STRIP
 
-}  // namespace
-
-bool softmax_loss(
-    const LossShape& s, const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& pixel_weight,
-    const std::optional<Tensor>& class_weight, const Tensor& coefficients, const Tensor& loss, double label_smoothing,
-    int64_t ignore_index, bool mean) {
-  const char* op = "bal_cross_entropy";
-  double totals[2] = {};
-  dispatch<float, double>(logits, op, [&](auto type) {
+// Calls use(sum of the losses, number of pixels not ignored), in the dtype that is computed in.
+template <typename Use>
+bool run(const LossInput& in, const std::optional<Tensor>& loss, const std::optional<Tensor>& coefficients, const Use& use) {
+  bool wrong = false;
+  dispatch<float, double>(in.logits, "bal_cross_entropy", [&](auto type) {
     using T = decltype(type);
-    std::vector<double> row_totals(2 * s.images * s.height);
-    const Problem<T> p(s, logits, labels, pixel_weight, class_weight, label_smoothing, ignore_index, op);
-    T *maps = data_of<T>(coefficients), *losses = data_of<T>(loss);
-    const bool per_pixel = loss.dim() > 0;
-    const LossOutput<T> out{maps, per_pixel ? losses : nullptr, row_totals.data()};
-    torch::stable::parallel_for(0, s.images * p.strips(), 1, [&](int64_t begin, int64_t end) {
+    std::vector<double> row_totals(2 * in.s.images * in.s.height);
+    const Problem<T> p(in, "bal_cross_entropy");
+    const LossOutput<T> out{data_of<T>(coefficients), data_of<T>(loss), row_totals.data()};
+    torch::stable::parallel_for(0, in.s.images * p.strips(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) loss_strip_multiversion(p, item, out);
     });
+    double totals[2] = {};
     for (size_t i = 0; i < row_totals.size(); ++i) totals[i % 2] += row_totals[i];
-    const T divisor = mean ? std::max(T(totals[1]), T(1)) : T(1);
-    maps[s.coefficients() - 1] = divisor;
-    if (!per_pixel) *losses = T(totals[0]) / divisor;
+    wrong = totals[0] != totals[0];
+    use(T(totals[0]), T(totals[1]));
   });
-  return totals[0] != totals[0];
+  return wrong;
+}
+
+}  // namespace
+
+bool loss_map(const LossInput& in, const Tensor& loss, const std::optional<Tensor>& coefficients) {
+  return run(in, loss, coefficients, [](auto, auto) {});
+}
+
+bool loss_sum(
+    const LossInput& in, bool mean, const Tensor& loss, const Tensor& divisor, const std::optional<Tensor>& gradient) {
+  const auto deliver = [&](auto sum, auto valid) {
+    using T = decltype(sum);
+    const T by = mean ? std::max(valid, T(1)) : T(1);
+    *data_of<T>(divisor) = by;
+    *data_of<T>(loss) = sum / by;
+  };
+  if (!gradient) return run(in, std::nullopt, std::nullopt, deliver);
+  const Tensor coefficients = empty({in.maps(), in.s.images, in.s.height, in.s.width}, loss.scalar_type(), loss);
+  const bool wrong = run(in, std::nullopt, coefficients, deliver);
+  Tensor one = empty(sizes_of(in.labels), loss.scalar_type(), loss);
+  torch::stable::fill_(one, 1);
+  map_grad(in, one, coefficients, *gradient);
+  return wrong;
+}
+
+void scale(const Tensor& gradient, const Tensor& grad, const Tensor& divisor, const Tensor& out) {
+  dispatch<float, double>(gradient, "bal_cross_entropy_grad", [&](auto computed) {
+    using T = decltype(computed);
+    const T factor = *data_of<const T>(grad) / *data_of<const T>(divisor);
+    const T* from = data_of<const T>(gradient);
+    const auto write = [&](auto stored) {
+      using S = decltype(stored);
+      S* to = data_of<S>(out);
+      torch::stable::parallel_for(0, out.numel(), 1 << 15, [&](int64_t i, int64_t end) {
+        constexpr int lanes = kLanes<T>;
+        const auto scale = [&](const T* a, S* b) { Vec<S, lanes>::store(b, Vec<T, lanes>::load(a) * factor); };
+        for (; i + lanes <= end; i += lanes) scale(from + i, to + i);
+        T rest[lanes] = {};
+        S scaled[lanes];
+        std::copy(from + i, from + end, rest);
+        scale(rest, scaled);
+        std::copy(scaled, scaled + (end - i), to + i);
+      });
+    };
+    if constexpr (std::is_same_v<T, double>)
+      write(T{});
+    else
+      dispatch<float, bf16, fp16>(out, "bal_cross_entropy_grad", write);
+  });
 }
 
 }  // namespace segops::bal

@@ -52,21 +52,21 @@ struct Problem {
   Labels labels;
   const T* pixel_weight;
   const T* class_weight;
+  bool smoothed;
   T keep, share, class_weight_sum;  // the loss is w (keep a_t l_t + share sum_c a_c l_c)
   ResizeAxis<T> rows, columns;
   ResizeAxis<T> weight_rows, weight_columns;
   int64_t strip;  // rows of logits that one item of work covers
 
-  Problem(
-      const LossShape& s, const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& pixel_weight,
-      const std::optional<Tensor>& class_weight, double label_smoothing, int64_t ignore_index, const char* op)
-      : s(s),
-        logits(logits),
-        labels(labels, s.classes, ignore_index, op),
-        pixel_weight(data_of<const T>(pixel_weight)),
-        class_weight(data_of<const T>(class_weight)),
-        keep(T(1 - label_smoothing)),
-        share(T(label_smoothing / double(s.classes))),
+  Problem(const LossInput& in, const char* op)
+      : s(in.s),
+        logits(in.logits),
+        labels(in.labels, s.classes, in.ignore_index, op),
+        pixel_weight(data_of<const T>(in.pixel_weight)),
+        class_weight(data_of<const T>(in.class_weight)),
+        smoothed(in.smoothed()),
+        keep(T(1 - in.label_smoothing)),
+        share(T(in.label_smoothing / double(s.classes))),
         class_weight_sum(T(s.classes)),
         rows(s.h, s.height, s.height),
         columns(s.w, s.width, round_up(s.width, kBlock<T>)),

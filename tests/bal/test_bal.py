@@ -745,7 +745,7 @@ def test_settings_far_beyond_the_map(target):
 def test_ops_refuse_what_does_not_fit():
     """By themselves: Python may not have checked it."""
     ops, logits, labels = torch.ops.segops, torch.zeros(2, 3, 4, 5), torch.zeros(2, 8, 9, dtype=torch.int64)
-    settings, loss = ("gaussian", 3, 1.0, 0.5, 2, None), (0.0, 255, "mean")
+    settings, loss = ("gaussian", 3, 1.0, 0.5, 2, None), (0.0, 255, "mean", True)
     for call, message in (
         (lambda: ops.bal_edge(labels, 3, "box", 3, 1.0, 0.5, 2, None, 255), "bal_edge: needs .* a kernel"),
         (lambda: ops.bal_edge(labels, 3, "linear", 2, 1.0, 0.5, 2, None, 255), "bal_edge: needs an odd kernel_size"),
@@ -753,11 +753,12 @@ def test_ops_refuse_what_does_not_fit():
         (lambda: ops.bal_edge(labels, 3, "linear", 3, 1.0, 0.5, 2, "sum", 255), "bal_edge: needs .* a normalize"),
         (lambda: ops.bal_edge(labels, 2**40, *settings, 255), "bal_edge: needs .* 2\\^31 - 1 classes"),
         (lambda: ops.bal_edge(labels[0], 3, *settings, 255), "bal_edge: needs labels"),
-        (lambda: ops.bal_cross_entropy(logits, labels, None, None, 0.0, 255, "batchmean"), "no reduction 'batchmean'"),
+        (lambda: ops.bal_cross_entropy(logits, labels, None, None, 0.0, 255, "batchmean", True), "no reduction 'batchmean'"),
         (lambda: ops.bal_cross_entropy(logits, labels[:1], None, None, *loss), "must have one batch"),
         (lambda: ops.bal_cross_entropy(logits, labels, None, torch.ones(1, 3), *loss), "class_weight must be"),
         (lambda: ops.bal_boundary_loss(logits[0], labels, None, *settings, *loss), "needs logits"),
-        (lambda: ops.bal_cross_entropy_grad(torch.ones(()), logits, labels, None, torch.ones(3), 255), "needs what bal_cross"),
+        (lambda: ops.bal_cross_entropy_grad(torch.ones(()), torch.ones(3), torch.ones(()), torch.float32), "needs what bal_cross"),
+        (lambda: ops.bal_cross_entropy_map_grad(torch.ones(2, 8, 9), logits, labels, None, torch.ones(3), 0.0, 255), "needs what"),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match=message):
             call()

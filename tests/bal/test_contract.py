@@ -76,11 +76,16 @@ def opcheck_of(dtype, reduction, memory_format=torch.contiguous_format):
         for normalize in (None, "max", "mean"):
             yield ops.bal_edge, (labels, 5, "gaussian", 5, 2.0, 0.5, 2, normalize, 255)
         settings = 0.1, 255, reduction
-        yield ops.bal_cross_entropy, (logits, labels, *weights, *settings)
+        yield ops.bal_cross_entropy, (logits.detach(), labels, *weights, *settings, False)
+        yield ops.bal_cross_entropy, (logits, labels, *weights, *settings, True)
         with torch.no_grad():
-            loss, coefficients = ops.bal_cross_entropy(logits, labels, *weights, *settings)
-        yield ops.bal_cross_entropy_grad, (torch.rand_like(loss), logits.detach(), labels, weights[1], coefficients, 255)
-        settings = "linear", 3, 1.0, 0.5, 2, "mean", 0.0, 255, reduction
+            loss, saved, divisor = ops.bal_cross_entropy(logits, labels, *weights, *settings, True)
+        grad = torch.rand_like(loss)
+        if reduction == "none":
+            yield ops.bal_cross_entropy_map_grad, (grad, logits.detach(), labels, weights[1], saved, 0.1, 255)
+        else:
+            yield ops.bal_cross_entropy_grad, (grad, saved, divisor, logits.dtype)
+        settings = "linear", 3, 1.0, 0.5, 2, "mean", 0.0, 255, reduction, True
         yield ops.bal_boundary_loss, (logits, labels, weights[1], *settings)
 
     return arguments
@@ -102,7 +107,9 @@ edge, cross_entropy, loss = segops.gaussian_edge, segops.upsample_cross_entropy,
 class TestBoundaryAwareLoss(Contract):
     USES = {
         "boundary": use("boundary_aware_loss", boundary, draw, LOSS, **BACKWARD),
-        "per pixel": use("boundary_aware_loss", per_pixel, draw, LOSS, **BACKWARD),
+        "per pixel": use(
+            "boundary_aware_loss", per_pixel, draw, LOSS, **BACKWARD | {"backward": ("segops::bal_cross_entropy_map_grad",)}
+        ),
         "weighted": use("upsample_cross_entropy", weighted, draw_weighted, ("segops::bal_cross_entropy",), **BACKWARD),
         "edges": use("gaussian_edge", edges, draw_labels_alone, ("segops::bal_edge",)),
     }

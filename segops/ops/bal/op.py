@@ -1,5 +1,5 @@
 """The losses: the public functions, and the ops `segops::bal_cross_entropy`, `bal_boundary_loss`
-and their gradient behind them.
+and their gradients behind them.
 
 The weight map is made at its downsampled size and stays there: the cross entropy upsamples it, as
 it does the logits, pixel by pixel. Nothing is made of (N, C, H, W).
@@ -27,8 +27,9 @@ def upsample_cross_entropy(
 
     Equals ``F.interpolate(logits, (H, W), mode="bilinear", align_corners=False)``, where sizes
     differ, then softmax cross entropy per pixel, times ``pixel_weight`` where given, 0 at ignored
-    pixels. Forward and backward allocate nothing of (N, C, H, W), unless the logits have that size:
-    what backward needs is kept in three maps of (N, H, W), four with label smoothing.
+    pixels. Forward and backward allocate nothing of (N, C, H, W), unless the logits have that size.
+    Where the logits require a gradient, forward makes it too, and keeps it in float32. For "none"
+    backward makes it, from three maps of (N, H, W), four with label smoothing.
 
     Args:
         logits: (N, C, h, w), any strides; float32, bfloat16, float16, or float64 (CPU and reference
@@ -72,8 +73,8 @@ def upsample_cross_entropy(
         check_weight_size(pixel_weight, labels)
         classes = classes_of(labels, logits.shape[1], ignore_index)
         return reference.upsample_cross_entropy(logits, classes, pixel_weight, class_weight, settings)
-    loss, _ = cross_entropy(logits, labels, pixel_weight, class_weight, *settings.arguments(), backend=backend)
-    return loss
+    wanted = torch.is_grad_enabled() and logits.requires_grad
+    return cross_entropy(logits, labels, pixel_weight, class_weight, *settings.arguments(), wanted, backend=backend)[0]
 
 
 def boundary_aware_loss(
@@ -115,8 +116,8 @@ def boundary_aware_loss(
         classes = classes_of(labels, logits.shape[1], ignore_index)
         edge = reference.gaussian_edge(classes, logits.shape[1], of_edge)
         return reference.upsample_cross_entropy(logits, classes, edge, class_weight, settings)
-    loss, _ = boundary_loss(logits, labels, class_weight, *of_edge.arguments(), *settings.arguments(), backend=backend)
-    return loss
+    wanted = torch.is_grad_enabled() and logits.requires_grad
+    return boundary_loss(logits, labels, class_weight, *of_edge.arguments(), *settings.arguments(), wanted, backend=backend)[0]
 
 
 def _float32(*_):
@@ -193,28 +194,42 @@ def _check_device(name, tensor, logits):
         raise ValueError(f"{name} must be on logits' device {logits.device}; got {tensor.device}")
 
 
-# The loss that the reduction asks for, and what the gradient needs: csrc/bal/bal.h.
+# The loss that the reduction asks for; what the gradient needs, if it is wanted: the coefficients
+# of a map of losses, or the gradient of their sum; and what that is to be divided by: bal.h.
 
 
-def _empty_loss(logits, labels, label_smoothing, reduction):
-    maps, dtype = 4 if label_smoothing > 0 else 3, torch.promote_types(logits.dtype, torch.float32)
-    loss = torch.empty(labels.shape if reduction == "none" else (), dtype=dtype, device=logits.device)
-    return loss, torch.empty(maps * labels.numel() + 1, dtype=dtype, device=logits.device)
+def _empty_loss(logits, labels, label_smoothing, reduction, gradient):
+    options = {"dtype": torch.promote_types(logits.dtype, torch.float32), "device": logits.device}
+    if reduction == "none":
+        maps = 4 if label_smoothing > 0 else 3
+        saved = torch.empty((maps, *labels.shape) if gradient else 0, **options)
+        return torch.empty(labels.shape, **options), saved, torch.empty(0, **options)
+    saved = torch.empty(logits.shape, **options, memory_format=memory_format(logits)) if gradient else torch.empty(0, **options)
+    return torch.empty((), **options), saved, torch.empty((), **options)
 
 
-def _setup_context(ctx, out, logits, labels, class_weight, ignore_index):
-    _, coefficients = out
-    ctx.ignore_index = ignore_index
-    ctx.save_for_backward(logits, labels, class_weight, coefficients)
+def _setup_context(ctx, out, logits, labels, class_weight, label_smoothing, ignore_index, reduction, gradient):
+    _, saved, divisor = out
+    if not gradient:
+        ctx.settings = None
+    elif reduction == "none":
+        ctx.save_for_backward(logits, labels, class_weight, saved)
+        ctx.settings = cross_entropy_map_grad, label_smoothing, ignore_index
+    else:
+        ctx.save_for_backward(saved, divisor)
+        ctx.settings = cross_entropy_grad, logits.dtype
 
 
 def _backward(ctx, needed, grad):
-    return (cross_entropy_grad(grad, *ctx.saved_tensors, ctx.ignore_index, backend=ctx.backend),)
+    if ctx.settings is None:
+        raise RuntimeError("segops.upsample_cross_entropy: the loss was computed without a gradient")
+    op, *settings = ctx.settings
+    return (op(grad, *ctx.saved_tensors, *settings, backend=ctx.backend),)
 
 
 @library.op(
     "bal_cross_entropy(Tensor logits, Tensor labels, Tensor? pixel_weight, Tensor? class_weight, "
-    f"{LossSettings.SCHEMA}) -> (Tensor, Tensor)"
+    f"{LossSettings.SCHEMA}, bool gradient) -> (Tensor, Tensor, Tensor)"
 )
 class cross_entropy:
     empty, setup_context, backward = _empty_loss, _setup_context, _backward
@@ -224,17 +239,25 @@ class cross_entropy:
 # export traces.
 @library.op(
     "bal_boundary_loss(Tensor logits, Tensor labels, Tensor? class_weight, "
-    f"{EdgeSettings.SCHEMA}, {LossSettings.SCHEMA}) -> (Tensor, Tensor)"
+    f"{EdgeSettings.SCHEMA}, {LossSettings.SCHEMA}, bool gradient) -> (Tensor, Tensor, Tensor)"
 )
 class boundary_loss:
     empty, setup_context, backward = _empty_loss, _setup_context, _backward
 
 
-@library.op(
-    "bal_cross_entropy_grad(Tensor grad, Tensor logits, Tensor labels, Tensor? class_weight, Tensor coefficients, "
-    "int ignore_index) -> Tensor"
-)
+@library.op("bal_cross_entropy_grad(Tensor grad, Tensor saved, Tensor divisor, ScalarType dtype) -> Tensor")
 class cross_entropy_grad:
+    def empty(saved, dtype):
+        return torch.empty(saved.shape, dtype=dtype, device=saved.device, memory_format=memory_format(saved))
+
+    backward = library.no_double_backward("upsample_cross_entropy")
+
+
+@library.op(
+    "bal_cross_entropy_map_grad(Tensor grad, Tensor logits, Tensor labels, Tensor? class_weight, Tensor coefficients, "
+    "float label_smoothing, int ignore_index) -> Tensor"
+)
+class cross_entropy_map_grad:
     def empty(logits):
         return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device, memory_format=memory_format(logits))
 

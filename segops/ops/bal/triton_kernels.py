@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..common.triton_resize import first_output, share_of, source
 from .labels import raise_on_wrong_label
-from .op import check_weight_size, cross_entropy, cross_entropy_grad
+from .op import check_weight_size, cross_entropy, cross_entropy_map_grad
 
 PIXELS_PER_PROGRAM = 128
 COLUMNS_PER_PROGRAM = 16
@@ -182,13 +182,15 @@ def _softmax_loss(
     value = own * (tl.log(total) + (max_logit - at_target))
     if SMOOTHED:
         value += share * (weight_sum * tl.log(total) + smooth)
-        tl.store(coefficients + 3 * pixels + index, _settled(weight * share, target), mask=mask)
     all_smooth = share * weight_sum
     at_label = (all_smooth * (total - rest) - own * rest) / total
     value = _settled(weight * value, target)
-    tl.store(coefficients + index, max_logit, mask=mask)
-    tl.store(coefficients + pixels + index, _settled(weight * (own + all_smooth) / total, target), mask=mask)
-    tl.store(coefficients + 2 * pixels + index, _settled(weight * at_label, target), mask=mask)
+    if coefficients is not None:
+        tl.store(coefficients + index, max_logit, mask=mask)
+        tl.store(coefficients + pixels + index, _settled(weight * (own + all_smooth) / total, target), mask=mask)
+        tl.store(coefficients + 2 * pixels + index, _settled(weight * at_label, target), mask=mask)
+        if SMOOTHED:
+            tl.store(coefficients + 3 * pixels + index, _settled(weight * share, target), mask=mask)
     if loss is not None:
         tl.store(loss + index, value, mask=mask)
     program = tl.program_id(0).to(tl.int64)
@@ -199,7 +201,7 @@ def _softmax_loss(
 @triton.jit
 def _softmax_grad(
     grad, logits, labels, class_weight, coefficients, out, pixels, logit_columns, label_height, label_width, h, w, classes,
-    grad_stride, stride_n, stride_c, stride_y, stride_x, out_n, out_c, out_y, out_x, ignore_index,
+    stride_n, stride_c, stride_y, stride_x, out_n, out_c, out_y, out_x, ignore_index,
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, RESIZED: tl.constexpr, SMOOTHED: tl.constexpr,
     COLUMNS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
@@ -237,7 +239,7 @@ def _softmax_grad(
             at = (image * height + y) * width + x
             target = _class_of(labels, at, mask, classes, ignore_index)
             # Whatever comes in at an ignored pixel, NaN perhaps, goes nowhere.
-            incoming = tl.where(target == -1, 0.0, tl.load(grad + at * grad_stride, mask=mask, other=0.0))
+            incoming = tl.where(target == -1, 0.0, tl.load(grad + at, mask=mask, other=0.0))
             max_logit = tl.load(coefficients + at, mask=mask, other=0.0)
             grad_scale = incoming * tl.load(coefficients + pixels + at, mask=mask, other=0.0)
             at_label = incoming * tl.load(coefficients + 2 * pixels + at, mask=mask, other=0.0)
@@ -285,7 +287,7 @@ def _run_softmax_loss(logits, labels, pixel_weight, class_weight, coefficients, 
     weight_h, weight_w = (0, 0) if pixel_weight is None else pixel_weight.shape[1:]
     weight_resized = pixel_weight is not None and pixel_weight.shape != labels.shape
     programs = triton.cdiv(labels.numel(), PIXELS_PER_PROGRAM)
-    partial = coefficients.new_empty((programs, 2))
+    partial = torch.empty((programs, 2), dtype=torch.float32, device=labels.device)
     with torch.cuda.device_of(logits):
         _softmax_loss[(programs,)](
             logits, labels, pixel_weight, class_weight, coefficients, loss, partial, labels.numel(), *labels.shape[1:],
@@ -304,11 +306,11 @@ def _run_softmax_grad(grad, logits, labels, class_weight, coefficients, out, ign
         triton.cdiv(5 * full, 2 * small) + 2 if resized else 1 for full, small in zip(labels.shape[1:], (h, w), strict=True)
     ]
     grid = (triton.cdiv(n * h * w, COLUMNS_PER_PROGRAM), triton.cdiv(classes, CLASSES_PER_PROGRAM))
-    smoothed = coefficients.numel() > 4 * labels.numel()
+    smoothed = len(coefficients) > 3
     with torch.cuda.device_of(logits):
         _softmax_grad[grid](
             grad, logits, labels, class_weight, coefficients, out, labels.numel(), n * h * w, *labels.shape[1:], h, w, classes,
-            int(grad.dim() > 0), *logits.stride(), *out.stride(), ignore_index,
+            *logits.stride(), *out.stride(), ignore_index,
             *taps, resized, smoothed, COLUMNS_PER_PROGRAM, CLASSES_PER_PROGRAM,
         )  # fmt: skip
 
@@ -393,34 +395,47 @@ def _weights(weights):
     return None if weights is None else weights.float().contiguous()
 
 
-def bal_cross_entropy(logits, labels, pixel_weight, class_weight, label_smoothing, ignore_index, reduction):
-    loss, coefficients = cross_entropy.empty(logits, labels, label_smoothing, reduction)
+def bal_cross_entropy(logits, labels, pixel_weight, class_weight, label_smoothing, ignore_index, reduction, gradient):
+    loss, saved, divisor = cross_entropy.empty(logits, labels, label_smoothing, reduction, gradient)
     check_weight_size(pixel_weight, labels)
     if not labels.numel():
-        return loss.zero_(), coefficients.fill_(1)
+        return loss.zero_(), saved, divisor.fill_(1)
     raise_on_wrong_label(labels, logits.shape[1], ignore_index)
+    logits, labels, class_weight = _logits(logits), labels.contiguous(), _weights(class_weight)
+    coefficients = None
+    if gradient:
+        maps = 4 if label_smoothing > 0 else 3
+        coefficients = saved if reduction == "none" else saved.new_empty((maps, *labels.shape))
     total, count = _run_softmax_loss(
-        _logits(logits), labels.contiguous(), _weights(pixel_weight), _weights(class_weight), coefficients,
-        loss if reduction == "none" else None, label_smoothing, ignore_index,
+        logits, labels, _weights(pixel_weight), class_weight, coefficients, loss if reduction == "none" else None,
+        label_smoothing, ignore_index,
     )  # fmt: skip
-    divisor = coefficients[-1].copy_(count.clamp(min=1)) if reduction == "mean" else coefficients[-1].fill_(1)
-    return loss if reduction == "none" else total / divisor, coefficients
+    if reduction == "none":
+        return loss, saved, divisor
+    if gradient:
+        _run_softmax_grad(
+            torch.ones(labels.shape, device=labels.device), logits, labels, class_weight, coefficients, saved, ignore_index
+        )
+    divisor.copy_(count.clamp(min=1)) if reduction == "mean" else divisor.fill_(1)
+    return total / divisor, saved, divisor
 
 
 def bal_boundary_loss(logits, labels, class_weight, *settings):
-    *of_edge, label_smoothing, ignore_index, reduction = settings
+    *of_edge, label_smoothing, ignore_index, reduction, gradient = settings
     edge = _small_edge(labels, logits.shape[1], *of_edge, ignore_index)
-    return bal_cross_entropy(logits, labels, edge, class_weight, label_smoothing, ignore_index, reduction)
+    return bal_cross_entropy(logits, labels, edge, class_weight, label_smoothing, ignore_index, reduction, gradient)
 
 
-def bal_cross_entropy_grad(grad, logits, labels, class_weight, coefficients, ignore_index):
-    out, wide = cross_entropy_grad.empty(logits), _logits(logits)
+def bal_cross_entropy_grad(grad, saved, divisor, dtype):
+    return (saved * (grad / divisor)).to(dtype)
+
+
+def bal_cross_entropy_map_grad(grad, logits, labels, class_weight, coefficients, label_smoothing, ignore_index):
+    out, wide = cross_entropy_map_grad.empty(logits), _logits(logits)
     if not out.numel():
         return out
     written = out if out.dtype == wide.dtype else torch.empty_like(out, dtype=wide.dtype)
-    grad = grad.float()
     _run_softmax_grad(
-        grad.contiguous() if grad.dim() else grad / coefficients[-1], wide, labels.contiguous(), _weights(class_weight),
-        coefficients, written, ignore_index,
-    )  # fmt: skip
+        grad.float().contiguous(), wide, labels.contiguous(), _weights(class_weight), coefficients, written, ignore_index
+    )
     return out.copy_(written) if written is not out else out
