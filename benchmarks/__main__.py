@@ -1,5 +1,5 @@
 """`segops bench`, `python -m benchmarks`: runs the suites, checks before it times, and writes the evidence of each op; `overhead`
-times what a call of each costs."""
+times what a call of each costs; `sass` reads the machine code of the CUDA kernels."""
 
 import argparse
 import tempfile
@@ -11,31 +11,42 @@ try:
 except ImportError as error:
     raise ImportError("the benchmarks need pytest-benchmark: pip install 'segops[bench]'") from error
 
-from . import measure, overhead, report
+from . import measure, overhead, report, sass
 from .suites import OPS
 
 HERE = Path(__file__).parent
+NAME = "gpu" if measure.DEVICE == "cuda" else "cpu"
 
 
 def add_arguments(parser):
-    parser.add_argument("ops", nargs="*", metavar="OP", help=f"the ops to run, of {', '.join(OPS)} (default: all); or overhead")
-    parser.add_argument("-k", dest="select", default="", help="only the benchmarks that match, as pytest -k")
+    parser.add_argument(
+        "ops", nargs="*", metavar="OP", help=f"the ops to run, of {', '.join(OPS)} (default: all); or overhead; or sass"
+    )
+    parser.add_argument("-k", dest="select", default="", help="only the benchmarks that match, as pytest -k; of sass: sm_90")
     parser.add_argument(
         "--out", default="benchmarks/results", type=Path, help="folder for the results (default: benchmarks/results)"
     )
-    name = "gpu" if measure.DEVICE == "cuda" else "cpu"
-    parser.add_argument("--name", default=name, help=f"the result files are called OP-NAME (default here: {name})")
+    parser.add_argument(
+        "--name", help=f"the result files are called OP-NAME (default here: {NAME}; of sass: what -k says, or all)"
+    )
     parser.add_argument("--report", type=Path, metavar="RAW.json", help="only render what pytest --benchmark-json wrote")
 
 
 def run(options):
+    if options.ops == ["sass"]:
+        architecture = options.select or "all"
+        name = options.name or architecture
+        print(sass.run(options.out, name, architecture))
+        print(f"\nwritten: {options.out}/sass-{name}.json, .csv, .md\n")
+        return
+    name = options.name or NAME
     if options.ops == ["overhead"]:
-        print(overhead.run(options.out, options.name))
-        print(f"\nwritten: {options.out}/overhead-{options.name}.json, .csv, .md\n")
+        print(overhead.run(options.out, name))
+        print(f"\nwritten: {options.out}/overhead-{name}.json, .csv, .md\n")
         return
     for op in options.ops:
         if op not in OPS:
-            raise ValueError(f"OP must be one of {', '.join(OPS)}, or overhead alone; got {op}")
+            raise ValueError(f"OP must be one of {', '.join(OPS)}, or overhead or sass alone; got {op}")
 
     status = 0
     raw = options.report
@@ -48,8 +59,8 @@ def run(options):
                 raise SystemExit(f"no benchmark ran: pytest ended with {status!s}")
         results = report.collect(raw)
     for op, result in results.items():
-        print(report.write(result, options.out, f"{op}-{options.name}"))
-        print(f"\nwritten: {options.out}/{op}-{options.name}.json, .csv, .md, .png\n")
+        print(report.write(result, options.out, f"{op}-{name}"))
+        print(f"\nwritten: {options.out}/{op}-{name}.json, .csv, .md, .png\n")
     raise SystemExit(int(status))
 
 
