@@ -95,10 +95,11 @@ namespace segops {
 
 constexpr int kThreads = 256;
 
+// Threads of the last block go beyond it, and must not reach 2^31.
 #ifdef SEGOPS_EMULATION  // whose maps are small: both kinds are to be run
 constexpr int64_t kLargestIndex = 1 << 13;
 #else
-constexpr int64_t kLargestIndex = INT32_MAX;
+constexpr int64_t kLargestIndex = INT32_MAX - (1 << 12);
 #endif
 
 // Blocks of kThreads threads for so many threads of work.
@@ -121,11 +122,13 @@ struct Divisor {
     // At most 1 / divisor too large, and exact below 2^31. (By one it is 2^31 + 1: shifted, the rest vanishes.)
     multiplier = uint32_t((uint64_t(1) << shift) / divisor + 1);
   }
-  // n / divisor for 0 <= n < 2^31.
+  // n / divisor for n >= 0; 64 bits are divided.
   __device__ int32_t divide(int32_t n) const { return int32_t(uint64_t(uint32_t(n)) * multiplier >> shift); }
-  __device__ int32_t divide(int32_t n, int32_t& rest) const {
-    const int32_t quotient = divide(n);
-    rest = n - quotient * int32_t(divisor);
+  __device__ int64_t divide(int64_t n) const { return n / divisor; }
+  template <typename Index>
+  __device__ Index divide(Index n, Index& rest) const {
+    const Index quotient = divide(n);
+    rest = n - quotient * Index(divisor);
     return quotient;
   }
 };
@@ -170,10 +173,15 @@ struct alignas(sizeof(T) * V) Pack {
   T value[V];
 };
 
+template <typename T, int V>
+__device__ inline Pack<T, V> load(const T* p) {
+  return *reinterpret_cast<const Pack<T, V>*>(p);
+}
+
 // acc += weight * the V elements at p
 template <typename T, int V>
 __device__ inline void add(float (&acc)[V], const T* p, float weight = 1.f) {
-  const Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(p);
+  const Pack<T, V> pack = load<T, V>(p);
 #pragma unroll
   for (int v = 0; v < V; ++v) acc[v] += weight * widen(pack.value[v]);
 }

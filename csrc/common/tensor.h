@@ -45,21 +45,22 @@ T* data_of(const std::optional<Tensor>& tensor) {
 }
 
 // A tensor (N, C, H, W) with any strides, as kernels take it.
-template <typename T>
+template <typename T, typename Index = int64_t>
 struct View {
   T* data;
-  int64_t image, channel, row, pixel;  // strides
+  Index image, channel, row, pixel;  // strides
 
   View() = default;
   explicit View(const Tensor& tensor)
       : data(data_of<T>(tensor)),
-        image(tensor.stride(0)),
-        channel(tensor.stride(1)),
-        row(tensor.stride(2)),
-        pixel(tensor.stride(3)) {}
-  SEGOPS_HOST_DEVICE T* at(int64_t n, int64_t c, int64_t y, int64_t x) const {
-    return data + n * image + c * channel + y * row + x * pixel;
+        image(Index(tensor.stride(0))),
+        channel(Index(tensor.stride(1))),
+        row(Index(tensor.stride(2))),
+        pixel(Index(tensor.stride(3))) {}
+  SEGOPS_HOST_DEVICE Index offset(Index n, Index c, Index y, Index x) const {
+    return n * image + c * channel + y * row + x * pixel;
   }
+  SEGOPS_HOST_DEVICE T* at(Index n, Index c, Index y, Index x) const { return data + offset(n, c, y, x); }
 };
 
 }  // namespace segops

@@ -12,6 +12,7 @@
 
 #include <math.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -39,6 +40,8 @@ using cudaStream_t = void*;
 using __half = torch::headeronly::Half;
 using __nv_bfloat16 = torch::headeronly::BFloat16;
 
+using std::max;
+using std::min;
 inline float __half2float(__half x) {
   return x;
 }
