@@ -8,8 +8,8 @@
 // An interpolated logit is a mean of its four corners with weights that all classes share: where
 // one class is the largest at all four, it is the largest everywhere between them, and no other
 // class is looked at. Only the cells that a boundary crosses are computed; and those with a
-// negative best, where a class that is infinite with both signs is NaN in between. `best` and `out`
-// are written in full.
+// negative best, where a class that is infinite with both signs is NaN in between. `out` is written
+// in full; `best` is memory for what is between.
 #pragma once
 
 #include "../common/resize.h"
@@ -40,7 +40,7 @@ inline Shape check(const Tensor& logits, const Tensor& best, const Tensor& out) 
 // What a device implements.
 void upsample(const Tensor& logits, const Tensor& best, const Tensor& out);
 
-SEGOPS_HOST_DEVICE inline int32_t class_of_best(int32_t best) {
+inline int32_t class_of_best(int32_t best) {
   return best < 0 ? ~best : best;
 }
 

@@ -1,73 +1,130 @@
-// argmax.h on CUDA: a thread per logit position, then a thread per pixel, which looks at classes
-// only where its four corners disagree.
+// argmax.h on CUDA: a thread per logit position finds its largest class; then a thread owns a column
+// of pixels of a cell between four positions, up to eight rows of it. Where the corners disagree, it
+// reads their logits once for all of these pixels, which share the means between left and right.
+//
+// Threads of a warp own neighbouring columns, so that they write whole stretches of a row. (Pairs of
+// classes would be 16 bytes, but every other row of an odd width is not aligned to them.)
 
 #include "argmax.h"
 
 #include "../common/cuda.h"
+#include "../common/resize_cuda.h"
+
+#include <algorithm>
 
 namespace segops::argmax {
 namespace {
 
-// The largest so far and its class; a NaN is larger than any number, and the first stays.
+// The largest so far and its class; a NaN is larger than any number, and the first stays. Seeing
+// the same again changes nothing.
 struct Largest {
-  float value;
-  int index;
+  float value = -INFINITY;
+  int index = 0;
 
   __device__ void see(float other, int c) {
-    if (other > value || (isnan(other) && !isnan(value))) {
+    if (!(other <= value) && value == value) {
       value = other;
       index = c;
     }
   }
 };
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    best_kernel(const View<const T> logits, int classes, int64_t h, int64_t w, int* __restrict__ best, int64_t work) {
-  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+// Classes that are loaded before any of them is looked at. Behind the last one it comes again.
+constexpr int kPositionBatch = 8, kCellBatch = 2;
+
+// Writes what argmax.h calls best or, if Out takes 64 bits, the class.
+template <typename T, typename Index, typename Out>
+__global__ void __launch_bounds__(kThreads) best_kernel(
+    const View<const T, Index> logits, int classes, const Divisor height, const Divisor width, Out* __restrict__ best,
+    Index work) {
+  const Index index = Index(blockIdx.x) * kThreads + Index(threadIdx.x);
   if (index >= work) return;
-  const T* at = logits.at(index / w / h, 0, index / w % h, index % w);
-  Largest largest{widen(*at), 0};
-  for (int c = 1; c < classes; ++c) largest.see(widen(at[c * logits.channel]), c);
-  best[index] = largest.value < INFINITY ? largest.index : ~largest.index;
+  Index y, x;
+  const Index n = height.divide(width.divide(index, x), y);
+  const Index at = logits.offset(n, 0, y, x);
+  Largest largest;
+  for (int first = 0; first < classes; first += kPositionBatch) {
+    T batch[kPositionBatch];
+#pragma unroll
+    for (int k = 0; k < kPositionBatch; ++k) batch[k] = logits.data[at + logits.channel * min(first + k, classes - 1)];
+#pragma unroll
+    for (int k = 0; k < kPositionBatch; ++k) largest.see(widen(batch[k]), first + k);
+  }
+  if constexpr (sizeof(Out) == 8)
+    best[index] = largest.index;
+  else
+    best[index] = largest.value < INFINITY ? largest.index : ~largest.index;
 }
 
-template <typename T>
+// Both axes, and what divides the number of a thread: columns, then chunks of the rows of a cell,
+// then cells, then images.
+template <typename Index>
+struct Cells {
+  ResizeAxis<Index> rows, columns;
+  Divisor width, chunks, chunks_of_image;
+};
+
+// A chunk: R rows of a cell, or what is left of them, in one column.
+template <typename T, int R, typename Index>
 __global__ void __launch_bounds__(kThreads) upsample_kernel(
-    const View<const T> logits, const Shape s, double scale_y, double scale_x, const int* __restrict__ best,
-    int64_t* __restrict__ out, int64_t work) {
-  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    const View<const T, Index> logits, int classes, const Cells<Index> cells, const int* __restrict__ best,
+    int64_t* __restrict__ out, Index work) {
+  const Index index = Index(blockIdx.x) * kThreads + Index(threadIdx.x);
   if (index >= work) return;
-  const int64_t n = index / s.width / s.height;
-  const Source y = bilinear_source(index / s.width % s.height, s.h, scale_y),
-               x = bilinear_source(index % s.width, s.w, scale_x);
-  const int *upper = best + (n * s.h + y.low) * s.w, *lower = best + (n * s.h + y.high) * s.w;
-  const int same = upper[x.low];
-  if (same >= 0 && same == upper[x.high] && same == lower[x.low] && same == lower[x.high]) {
-    out[index] = same;
+  const ResizeAxis<Index>&rows = cells.rows, &columns = cells.columns;
+  Index x, chunk;
+  const Index n = cells.chunks_of_image.divide(cells.width.divide(index, x), chunk);
+  const Index cell = cells.chunks.divide(chunk, chunk), y = rows.first(cell) + chunk * R;
+  const Index count = rows.first(cell + 1) - y;
+  if (count <= 0) return;
+  int64_t* to = out + ((n * rows.out + y) * columns.out + x);
+
+  Index rest;
+  const Index column = columns.cell(x, rest), left = columns.low(column), right = columns.high(column);
+  const Index above = rows.low(cell), below = rows.high(cell);
+  const int* bests = best + n * rows.in * columns.in;
+  const int same = bests[above * columns.in + left],
+            others[] = {bests[above * columns.in + right], bests[below * columns.in + left], bests[below * columns.in + right]};
+  if (same >= 0 && same == others[0] && same == others[1] && same == others[2]) {
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+      if (r < count) to[r * columns.out] = same;
     return;
   }
-  const float wy = float(y.weight), wx = float(x.weight);
-  const T *a = logits.at(n, 0, y.low, x.low), *b = logits.at(n, 0, y.low, x.high);
-  const T *c = logits.at(n, 0, y.high, x.low), *d = logits.at(n, 0, y.high, x.high);
-  // A logit that weighs nothing is not looked at: zero times infinity is no number.
-  const auto between = [](float low, float high, float weight) {
-    return weight == 0 ? low : (1 - weight) * low + weight * high;
-  };
-  const auto value = [&](int k) {
-    const int64_t at = k * logits.channel;
-    return between(between(widen(a[at]), widen(b[at]), wx), between(widen(c[at]), widen(d[at]), wx), wy);
-  };
-  Largest largest{value(0), 0};
-  for (int k = 1; k < s.classes; ++k) largest.see(value(k), k);
-  out[index] = largest.index;
-}
 
-// At their own size, best is the result.
-__global__ void __launch_bounds__(kThreads)
-    widen_kernel(const int* __restrict__ best, int64_t* __restrict__ out, int64_t work) {
-  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (index < work) out[index] = class_of_best(best[index]);
+  // A logit that weighs nothing is not looked at: zero times infinity is no number. Those below weigh
+  // nothing in the first row of a cell alone, or in all.
+  const float wx = columns.weight(column, rest);
+  float wy[R];
+  rows.cell(y, rest);
+#pragma unroll
+  for (int r = 0; r < R; ++r) wy[r] = rows.weight(cell, rest + r * 2 * rows.in);
+  const bool right_counts = wx != 0, first_counts = wy[0] != 0, others_count = !rows.outside(cell);
+  const auto mean = [](float low, float high, float weight, bool high_counts) {
+    const float part = (1 - weight) * low;
+    return high_counts ? part + weight * high : part;
+  };
+  const Index at[] = {
+      logits.offset(n, 0, above, left), logits.offset(n, 0, above, right), logits.offset(n, 0, below, left),
+      logits.offset(n, 0, below, right)};
+  Largest largest[R];
+  for (int first = 0; first < classes; first += kCellBatch) {
+    T corners[kCellBatch][4];
+#pragma unroll
+    for (int k = 0; k < kCellBatch; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) corners[k][i] = logits.data[at[i] + logits.channel * min(first + k, classes - 1)];
+#pragma unroll
+    for (int k = 0; k < kCellBatch; ++k) {
+      const float top = mean(widen(corners[k][0]), widen(corners[k][1]), wx, right_counts);
+      const float bottom = mean(widen(corners[k][2]), widen(corners[k][3]), wx, right_counts);
+#pragma unroll
+      for (int r = 0; r < R; ++r) largest[r].see(mean(top, bottom, wy[r], r == 0 ? first_counts : others_count), first + k);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < R; ++r)
+    if (r < count) to[r * columns.out] = largest[r].index;
 }
 
 }  // namespace
@@ -77,17 +134,31 @@ void upsample(const Tensor& logits, const Tensor& best, const Tensor& out) {
   const CurrentStream stream(logits);
   int* bests = data_of<int>(best);
   int64_t* to = data_of<int64_t>(out);
-  const int64_t positions = best.numel(), pixels = out.numel();
+  const int64_t rows = ceil_div(s.height, s.h);  // of a cell, at most
+  const int64_t chunk = rows > 4 ? 8 : rows > 2 ? 4 : 2, chunks = ceil_div(rows, chunk);
+  const int64_t positions = best.numel(), work = s.images * (s.h + 1) * chunks * s.width;
+  const int64_t elements = std::max(
+      {extent(logits), out.numel(), work, ResizeAxis<int64_t>::largest(s.h, s.height),
+       ResizeAxis<int64_t>::largest(s.w, s.width)});
   dispatch_cuda(logits, "upsample_argmax", [&](auto type) {
     using T = decltype(type);
-    const View<const T> from(logits);
-    launch(best_kernel<T>, blocks_for(positions), kThreads, 0, stream, from, int(s.classes), s.h, s.w, bests, positions);
-    if (s.resized())
+    with_index(elements, [&](auto index) {
+      using Index = decltype(index);
+      const View<const T, Index> from(logits);
+      const auto find_best = [&](auto* result) {
+        launch(
+            best_kernel<T, Index, std::remove_pointer_t<decltype(result)>>, blocks_for(positions), kThreads, 0, stream, from,
+            int(s.classes), Divisor(s.h), Divisor(s.w), result, Index(positions));
+      };
+      if (!s.resized()) return find_best(to);
+      find_best(bests);
+      const Cells<Index> cells{{s.h, s.height}, {s.w, s.width}, Divisor(s.width), Divisor(chunks), Divisor((s.h + 1) * chunks)};
       launch(
-          upsample_kernel<T>, blocks_for(pixels), kThreads, 0, stream, from, s, double(s.h) / double(s.height),
-          double(s.w) / double(s.width), bests, to, pixels);
-    else
-      launch(widen_kernel, blocks_for(pixels), kThreads, 0, stream, bests, to, pixels);
+          chunk == 8   ? &upsample_kernel<T, 8, Index>
+          : chunk == 4 ? &upsample_kernel<T, 4, Index>
+                       : &upsample_kernel<T, 2, Index>,
+          blocks_for(work), kThreads, 0, stream, from, int(s.classes), cells, bests, to, Index(work));
+    });
   });
 }
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import segops
 
 from ..contract import Contract, Export, Use, ops_of
+from ..layouts import spread
 from ..targets import DTYPES, INTERPRETED, REFERENCE, TARGETS, matrix, runs
 
 # (N, C, h, w) -> (H, W), each for what it makes the kernels do. The first ones are the interpreter's.
@@ -20,6 +21,10 @@ CASES = [
     ((1, 1, 3, 3), (8, 8)),  # nothing to compare with
     ((1, 21, 9, 12), (65, 96)),  # classes that fill no vector
     ((1, 40, 3, 70), (6, 140)),  # several vectors of classes, and of a row of logits
+    ((2, 3, 2, 5), (27, 16)),  # cells of more rows than a CUDA thread owns
+    ((1, 5, 8, 3), (25, 4)),  # and of as few as make it own four
+    ((2, 5, 6, 7), (1, 1)),  # one pixel
+    ((1, 1003, 2, 3), (5, 7)),  # more classes than a byte or a block numbers
 ]
 
 
@@ -122,6 +127,25 @@ def test_a_class_infinite_with_both_signs_is_nan_in_between(implementation):
 def test_one_int_is_both_sides(implementation):
     logits = draw((1, 3, 4, 5), device=implementation[0])
     assert torch.equal(segops.upsample_argmax(logits, 12), segops.upsample_argmax(logits, (12, 12)))
+
+
+def test_logits_far_apart(target):
+    """Beyond 8192 elements from first to last, gaps included, the emulated CUDA kernels number them with 64 bits."""
+    for shape, size in CASES[:5]:
+        logits = draw(shape, device=target[0])
+        logits[:, 0, 0, 0] = torch.inf
+        expected = segops.upsample_argmax(logits, size)
+        for dim in (1, 3):
+            assert torch.equal(segops.upsample_argmax(spread(logits, 1 << 13, dim), size), expected)
+
+
+def test_weights_are_exact_halfway(target):
+    """Ties in the middle between two positions, though the factor is no power of two, are the lowest class."""
+    logits = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0]], device=target[0])
+    expected = torch.tensor([0, 0, 1, 0, 0, 1], device=target[0])  # at -1/6, 1/2, 7/6, 11/6, 5/2 and 19/6
+    columns, rows = logits[None, :, None, :].expand(1, 2, 3, 4), logits[None, :, :, None].expand(1, 2, 4, 3)
+    assert torch.equal(segops.upsample_argmax(columns, (3, 6)), expected.expand(1, 3, 6))
+    assert torch.equal(segops.upsample_argmax(rows, (6, 3)), expected[:, None].expand(1, 6, 3))
 
 
 def test_no_gradient(implementation):
