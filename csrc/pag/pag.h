@@ -13,7 +13,8 @@
 //             pooled, but copied or added; without kernel_size they have no offsets.
 //   scatter   out = 0, and each value of `pooled` added where its offset says. The derivative of
 //             pool, and unpooling.
-//   gather    out = for each window the element where its offset says. The derivative of scatter.
+//   gather    out = for each window of a kernel the element where its offset says. The derivative of
+//             scatter.
 //
 // Maps are (N, C, H, W) with any strides, but 1 along x or, with channels_last, along the channels.
 // The offsets of a map are (N, C, h, w) in the same order without gaps; those of several maps
@@ -31,16 +32,16 @@ struct Axis {
   int32_t size, count;
   int32_t kernel;  // 0: adaptive windows of different lengths
 
-  SEGOPS_HOST_DEVICE int32_t begin(int32_t j) const { return kernel ? j * kernel : scale(j, size, 0, count); }
-  SEGOPS_HOST_DEVICE int32_t end(int32_t j) const {
+  int32_t begin(int32_t j) const { return kernel ? j * kernel : scale(j, size, 0, count); }
+  int32_t end(int32_t j) const {
     if (!kernel) return scale(j + 1, size, count - 1, count);
     return (j + 1) * kernel < size ? (j + 1) * kernel : size;
   }
   // The first and the last window that hold element i.
-  SEGOPS_HOST_DEVICE int32_t first(int32_t i) const { return kernel ? i / kernel : scale(i, count, 0, size); }
-  SEGOPS_HOST_DEVICE int32_t last(int32_t i) const { return kernel ? i / kernel : scale(i + 1, count, size - 1, size) - 1; }
-  // (i * by + plus) / over. 64-bit division costs a GPU several times as much.
-  SEGOPS_HOST_DEVICE static int32_t scale(int32_t i, int32_t by, int32_t plus, int32_t over) {
+  int32_t first(int32_t i) const { return kernel ? i / kernel : scale(i, count, 0, size); }
+  int32_t last(int32_t i) const { return kernel ? i / kernel : scale(i + 1, count, size - 1, size) - 1; }
+  // (i * by + plus) / over, in 32 bits if possible.
+  static int32_t scale(int32_t i, int32_t by, int32_t plus, int32_t over) {
     const uint64_t product = uint64_t(i) * uint32_t(by) + uint32_t(plus);
     return int32_t(product >> 32 ? product / uint32_t(over) : uint32_t(product) / uint32_t(over));
   }
@@ -56,7 +57,7 @@ struct Windows {
   bool two_bytes;  // an offset takes two
 
   SEGOPS_HOST_DEVICE bool identity() const { return y.kernel == 1 && x.kernel == 1; }
-  SEGOPS_HOST_DEVICE bool overlap() const { return !y.kernel || !x.kernel; }
+  bool overlap() const { return !y.kernel || !x.kernel; }
 };
 
 inline Axis axis(int64_t size, int64_t count, int64_t kernel, const char* op) {

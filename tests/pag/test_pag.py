@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import segops
 from segops.ops.pag import op, reference
-from segops.ops.pag.windows import longest_window
+from segops.ops.pag.windows import longest_window, offset_layout
 
 from ..accuracy import assert_close
 from ..contract import names_of
@@ -677,6 +678,15 @@ def test_all_bytes_of_the_offsets_are_determined(target, merge, monkeypatch):
     assert len(offsets) == 256 and torch.equal(*seen)
 
 
+def same_results(function, variants):
+    """What the function returns of the first arguments; of all others it must return the same."""
+    expected = function(*variants[0])
+    for each in variants[1:]:
+        for value, wanted in zip(tree_leaves(function(*each)), tree_leaves(expected), strict=True):
+            assert torch.equal(value, wanted)
+    return expected
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_ops_take_any_address_and_stride(target, channels_last):
     """Maps that 16 bytes divide, each of which begins or goes on where they do not."""
@@ -688,11 +698,7 @@ def test_ops_take_any_address_and_stride(target, channels_last):
         return map, shifted(map), spread(map, dim=inner), spread(map, 4, inner)
 
     def same(function, variants):
-        expected = function(*variants[0])
-        for each in variants[1:] if target != INTERPRETED else variants[1::4]:
-            for value, wanted in zip(tree_leaves(function(*each)), tree_leaves(expected), strict=True):
-                assert torch.equal(value, wanted)
-        return expected
+        return same_results(function, variants if target != INTERPRETED else variants[:2] + variants[5::4])
 
     for merge in ("concat", "sum"):
         variants = [(map, large) for map in elsewhere(small)] + [(small, map) for map in elsewhere(large)]
@@ -705,6 +711,44 @@ def test_ops_take_any_address_and_stride(target, channels_last):
     same(lambda *each: op.pag_max_unpool(*each, 2, 2, 4, 16, channels_last, backend=backend), variants)
     variants = [(each, offsets) for each in elsewhere(large)] + [(large, shifted(offsets))]
     same(lambda *each: op.pag_max_gather(*each, *settings, backend=backend), variants)
+
+
+@fast_targets
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_ops_take_maps_far_apart(target, dtype, channels_last):
+    """Beyond 8192 elements from first to last, gaps included, the emulated CUDA kernels number them with 64 bits: windows of every
+    kind, and copies, in packs or not."""
+    kernels = (1, 1), (2, 2), (4, 4), (3, 8), (2, 1), (3, 3)
+
+    def new(channels, height, width):
+        return draw((2, channels, height, width), dtype, target[0], height + width, channels_last)
+
+    def far(map):
+        return spread(map, 1 << 13, 1 if channels_last else 3)
+
+    def same(function, map, *rest):
+        return same_results(
+            partial(function, backend=target[1]), [(map, *rest, channels_last), (far(map), *rest, channels_last)]
+        )
+
+    for width, merge in itertools.product((8, 5), ("concat", "sum")):
+        maps = [new(8, 3 * a, width * b) for a, b in kernels] + [new(8, 7, width + 2)]
+        for channels, kernel in ((3, 1), (16, 1), (8, 2), (5, 1)):  # of 88 channels, some begin where packs do not
+            maps.append(new(8 if merge == "sum" else channels, 3 * kernel, width * kernel))
+        variants = [maps, [far(maps[0]), *maps[1:]], [*maps[:-1], far(maps[-1])], [far(each) for each in maps]]
+        pag = partial(op.pag, backend=target[1])
+        out, offsets = same_results(pag, [(each, merge, channels_last) for each in variants])
+        channel = 0
+        for map, place in zip(maps, offset_layout([each.shape for each in maps])[0], strict=True):
+            if place is not None:
+                same(op.pag_grad, out, offsets, channel, map.shape[1], place[0], *map.shape[2:])
+            channel += map.shape[1] if merge == "concat" else 0
+    map = new(8, 12, 16)
+    for kernel in kernels:
+        pooled, offsets = same(op.pag_max_pool, map, *kernel)
+        same(op.pag_max_unpool, pooled, offsets, *kernel, 12, 16)
+        same(op.pag_max_gather, map, offsets, *kernel)
 
 
 # Any shape.
