@@ -173,25 +173,70 @@ struct alignas(sizeof(T) * V) Pack {
   T value[V];
 };
 
+// The same in words where that goes: nvcc takes a pack of half words apart.
 template <typename T, int V>
-__device__ inline Pack<T, V> load(const T* p) {
-  return *reinterpret_cast<const Pack<T, V>*>(p);
+using Words = std::conditional_t<sizeof(T) * V % 4 == 0, Pack<uint32_t, sizeof(T) * V / 4>, Pack<T, V>>;
+
+template <typename T, int V>
+__device__ inline Pack<T, V> load(const T* p, bool wanted = true) {  // else zeros
+  Words<T, V> words{};
+  if (wanted) words = *reinterpret_cast<const Words<T, V>*>(p);
+  Pack<T, V> pack;
+  std::memcpy(&pack, &words, sizeof pack);
+  return pack;
+}
+
+template <typename T, int V>
+__device__ inline void widen(const Pack<T, V>& pack, float (&wide)[V]) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16> && V % 2 == 0) {  // two instructions for two, by halves it is three
+    uint32_t words[V / 2];
+    std::memcpy(words, &pack, sizeof words);
+#pragma unroll
+    for (int v = 0; v < V; ++v) wide[v] = __uint_as_float(v % 2 ? words[v / 2] & 0xffff0000 : words[v / 2] << 16);
+  } else {
+#pragma unroll
+    for (int v = 0; v < V; ++v) wide[v] = widen(pack.value[v]);
+  }
+}
+
+// acc += weight * pack
+template <typename T, int V>
+__device__ inline void add(float (&acc)[V], const Pack<T, V>& pack, float weight = 1.f) {
+  float wide[V];
+  widen(pack, wide);
+#pragma unroll
+  for (int v = 0; v < V; ++v) acc[v] += weight * wide[v];
 }
 
 // acc += weight * the V elements at p
 template <typename T, int V>
 __device__ inline void add(float (&acc)[V], const T* p, float weight = 1.f) {
-  const Pack<T, V> pack = load<T, V>(p);
-#pragma unroll
-  for (int v = 0; v < V; ++v) acc[v] += weight * widen(pack.value[v]);
+  add(acc, load<T, V>(p), weight);
+}
+
+__device__ inline __half2 narrow(float x, float y, __half) {
+  return __floats2half2_rn(x, y);
+}
+__device__ inline __nv_bfloat162 narrow(float x, float y, __nv_bfloat16) {
+  return __floats2bfloat162_rn(x, y);
 }
 
 template <typename T, int V>
 __device__ inline void store(T* p, const float (&acc)[V]) {
-  Pack<T, V> pack;
+  Words<T, V> words;
+  if constexpr (sizeof(T) == 2 && V % 2 == 0) {
 #pragma unroll
-  for (int v = 0; v < V; ++v) narrow(acc[v], pack.value[v]);
-  *reinterpret_cast<Pack<T, V>*>(p) = pack;
+    for (int v = 0; v < V; v += 2) {
+      const auto pair = narrow(acc[v], acc[v + 1], T{});
+      std::memcpy(&words.value[v / 2], &pair, sizeof pair);
+    }
+  } else {
+    Pack<T, V> pack;
+#pragma unroll
+    for (int v = 0; v < V; ++v) narrow(acc[v], pack.value[v]);
+    std::memcpy(&words, &pack, sizeof words);
+  }
+  *reinterpret_cast<Words<T, V>*>(p) = words;
 }
 
 // The sum of the values of a block of kThreads threads, in a fixed order; every thread gets it.

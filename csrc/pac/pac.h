@@ -46,4 +46,8 @@ void shift_scatter(
     const Tensor& source, const Tensor& out, int64_t first_row, const std::vector<int64_t>& kernel_size,
     const std::vector<int64_t>& rates, int64_t sign);
 
+// What a GPU implements beside: to (images, columns, rows) = from (images, rows, columns), both
+// contiguous, of elements of two or four bytes.
+void transpose(const Tensor& from, const Tensor& to, int64_t images, int64_t rows, int64_t columns);
+
 }  // namespace segops::pac

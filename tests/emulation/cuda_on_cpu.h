@@ -54,6 +54,23 @@ inline float __bfloat162float(__nv_bfloat16 x) {
 inline __nv_bfloat16 __float2bfloat16(float x) {
   return x;
 }
+struct __half2 {
+  __half x, y;
+};
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+inline __half2 __floats2half2_rn(float x, float y) {
+  return {x, y};
+}
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {x, y};
+}
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
 inline float __expf(float x) {
   return exp2f(1.44269504f * x);  // with the error that it has on a GPU, which grows with x
 }
