@@ -6,9 +6,10 @@
 //                   = sum_t W_t sum_r shift(x, r t)     scatter, then project    Cin * taps planes
 //
 // The input gradient is the same computation on the output's gradient, the weight gradient one
-// scatter and one product. The side with fewer channels is the one that is shifted. Contiguous maps
-// are copied to the kernels' layout, (N, H, W, C), and back. On two CPU cores the copies cost 8 to
-// 20 % of a forward pass, and the same products on contiguous maps would cost 13 to 80 % more.
+// scatter and one product. The side with fewer channels is the one that is shifted; where that is the
+// output's gradient for both, pac_grads scatters it once. Contiguous maps are copied to the kernels' layout, (N, H, W, C), and
+// back. On two CPU cores the copies cost 8 to 20 % of a forward pass, and the same products on contiguous maps would cost 13 to
+// 80 % more.
 //
 // The planes are made in blocks of about kWorkspace bytes, which on a CPU stay in cache; the least
 // block is 16 channels of an image. They have the products' dtype: float16 sums of shifted inputs
@@ -24,10 +25,12 @@
 namespace segops::pac {
 namespace {
 
-#ifdef SEGOPS_EMULATION  // whose maps are small
+#ifdef SEGOPS_EMULATION  // whose maps are small, and whose products are the CPU's
 constexpr int64_t kWorkspace = 64 << 10, kLargestWorkspace = 256 << 10;
+constexpr bool kMultipliesInto32 = false;
 #else
 constexpr int64_t kWorkspace = kOnCpu ? 4 << 20 : 256 << 20, kLargestWorkspace = kOnCpu ? 32 << 20 : 1 << 30;
+constexpr bool kMultipliesInto32 = !kOnCpu;  // factors in half precision, without rounding the product to it
 #endif
 
 // A map (N, H, W, G, C) without gaps: G groups of C channels.
@@ -92,9 +95,28 @@ ScalarType compute_dtype(const Tensor& tensor) {
   return dtype == ScalarType::BFloat16 && has_bfloat16 ? dtype : ScalarType::Float;
 }
 
+bool lies_by_pixels(const Tensor& map) {
+  return has_no_gaps(
+      {map.size(0), map.size(2), map.size(3), map.size(1)}, {map.stride(0), map.stride(2), map.stride(3), map.stride(1)});
+}
+
+// Copies a map to another layout: a GPU transposes it, where it has no gaps.
+void copy_map(const Tensor& from, Tensor& to) {
+  if constexpr (!kOnCpu) {
+    const int64_t n = from.size(0), c = from.size(1), pixels = from.size(2) * from.size(3);
+    if (from.is_contiguous() && lies_by_pixels(to)) return transpose(from, to, n, c, pixels);
+    if (lies_by_pixels(from) && to.is_contiguous()) return transpose(from, to, n, pixels, c);
+  }
+  copy(from, to);
+}
+
 Pixels pixels_of(const Tensor& map, int64_t groups, ScalarType dtype) {
   const int64_t n = map.size(0), c = map.size(1), h = map.size(2), w = map.size(3);
-  return {dense(converted(map, dtype), true), n, h, w, groups, c / groups};
+  const Tensor from = converted(map, dtype);
+  if (lies_by_pixels(from)) return {from, n, h, w, groups, c / groups};
+  Tensor to = empty_map({n, c, h, w}, dtype, from, true);
+  copy_map(from, to);
+  return {to, n, h, w, groups, c / groups};
 }
 
 // Room for `out` in that layout, its own memory where it has it; `deliver` copies it there if not.
@@ -108,7 +130,7 @@ Pixels buffer_for(const Tensor& out, int64_t groups, ScalarType dtype) {
 void deliver(const Pixels& buffer, Tensor& out) {
   if (buffer.data.data_ptr() == out.data_ptr()) return;
   const int64_t h = buffer.h, w = buffer.w, c = buffer.groups * buffer.channels;
-  copy(reinterpret(buffer.data, {buffer.n, c, h, w}, {h * w * c, 1, w * c, c}), out);
+  copy_map(reinterpret(buffer.data, {buffer.n, c, h, w}, {h * w * c, 1, w * c, c}), out);
 }
 
 // Rates beyond the map read nothing but the centre: as large as the map is as large as any, and no
@@ -123,7 +145,10 @@ Tensor transposed(const Tensor& matrix) {
 }
 
 void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
-  SEGOPS_ATEN(mm_out, out.get(), a.get(), b.get());
+  if (out.scalar_type() == a.scalar_type())
+    SEGOPS_ATEN(mm_out, out.get(), a.get(), b.get());
+  else
+    aten("mm", "dtype_out", a, b, out.scalar_type(), out);
 }
 
 // out (M, O) = x (M, K) @ weight (O, K).T + bias; all without gaps.
@@ -170,17 +195,31 @@ void scattered(const Pixels& source, const Sizes& kernel_size, const Sizes& rate
   }
 }
 
-// out = bias + the shifts, by sign, of source under the filter. At most one of the two has groups:
-// one per rate on the side that is concatenated.
+// The least channels that make a product worth its call.
+int64_t least_of(const Filter& filter) {
+  return std::min<int64_t>(filter.out_channels, 16);
+}
+
+// Bytes of planes, per image and channel.
+int64_t plane_of(const Pixels& source, const Filter& filter) {
+  return source.h * source.w * filter.taps() * source.data.element_size();
+}
+
+// Whether `source` is shifted, not its product with the filter. At most one of source and output has
+// groups: one per rate on the side that is concatenated.
+bool scatters(const Pixels& source, const Filter& filter, int64_t out_groups) {
+  const bool fewer =
+      source.channels <= filter.out_channels ||
+      (least_of(filter) * plane_of(source, filter) > kLargestWorkspace && source.channels <= 4 * filter.out_channels);
+  return source.groups > 1 || (out_groups == 1 && fewer);
+}
+
+// out = bias + the shifts, by sign, of source under the filter.
 void convolve(
     const Pixels& source, const Filter& filter, const std::optional<Tensor>& bias, const Sizes& rates, int64_t sign,
     const Pixels& out) {
   const ScalarType dtype = source.data.scalar_type();
-  const int64_t channels = out.channels, taps = filter.taps();
-  const int64_t plane = source.h * source.w * taps * source.data.element_size();  // bytes, per image and channel
-  const int64_t least = std::min<int64_t>(channels, 16);                          // channels that make a product worth its call
-  const bool fewer = source.channels <= channels || (least * plane > kLargestWorkspace && source.channels <= 4 * channels);
-  if (source.groups > 1 || (out.groups == 1 && fewer)) {
+  if (scatters(source, filter, out.groups)) {
     std::optional<Tensor> shift;
     if (bias) {
       AtenTensorHandle product;
@@ -193,8 +232,10 @@ void convolve(
     });
   }
 
+  const int64_t channels = out.channels, taps = filter.taps(), least = least_of(filter), plane = plane_of(source, filter);
   const int64_t images = std::min(source.n, std::max<int64_t>(1, kWorkspace / (least * plane)));
-  const int64_t block = std::min(channels, std::max(least, kWorkspace / (images * plane) / 16 * 16));
+  int64_t block = std::min(channels, std::max(least, kWorkspace / (images * plane) / 16 * 16));
+  block = std::min(block, round_up(ceil_div(channels, ceil_div(channels, block)), 16));  // as many blocks, of even size
   const int64_t pixels = source.h * source.w, width = out.groups * channels;
   const Tensor buffer = empty({images * pixels, taps * block}, dtype, source.data);
   for (int64_t c = 0; c < channels; c += block) {
@@ -218,34 +259,44 @@ void convolve(
   }
 }
 
-// total + a.T @ b, summed in float32 at least; there is no total at first.
-Tensor accumulate(const std::optional<Tensor>& total, const Tensor& a, const Tensor& b) {
-  const ScalarType sums = wide(a.scalar_type());
-  const int64_t rows = a.size(0), m = a.size(1), n = b.size(1);
-  const auto product = [&](int64_t first, int64_t count) {
-    Tensor out = empty({m, n}, a.scalar_type(), a);
-    multiply(reinterpret(a, {m, count}, {1, m}, first * m), reinterpret(b, {count, n}, {n, 1}, first * n), out);
-    return converted(out, sums);
-  };
-  const auto plus = [](const std::optional<Tensor>& one, const Tensor& other) {
+// The sum of products a.T @ b, strip after strip: in float32 at least if there are several.
+class Products {
+ public:
+  explicit Products(int64_t rows) : rows_(rows) {}  // of all strips
+
+  void add(const Tensor& a, const Tensor& b) {
+    const int64_t rows = a.size(0), m = a.size(1), n = b.size(1);
+    const ScalarType dtype = a.scalar_type(), sums = rows == rows_ ? dtype : wide(dtype);
+    const auto product = [&](int64_t first, int64_t count, ScalarType sums) {
+      Tensor out = empty({m, n}, kMultipliesInto32 ? sums : dtype, a);
+      multiply(reinterpret(a, {m, count}, {1, m}, first * m), reinterpret(b, {count, n}, {n, 1}, first * n), out);
+      return converted(out, sums);
+    };
+    if (kOnCpu && m * n < 1 << 14) {
+      // The BLAS sums so small a product in one long sequence, and loses a digit to rounding: in
+      // pieces it keeps it.
+      std::optional<Tensor> pieces;
+      for (int64_t i = 0; i < rows; i += 512) pieces = plus(pieces, product(i, std::min<int64_t>(512, rows - i), wide(dtype)));
+      total_ = plus(total_, *pieces);
+    } else if (total_ && sums == dtype) {
+      SEGOPS_ATEN(addmm_out, total_->get(), total_->get(), transposed(a).get(), b.get(), 1., 1.);
+    } else {
+      total_ = plus(total_, product(0, rows, sums));
+    }
+  }
+  const Tensor& total() const { return *total_; }
+
+ private:
+  static Tensor plus(const std::optional<Tensor>& one, const Tensor& other) {
     if (!one) return other;
     AtenTensorHandle sum;
     SEGOPS_ATEN(add_Tensor, one->get(), other.get(), 1., &sum);
     return Tensor(sum);
-  };
-  if (kOnCpu && m * n < 1 << 14) {
-    // The BLAS sums so small a product in one long sequence, and loses a digit to rounding: in
-    // pieces it keeps it.
-    std::optional<Tensor> sum;
-    for (int64_t i = 0; i < rows; i += 512) sum = plus(sum, product(i, std::min<int64_t>(512, rows - i)));
-    return plus(total, *sum);
   }
-  if (total && sums == a.scalar_type()) {
-    SEGOPS_ATEN(addmm_out, total->get(), total->get(), transposed(a).get(), b.get(), 1., 1.);
-    return *total;
-  }
-  return plus(total, product(0, rows));
-}
+
+  const int64_t rows_;
+  std::optional<Tensor> total_;
+};
 
 int64_t groups_of(const Sizes& rates, const std::string& merge) {
   return merge == "concat" ? int64_t(rates.size()) : 1;
@@ -293,6 +344,50 @@ Tensor pac(Tensor input, Tensor weight, std::optional<Tensor> bias, std::vector<
   return out;
 }
 
+// The weight gradient's part that maps can touch; the rest is zero.
+Filter live_part(Tensor& out, const Sizes& rates, const Pixels& map) {
+  const Filter live(out, rates, map.h, map.w);
+  if (live.taps() < out.size(2) * out.size(3)) torch::stable::zero_(out);
+  return live;
+}
+
+// Writes a matrix whose elements lie by these strides of (C_out, C_in, kh, kw).
+void deliver(const Tensor& matrix, const Sizes& strides, const Filter& live) {
+  const Sizes sizes{live.out_channels, live.in_channels, live.kh, live.kw};
+  Tensor to = reinterpret(live.weight, sizes, {live.out_stride, live.in_stride, live.row, live.column}, live.first);
+  copy(reinterpret(matrix, sizes, strides), to);
+}
+
+// Of a matrix (taps * C_out, C_in): the product of the output's gradient, scattered, and the input.
+Sizes scattered_strides(const Filter& live) {
+  const int64_t tap = live.out_channels * live.in_channels;
+  return {live.in_channels, 1, live.kw * tap, tap};
+}
+
+bool scatters_grad(const Pixels& dy, const Pixels& x) {
+  return dy.groups > 1 || dy.channels <= x.channels;
+}
+
+void input_grad(const Pixels& dy, const Filter& filter, const Sizes& rates, Tensor& out) {
+  const Pixels to = buffer_for(out, 1, dy.data.scalar_type());
+  convolve(dy, filter.transposed(), std::nullopt, rates, -1, to);
+  deliver(to, out);
+}
+
+void weight_grad(const Pixels& dy, const Pixels& x, const Filter& live, const Sizes& rates) {
+  Products products(x.pixels());
+  if (scatters_grad(dy, x)) {
+    scattered(dy, live.kernel_size(), rates, -1, [&](int64_t first, const Tensor& planes) {
+      products.add(planes, x.matrix(first, planes.size(0)));
+    });
+    return deliver(products.total(), scattered_strides(live), live);
+  }
+  scattered(x, live.kernel_size(), rates, 1, [&](int64_t first, const Tensor& planes) {
+    products.add(dy.matrix(first, planes.size(0)), planes);
+  });
+  deliver(products.total(), {live.taps() * x.channels, 1, live.kw * x.channels, x.channels}, live);
+}
+
 // The adjoint of pac in the input.
 Tensor pac_input_grad(Tensor grad, Tensor weight, bool channels_last, std::vector<int64_t> rates, std::string merge) {
   check("pac_input_grad", grad, weight, rates, merge);
@@ -301,11 +396,9 @@ Tensor pac_input_grad(Tensor grad, Tensor weight, bool channels_last, std::vecto
   STD_TORCH_CHECK(grad.size(1) == weight.size(0) * groups, "pac_input_grad: grad must have the channels of pac's output");
   Tensor out = empty_map({grad.size(0), weight.size(1), grad.size(2), grad.size(3)}, grad.scalar_type(), grad, channels_last);
   if (is_zero(out, grad, weight)) return out;
-  const ScalarType dtype = compute_dtype(grad);
   rates = clamped(rates, grad);
-  const Pixels to = buffer_for(out, 1, dtype);
-  convolve(pixels_of(grad, groups, dtype), Filter(weight, rates, to.h, to.w).transposed(), std::nullopt, rates, -1, to);
-  deliver(to, out);
+  const Pixels dy = pixels_of(grad, groups, compute_dtype(grad));
+  input_grad(dy, Filter(weight, rates, dy.h, dy.w), rates, out);
   return out;
 }
 
@@ -323,26 +416,46 @@ Tensor pac_weight_grad(
   if (is_zero(out, grad, input)) return out;
   const ScalarType dtype = compute_dtype(input);
   rates = clamped(rates, input);
-  const Filter live(out, rates, input.size(2), input.size(3));
-  if (live.taps() < kernel_size * kernel_size) torch::stable::zero_(out);
   const Pixels dy = pixels_of(grad, groups, dtype), x = pixels_of(input, 1, dtype);
-  std::optional<Tensor> total;
-  Sizes strides;  // of (C_out, C_in, kh, kw) in the total
-  if (groups > 1 || merge == "concat" || c_out <= c_in) {
-    scattered(dy, live.kernel_size(), rates, -1, [&](int64_t first, const Tensor& planes) {
-      total = accumulate(total, planes, x.matrix(first, planes.size(0)));
-    });
-    strides = {c_in, 1, live.kw * c_out * c_in, c_out * c_in};
-  } else {
-    scattered(x, live.kernel_size(), rates, 1, [&](int64_t first, const Tensor& planes) {
-      total = accumulate(total, dy.matrix(first, planes.size(0)), planes);
-    });
-    strides = {live.taps() * c_in, 1, live.kw * c_in, c_in};
-  }
-  const Sizes sizes{c_out, c_in, live.kh, live.kw};
-  Tensor to = reinterpret(out, sizes, {live.out_stride, live.in_stride, live.row, live.column}, live.first);
-  copy(reinterpret(*total, sizes, strides), to);
+  weight_grad(dy, x, live_part(out, rates, x), rates);
   return out;
+}
+
+// Both, which share the scatter of the output's gradient where that is what both shift.
+std::tuple<Tensor, Tensor> pac_grads(
+    Tensor grad, Tensor input, Tensor weight, bool input_channels_last, bool weight_channels_last, std::vector<int64_t> rates,
+    std::string merge) {
+  check("pac_grads", grad, input, rates, merge);
+  check("pac_grads", grad, weight, rates, merge);
+  check_kernel("pac_grads", weight.size(2), weight.size(3));
+  const int64_t groups = groups_of(rates, merge);
+  STD_TORCH_CHECK(
+      weight.size(1) == input.size(1) && grad.size(0) == input.size(0) && grad.size(2) == input.size(2) &&
+          grad.size(3) == input.size(3) && grad.size(1) == weight.size(0) * groups,
+      "pac_grads: weight must have input's channels, grad input's batch and size, and the channels of pac's output");
+  Tensor by_input = empty_map(sizes_of(input), grad.scalar_type(), grad, input_channels_last);
+  Tensor by_weight = empty_map(sizes_of(weight), grad.scalar_type(), grad, weight_channels_last);
+  const bool no_input = is_zero(by_input, grad, weight), no_weight = is_zero(by_weight, grad, input);
+  if (no_input || no_weight) return {by_input, by_weight};
+  const ScalarType dtype = compute_dtype(input);
+  rates = clamped(rates, input);
+  const Pixels dy = pixels_of(grad, groups, dtype), x = pixels_of(input, 1, dtype);
+  const Filter filter(weight, rates, x.h, x.w), live = live_part(by_weight, rates, x);
+  if (!scatters(dy, filter.transposed(), 1) || !scatters_grad(dy, x)) {
+    input_grad(dy, filter, rates, by_input);
+    weight_grad(dy, x, live, rates);
+    return {by_input, by_weight};
+  }
+  const Pixels to = buffer_for(by_input, 1, dtype);
+  const Tensor flat = filter.transposed().after_scatter(dtype);
+  Products products(x.pixels());
+  scattered(dy, live.kernel_size(), rates, -1, [&](int64_t first, const Tensor& planes) {
+    linear(planes, flat, std::nullopt, to.matrix(first, planes.size(0)));
+    products.add(planes, x.matrix(first, planes.size(0)));
+  });
+  deliver(to, by_input);
+  deliver(products.total(), scattered_strides(live), live);
+  return {by_input, by_weight};
 }
 
 }  // namespace
@@ -353,6 +466,9 @@ SEGOPS_OPS(op) {
      TORCH_BOX(&pac_input_grad));
   op("pac_weight_grad(Tensor grad, Tensor input, int kernel_size, bool channels_last, int[] rates, str merge) -> Tensor",
      TORCH_BOX(&pac_weight_grad));
+  op("pac_grads(Tensor grad, Tensor input, Tensor weight, bool input_channels_last, bool weight_channels_last, int[] rates, "
+     "str merge) -> (Tensor, Tensor)",
+     TORCH_BOX(&pac_grads));
 }
 
 }  // namespace segops::pac

@@ -27,7 +27,7 @@ def use(merge, channels, channels_last):
         large=((2, 24, 65, 67),),
         empty=((0, 24, 3, 4),),
         forward=("segops::pac",),
-        backward=("segops::pac_input_grad", "segops::pac_weight_grad"),
+        backward=("segops::pac_grads",),
         never=("convolution_backward",),
         autocast=((torch.float32,), (torch.float32, torch.bfloat16)),
         cast=lambda *dtypes: torch.bfloat16,
@@ -45,6 +45,7 @@ def opcheck_of(channels_last, channels, merge):
         yield ops.pac, (x, weight, bias, case.rates, merge)
         yield ops.pac_input_grad, (grad, weight, channels_last, case.rates, merge)
         yield ops.pac_weight_grad, (grad, x, 3, channels_last, case.rates, merge)
+        yield ops.pac_grads, (*(each.detach() for each in (grad, x, weight)), channels_last, False, case.rates, merge)
 
     return arguments
 

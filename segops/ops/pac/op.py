@@ -1,5 +1,5 @@
-"""Pyramid atrous convolution: the public function, and the ops `segops::pac`, `pac_input_grad` and
-`pac_weight_grad` behind it.
+"""Pyramid atrous convolution: the public function, and the ops `segops::pac`, `pac_input_grad`,
+`pac_weight_grad` and `pac_grads` behind it.
 
 This file is the worked example of an op. From top to bottom: the public function (validate, pick
 the backend, call the op), its settings, the declarations of the ops; what computes them is
@@ -135,6 +135,7 @@ def _check_tensors(input, weight, bias):
 
 
 # The ops are bilinear, and closed under differentiation: each derivative of one is another of them.
+# `pac_grads` is two of them at once, for who does not differentiate again.
 
 
 @library.op("pac(Tensor input, Tensor weight, Tensor? bias, int[] rates, str merge) -> Tensor")
@@ -151,11 +152,14 @@ class pac:
     def backward(ctx, needed, grad):
         (input, weight), (rates, merge) = ctx.saved_tensors, ctx.settings
         grad_input = grad_weight = grad_bias = None
-        if needed[0]:
-            grad_input = pac_input_grad(grad, weight, is_channels_last(input), *ctx.settings, backend=ctx.backend)
-        if needed[1]:
-            last = is_channels_last(weight)
-            grad_weight = pac_weight_grad(grad, input, weight.shape[-1], last, *ctx.settings, backend=ctx.backend)
+        last = is_channels_last(input), is_channels_last(weight)
+        if needed[0] and needed[1] and not torch.is_grad_enabled():  # nothing is differentiated again
+            grad_input, grad_weight = pac_grads(grad, input, weight, *last, *ctx.settings, backend=ctx.backend)
+        else:
+            if needed[0]:
+                grad_input = pac_input_grad(grad, weight, last[0], *ctx.settings, backend=ctx.backend)
+            if needed[1]:
+                grad_weight = pac_weight_grad(grad, input, weight.shape[-1], last[1], *ctx.settings, backend=ctx.backend)
         if needed[2]:
             # Every branch adds the bias: to the one output of "sum", to its own of "concat".
             total = grad.sum((0, 2, 3), dtype=torch.promote_types(grad.dtype, torch.float32))
@@ -204,6 +208,16 @@ class pac_weight_grad:
         if needed[1]:
             grad_input = pac_input_grad(grad, gg, is_channels_last(input), *ctx.settings, backend=ctx.backend)
         return grad_grad, grad_input
+
+
+@library.op(
+    "pac_grads(Tensor grad, Tensor input, Tensor weight, bool input_channels_last, bool weight_channels_last, int[] rates, "
+    "str merge) -> (Tensor, Tensor)"
+)
+class pac_grads:
+    def empty(grad, input, weight, input_channels_last, weight_channels_last):
+        formats = ((input, input_channels_last), (weight, weight_channels_last))
+        return tuple(torch.empty_like(like, dtype=grad.dtype, memory_format=format_of(last)) for like, last in formats)
 
 
 def _groups(rates, merge):

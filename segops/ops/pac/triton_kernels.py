@@ -151,6 +151,30 @@ def pac_weight_grad(grad, input, kernel_size, channels_last, rates, merge):
     return out
 
 
+def pac_grads(grad, input, weight, input_channels_last, weight_channels_last, rates, merge):
+    by_input, by_weight = ops.pac_grads.empty(grad, input, weight, input_channels_last, weight_channels_last)
+    by_weight.zero_()
+    if _is_zero(by_input, grad, input, weight):
+        return by_input, by_weight
+    c_out, c_in = weight.shape[:2]
+    if merge == "sum" and c_out > c_in:  # they shift different maps
+        return (
+            pac_input_grad(grad, weight, input_channels_last, rates, merge),
+            pac_weight_grad(grad, input, weight.shape[-1], weight_channels_last, rates, merge),
+        )
+    rates = _clamp(rates, input)
+    w, dw = _live_taps(weight, rates, input), _live_taps(by_weight, rates, input)
+    kh, kw = w.shape[2:]
+    dy, x, dx = _pixels(grad), _pixels(input), _buffer(by_input)
+    flat = w.permute(1, 2, 3, 0).flatten(1)
+    total = None
+    for rows, planes in _scattered(dy.unflatten(3, (-1, c_out)), (kh, kw), rates, -1):
+        torch.mm(planes, flat.t(), out=dx.view(-1, c_in)[rows])
+        total = _accumulate(total, planes, x.flatten(0, 2)[rows])
+    dw.copy_(total.view(kh, kw, c_out, c_in).permute(2, 3, 0, 1))
+    return _deliver(dx, by_input), by_weight
+
+
 def _convolve(source, weight, bias, rates, sign, out):
     """out (N, H, W, G, C) = bias + the shifts, by sign, of source (N, H, W, G', K) under weight
     (C, K, kh, kw).
