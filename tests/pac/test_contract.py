@@ -28,7 +28,7 @@ def use(merge, channels, channels_last):
         empty=((0, 24, 3, 4),),
         forward=("segops::pac",),
         backward=("segops::pac_grads",),
-        never=("convolution_backward",),
+        never=("convolution_backward", "pac_input_grad", "pac_weight_grad"),
         autocast=((torch.float32,), (torch.float32, torch.bfloat16)),
         cast=lambda *dtypes: torch.bfloat16,
         multiplied=True,

@@ -12,7 +12,7 @@ import segops
 from segops.ops.pac import op, reference
 
 from ..accuracy import relative_error
-from ..contract import assert_same, gradients, results
+from ..contract import assert_same, gradients, names_of, results
 from ..layouts import shifted
 from ..targets import (
     DTYPES,
@@ -174,6 +174,72 @@ def test_gradients_are_adjoint(target, channels, merge):
     by_x = op.pac_input_grad(y, w, False, rates, merge, backend=backend)
     by_w = op.pac_weight_grad(y, x, 3, False, rates, merge, backend=backend)
     assert (out * y).sum() == (x * by_x).sum() == (w * by_w).sum() != 0
+    assert_same(op.pac_grads(y, x, w, False, False, rates, merge, backend=backend), (by_x, by_w))
+
+
+@compiled_targets
+@pytest.mark.parametrize("merge", ["sum", "concat"])
+@pytest.mark.parametrize("c_in, c_out", [(40, 8), (8, 40), (16, 16)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_gradients_at_once_are_those_of_each(target, c_in, c_out, merge, channels_last):
+    """To the bit, in one strip of planes or several, also where some taps touch nothing."""
+    device, backend = target
+    for size, rates, dtype in (((45, 50), (1, 2, 5), torch.float32), ((3, 9), (3, 4, 50), torch.bfloat16)):
+        case = Case((2, c_in, *size), c_out, rates, merge, channels_last=channels_last)
+        x, weight, _ = (each.detach() for each in case.tensors(dtype, device))
+        grad = torch.randn_like(case.plain(x, weight))
+        both = op.pac_grads(grad, x, weight, channels_last, not channels_last, rates, merge, backend=backend)
+        by_x = op.pac_input_grad(grad, weight, channels_last, rates, merge, backend=backend)
+        by_weight = op.pac_weight_grad(grad, x, 3, not channels_last, rates, merge, backend=backend)
+        assert_same(both, (by_x, by_weight))
+
+
+def test_gradients_that_are_differentiated_again_are_each_an_op():
+    case = CASES[0]
+    tensors = case.tensors(torch.float32)
+    out = case.op(*tensors)
+    names = names_of(lambda: gradients([out], tensors, create_graph=True))
+    assert {"segops::pac_input_grad", "segops::pac_weight_grad"} <= set(names) and "segops::pac_grads" not in names
+
+
+@compiled_targets
+@pytest.mark.parametrize("kernel_size, size, rates", [(3, (4, 5), (1, 2, 3)), (5, (4, 5), (1, 3)), (3, (3, 4), (3, 6, 1))])
+@pytest.mark.parametrize("c_in, c_out", [(16, 8), (8, 16), (14, 6)])
+@pytest.mark.parametrize("merge", ["sum", "concat"])
+def test_indices_of_32_bits_and_of_64(target, kernel_size, size, rates, c_in, c_out, merge):
+    """The same bits from kernels for small maps and for large ones, as the emulation has it: of one image, and of it 48
+    times. In integers, whose products are exact."""
+    device, backend = target
+    x, grad = torch.randint(-1, 2, (1, c_in, *size)).float(), torch.randint(-1, 2, (1, c_out, *size)).float()
+    weight = torch.randint(-1, 2, (c_out, c_in, kernel_size, kernel_size)).float()
+    grad = grad.repeat(1, len(rates), 1, 1) if merge == "concat" else grad
+    for dtype in (torch.float32, torch.bfloat16):
+        found = []
+        for images in (1, 48):
+            some_x, some_grad = (each.repeat(images, 1, 1, 1).to(device, dtype) for each in (x, grad))
+            w = weight.to(device, dtype)
+            out = op.pac(some_x, w, None, rates, merge, backend=backend)
+            by_x, by_weight = op.pac_grads(some_grad, some_x, w, False, False, rates, merge, backend=backend)
+            found.append([out[-1], by_x[-1], by_weight / images if dtype == torch.float32 else by_x[0]])
+        assert_same(found[0], found[1])
+
+
+@fast_targets
+@pytest.mark.parametrize("shape", [(2, 72, 8, 24), (3, 70, 9, 8), (1, 64, 13, 11), (2, 33, 7, 9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_memory_formats_make_no_difference(target, shape, dtype):
+    """Contiguous maps are transposed, in tiles whose rows and columns are packs, or are not. In integers, whose products are
+    exact."""
+    (device, backend), c = target, shape[1]
+    drawn = (torch.randint(-1, 2, each) for each in (shape, shape, (c, c, 3, 3)))
+    grad, x, weight = (each.to(device, dtype) for each in drawn)
+    found = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        some_grad, some_x = (each.contiguous(memory_format=memory_format) for each in (grad, x))
+        last = memory_format is torch.channels_last
+        both = op.pac_grads(some_grad, some_x, weight, last, False, (1, 2), "sum", backend=backend)
+        found.append([op.pac(some_x, weight, None, (1, 2), "sum", backend=backend), *both])
+    assert_same(*found, strides=False)
 
 
 def test_ops_refuse_what_does_not_fit():
@@ -192,6 +258,8 @@ def test_ops_refuse_what_does_not_fit():
         (lambda: ops.pac_weight_grad(x, x, 2, False, [1], "sum"), "pac_weight_grad: the kernel must be square and odd"),
         (lambda: ops.pac_weight_grad(x, x[..., 1:], 3, False, [1], "sum"), "pac_weight_grad: grad must have input's batch"),
         (lambda: ops.pac_weight_grad(x, torch.cat([x, x]), 3, False, [1], "sum"), "pac_weight_grad: grad must have input's"),
+        (lambda: ops.pac_grads(x, x, w, False, False, [1, 2], "sum"), "pac_grads: weight must have .* the channels of pac's"),
+        (lambda: ops.pac_grads(x[:, :1], x, w[:1, :7], False, False, [1], "sum"), "pac_grads: weight must have input's channels"),
         (lambda: ops.pac_weight_grad(x[:, :7], x, 3, False, [1, 2], "concat"), "pac_weight_grad: .* the channels of pac's output"),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match=message):
@@ -209,6 +277,12 @@ def test_not_a_convolution_per_rate():
         return sum(2 * math.prod(image) * filters[0] for image, filters, *_ in shapes)  # by filters of one pixel
 
     assert flops((1, 3, 5)) == flops((1, 3, 5, 7, 9)) == 2 * 64 * 64 * 9 * 33 * 33
+
+
+def test_the_product_that_cuda_calls():
+    """By its name and the order of its arguments: no test without a GPU runs it."""
+    wanted = "aten::mm.dtype_out(Tensor self, Tensor mat2, ScalarType out_dtype, *, Tensor(a!) out) -> Tensor(a!)"
+    assert str(torch.ops.aten.mm.dtype_out._schema) == wanted
 
 
 def test_rates_far_beyond_the_map():
