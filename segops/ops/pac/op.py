@@ -102,13 +102,34 @@ class Settings:
 def _pays(weight, rates):
     """Whether sharing the arithmetic saves more than the shifts cost; else plain convolutions run.
 
-    The bounds are where the two about broke even on two CPU cores (with fewer than 16 channels a
-    backward pass may lose 10 %). They depend on no size of the map, so that compiled and exported
-    graphs stay dynamic. More than MAX_RATES fit no kernel.
+    It depends on no size of the map, so that compiled and exported graphs stay dynamic. More than
+    MAX_RATES fit no kernel.
     """
     if not 2 <= len(rates) <= MAX_RATES or 0 in weight.shape:
         return False
-    return max(weight.shape[:2]) >= (2 if len(rates) >= 4 else 64 // (len(rates) - 1))
+    return max(weight.shape[:2]) >= _channels_that_pay(weight.device.type, len(rates))
+
+
+def _channels_that_pay(device_type, rates):
+    """The least channels, of whichever of input and output has more.
+
+    On a CPU they are where the two about broke even on two cores (with fewer than 16 a backward
+    pass may lose 10 %).
+
+    On CUDA they are an estimate that no GPU has confirmed yet: of a forward pass over a large map
+    in bfloat16, at 800 TFLOP/s, 3 TB/s from memory and 5.5 TB/s from the L2 cache. For R rates,
+    with M channels on the wider side, each tap of a pixel costs, for each channel of the narrower,
+
+        plain   2 R M FLOP, and its part of adding up R outputs      0.0025 R M + 0.07 (R + 1) ps
+        shared  planes written once, behind which the product hides,
+                and read R times, from L2                            0.67 + 0.36 R ps
+
+    which is the same at M = 116 + 240 / R. A backward pass, of twice the products, gains earlier;
+    so does a small map, for which launches of 5 us count: 3 against 2 R - 1.
+    """
+    if device_type == "cuda":
+        return 116 + 240 // rates
+    return 2 if rates >= 4 else 64 // (rates - 1)
 
 
 def _check_tensors(input, weight, bias):
