@@ -6,10 +6,10 @@
 //                   = sum_t W_t sum_r shift(x, r t)     scatter, then project    Cin * taps planes
 //
 // The input gradient is the same computation on the output's gradient, the weight gradient one
-// scatter and one product. The side with fewer channels is the one that is shifted; where that is the
-// output's gradient for both, pac_grads scatters it once. Contiguous maps are copied to the kernels' layout, (N, H, W, C), and
-// back. On two CPU cores the copies cost 8 to 20 % of a forward pass, and the same products on contiguous maps would cost 13 to
-// 80 % more.
+// scatter and one product. The side with fewer channels is the one that is shifted; where that is
+// the output's gradient for both, pac_grads scatters it once. Contiguous maps are copied to the
+// kernels' layout, (N, H, W, C), and back. On two CPU cores the copies cost 8 to 20 % of a forward
+// pass, and the same products on contiguous maps would cost 13 to 80 % more.
 //
 // The planes are made in blocks of about kWorkspace bytes, which on a CPU stay in cache; the least
 // block is 16 channels of an image. They have the products' dtype: float16 sums of shifted inputs
@@ -205,8 +205,8 @@ int64_t plane_of(const Pixels& source, const Filter& filter) {
   return source.h * source.w * filter.taps() * source.data.element_size();
 }
 
-// Whether `source` is shifted, not its product with the filter. At most one of source and output has
-// groups: one per rate on the side that is concatenated.
+// Whether `source` is shifted, not its product with the filter. At most one of source and output
+// has groups: one per rate on the side that is concatenated.
 bool scatters(const Pixels& source, const Filter& filter, int64_t out_groups) {
   const bool fewer =
       source.channels <= filter.out_channels ||

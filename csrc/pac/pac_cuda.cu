@@ -18,8 +18,8 @@ namespace {
 
 constexpr int kMaxRates = 64;
 
-// How a rate leads from a tap to the next one, by pixels and by elements. A rate beyond the map is as
-// large as the map is.
+// How a rate leads from a tap to the next one, by pixels and by elements. A rate beyond the map is
+// as large as the map is.
 template <typename Index>
 struct alignas(4 * sizeof(Index)) Step {
   Index dy, dx, row, column;
@@ -75,8 +75,8 @@ __device__ constexpr int around(int i) {
   return i < 4 ? i : i + 1;
 }
 
-// Loads the packs around element `at` of a pixel at a rate, zeros outside of the map; `tap` elements
-// lie between those of a tap and the next.
+// Loads the packs around element `at` of a pixel at a rate, zeros outside of the map; `tap`
+// elements lie between those of a tap and the next.
 template <typename T, int V, typename Index>
 __device__ inline void load_around(
     Pack<T, V> (&packs)[8], const T* source, Index at, Index y, Index x, const Map<Index>& map, const Step<Index>& step,
@@ -178,8 +178,8 @@ __global__ void __launch_bounds__(kThreads, 2) scatter_kernel(
   }
 }
 
-// to (images, columns, rows) = from (images, rows, columns), in square tiles of eight packs each way.
-// In shared memory a tile lies by columns of 32 words, which are the packs of `to`; the packs of a
+// to (images, columns, rows) = from (images, rows, columns), in square tiles of eight packs each
+// way. In shared memory a tile lies by columns of 32 words, which are the packs of `to`; those of a
 // column are swapped by its place, so that neither words written nor packs read share a bank.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) transpose_kernel(
@@ -241,8 +241,8 @@ bool fits(std::initializer_list<const void*> pointers, std::initializer_list<int
   return true;
 }
 
-// Calls fn with the type of indices for so many elements, and whether there is a kernel for the
-// taps' number.
+// Calls fn with the type of indices for so many elements, and whether the kernel for three by three
+// serves.
 template <typename F>
 void with_form(const Shape& s, int64_t elements, const F& fn) {
   with_index(elements + kThreads, [&](auto index) {  // the last block has threads without work

@@ -267,8 +267,8 @@ def test_ops_refuse_what_does_not_fit():
         (lambda: ops.pac_weight_grad(x, x, 2, False, [1], "sum"), "pac_weight_grad: the kernel must be square and odd"),
         (lambda: ops.pac_weight_grad(x, x[..., 1:], 3, False, [1], "sum"), "pac_weight_grad: grad must have input's batch"),
         (lambda: ops.pac_weight_grad(x, torch.cat([x, x]), 3, False, [1], "sum"), "pac_weight_grad: grad must have input's"),
-        (lambda: ops.pac_grads(x, x, w, False, False, [1, 2], "sum"), "pac_grads: weight must have .* the channels of pac's"),
-        (lambda: ops.pac_grads(x[:, :1], x, w[:1, :7], False, False, [1], "sum"), "pac_grads: weight must have input's channels"),
+        (lambda: ops.pac_grads(x, x, w, False, False, [1], "sum"), "pac_grads: .* the channels of pac's output"),
+        (lambda: ops.pac_grads(x[:, :1], x, w[:1, :7], False, False, [1], "sum"), "pac_grads: weight must have input's"),
         (lambda: ops.pac_weight_grad(x[:, :7], x, 3, False, [1, 2], "concat"), "pac_weight_grad: .* the channels of pac's output"),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match=message):
