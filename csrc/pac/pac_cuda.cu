@@ -62,14 +62,6 @@ struct Map {
   __device__ bool has_column(Index x) const { return Unsigned(x) < width.divisor; }
 };
 
-__device__ inline int32_t divide(int32_t n, const Divisor& by, int32_t& rest) {
-  return by.divide(n, rest);
-}
-__device__ inline int64_t divide(int64_t n, const Divisor& by, int64_t& rest) {
-  rest = n % by.divisor;
-  return n / by.divisor;
-}
-
 // The tap of number i around the centre of three by three.
 __device__ constexpr int around(int i) {
   return i < 4 ? i : i + 1;
@@ -98,8 +90,8 @@ __global__ void __launch_bounds__(kThreads, 4) gather_kernel(
   const Index index = Index(blockIdx.x) * kThreads + Index(threadIdx.x);
   if (index >= work) return;
   Index channel, group, y, x;
-  const Index pixel = divide(divide(index, map.packs, channel), map.groups, group);
-  divide(divide(pixel, map.width, x), map.height, y);
+  const Index pixel = map.groups.divide(map.packs.divide(index, channel), group);
+  map.height.divide(map.width.divide(pixel, x), y);
   channel *= V;
   const Index at = pixel * map.taps() * map.channels + channel;
 
@@ -137,8 +129,8 @@ __global__ void __launch_bounds__(kThreads, 2) scatter_kernel(
   const Index index = Index(blockIdx.x) * kThreads + Index(threadIdx.x);
   if (index >= work) return;
   Index channel, y, x;
-  const Index strip_pixel = divide(index, map.packs, channel), pixel = first_pixel + strip_pixel;
-  divide(divide(pixel, map.width, x), map.height, y);
+  const Index strip_pixel = map.packs.divide(index, channel), pixel = first_pixel + strip_pixel;
+  map.height.divide(map.width.divide(pixel, x), y);
   channel *= V;
   const int groups = int(map.groups.divisor);
   const Index group = groups > 1 ? map.channels : 0;
@@ -245,7 +237,7 @@ bool fits(std::initializer_list<const void*> pointers, std::initializer_list<int
 // serves.
 template <typename F>
 void with_form(const Shape& s, int64_t elements, const F& fn) {
-  with_index(elements + kThreads, [&](auto index) {  // the last block has threads without work
+  with_index(elements, [&](auto index) {
     if constexpr (sizeof index == 4) {
       if (s.kernel_h == 3 && s.kernel_w == 3) return fn(index, std::true_type{});
     }
