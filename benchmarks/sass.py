@@ -44,15 +44,27 @@ GENERAL = {
 }
 # Every kernel has a line here. 64 registers let four blocks of 256 threads share a multiprocessor,
 # 80 three, 128 two.
+PAC_LOADS = {"in_flight": 8, "narrowest_store": 128}
 LIMITS = {
-    r"^argmax::(best|upsample|widen)_kernel\b": {"registers": 64},
+    r"^argmax::best_kernel<": {"registers": 64, "per_unit": 20},
+    r"^argmax::best_kernel<.*\bint>": {"in_flight": 8},
+    r"^argmax::upsample_kernel<": {"registers": 80},
+    r"^argmax::upsample_kernel<float, 8, int>": {"in_flight": 4},
     r"^bal::(blur_x|blur_y|count_edges|factors|normalise|total)_kernel$": {"registers": 64},
     r"^bal::grad_kernel<": {"registers": 64},
     r"^bal::(loss|resized_grad)_kernel<": {"registers": 128},
-    r"^pac::gather_kernel<": {"registers": 80},
-    r"^pac::scatter_kernel<": {"registers": 64},
-    r"^pag::(gather_kernel|scatter_elements|scatter_windows)<": {"registers": 64},
-    r"^pag::pool_kernel<": {"registers": 80},
+    r"^pac::gather_kernel<": {"registers": 64},
+    r"^pac::gather_kernel<(__half|__nv_bfloat16), 8, int, ": {"per_unit": 36, "narrowest_store": 128},
+    r"^pac::gather_kernel<(__half|__nv_bfloat16), 8, int, true>": PAC_LOADS,
+    r"^pac::scatter_kernel<": {"registers": 128},
+    r"^pac::scatter_kernel<.* int, ": {"divisions_in_loops": 0},
+    r"^pac::scatter_kernel<(__half|__nv_bfloat16), 8, int, ": {"per_unit": 40, "narrowest_store": 128},
+    r"^pac::scatter_kernel<(__half|__nv_bfloat16), 8, int, true>": PAC_LOADS,
+    r"^pac::transpose_kernel<": {"registers": 64},
+    r"^pag::(gather_kernel|scatter_windows)<": {"registers": 64},
+    r"^pag::scatter_elements<": {"registers": 96},
+    r"^pag::scatter_elements<.*\bint>": {"registers": 64},
+    r"^pag::(concat|sum)_kernel<": {"registers": 80},
 }
 AT_LEAST = {"in_flight", "narrowest_store"}
 COLUMNS = (  # of the tables; the other files have more

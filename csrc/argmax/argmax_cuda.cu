@@ -32,11 +32,11 @@ struct Largest {
 // Classes that are loaded before any of them is looked at. Behind the last one it comes again.
 constexpr int kPositionBatch = 8, kCellBatch = 2;
 
-// Writes what argmax.h calls best or, if Out takes 64 bits, the class.
-template <typename T, typename Index, typename Out>
+// Writes what argmax.h calls best or, where that is the result, the class.
+template <typename T, bool is_result, typename Index>
 __global__ void __launch_bounds__(kThreads) best_kernel(
-    const View<const T, Index> logits, int classes, const Divisor height, const Divisor width, Out* __restrict__ best,
-    Index work) {
+    const View<const T, Index> logits, int classes, const Divisor height, const Divisor width,
+    std::conditional_t<is_result, int64_t, int>* __restrict__ best, Index work) {
   const Index index = Index(blockIdx.x) * kThreads + Index(threadIdx.x);
   if (index >= work) return;
   Index y, x;
@@ -50,10 +50,7 @@ __global__ void __launch_bounds__(kThreads) best_kernel(
 #pragma unroll
     for (int k = 0; k < kPositionBatch; ++k) largest.see(widen(batch[k]), first + k);
   }
-  if constexpr (sizeof(Out) == 8)
-    best[index] = largest.index;
-  else
-    best[index] = largest.value < INFINITY ? largest.index : ~largest.index;
+  best[index] = is_result || largest.value < INFINITY ? largest.index : ~largest.index;
 }
 
 // Both axes, and what divides the number of a thread: columns, then chunks of the rows of a cell,
@@ -145,13 +142,13 @@ void upsample(const Tensor& logits, const Tensor& best, const Tensor& out) {
     with_index(elements, [&](auto index) {
       using Index = decltype(index);
       const View<const T, Index> from(logits);
-      const auto find_best = [&](auto* result) {
+      const auto find_best = [&](auto kernel, auto* result) {
         launch(
-            best_kernel<T, Index, std::remove_pointer_t<decltype(result)>>, blocks_for(positions), kThreads, 0, stream, from,
-            int(s.classes), Divisor(s.h), Divisor(s.w), result, Index(positions));
+            kernel, blocks_for(positions), kThreads, 0, stream, from, int(s.classes), Divisor(s.h), Divisor(s.w), result,
+            Index(positions));
       };
-      if (!s.resized()) return find_best(to);
-      find_best(bests);
+      if (!s.resized()) return find_best(&best_kernel<T, true, Index>, to);
+      find_best(&best_kernel<T, false, Index>, bests);
       const Cells<Index> cells{{s.h, s.height}, {s.w, s.width}, Divisor(s.width), Divisor(chunks), Divisor((s.h + 1) * chunks)};
       launch(
           chunk == 8   ? &upsample_kernel<T, 8, Index>

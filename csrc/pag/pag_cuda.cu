@@ -383,7 +383,9 @@ __global__ void __launch_bounds__(kThreads) scatter_elements(
   const Position<Index> p = locate<V, channels_last>(index, grid);
   float sum[V] = {};
   const Range<Index> rows = holders(w.y, p.y, elements_y), columns = holders(w.x, p.x, elements_x);
+#pragma unroll 1  // one or two, each way
   for (Index j = rows.begin; j < rows.end; ++j) {
+#pragma unroll 1
     for (Index i = columns.begin; i < columns.end; ++i) {
       const Index first = channels_last ? ((p.n * w.y.count + j) * w.x.count + i) * channels + p.c
                                         : ((p.n * channels + p.c) * w.y.count + j) * w.x.count + i;
