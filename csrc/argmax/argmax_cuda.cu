@@ -8,7 +8,6 @@
 #include "argmax.h"
 
 #include "../common/cuda.h"
-#include "../common/resize_cuda.h"
 
 #include <algorithm>
 
@@ -27,6 +26,32 @@ struct Largest {
       index = c;
     }
   }
+};
+
+// One axis of the resize, in integers, which are exact. Cell c is what lies between sources c - 1 and c: there
+// are in + 1 cells, of which the first and the last lie half outside of the map, where the source
+// at its border is all that counts. A cell holds at most ceil(out / in) outputs.
+template <typename Index>
+struct Axis {
+  Index in, out;
+  Divisor twice_in, twice_out;
+
+  Axis(int64_t in, int64_t out) : in(Index(in)), out(Index(out)), twice_in(2 * in), twice_out(2 * out) {}
+  // What the numbers below reach.
+  static int64_t largest(int64_t in, int64_t out) { return 2 * in * out + in + 2 * out; }
+
+  // The cell of output i, which lies rest / (2 * out) behind source cell - 1.
+  __device__ Index cell(Index i, Index& rest) const { return twice_out.divide((2 * i + 1) * in + out, rest); }
+  // The first output that lies in this cell or behind it.
+  __device__ Index first(Index cell) const {
+    const Index i = cell > 0 ? twice_in.divide((2 * cell - 1) * out + in - 1) : 0;
+    return i < out ? i : out;
+  }
+  __device__ Index low(Index cell) const { return cell > 0 ? cell - 1 : 0; }
+  __device__ Index high(Index cell) const { return cell < in ? cell : in - 1; }
+  __device__ bool outside(Index cell) const { return cell == 0 || cell == in; }
+  // Of the source at `high`.
+  __device__ float weight(Index cell, Index rest) const { return outside(cell) ? 0.f : float(rest) / float(2 * out); }
 };
 
 // Classes that are loaded before any of them is looked at. Behind the last one it comes again.
@@ -57,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) best_kernel(
 // then cells, then images.
 template <typename Index>
 struct Cells {
-  ResizeAxis<Index> rows, columns;
+  Axis<Index> rows, columns;
   Divisor width, chunks, chunks_of_image;
 };
 
@@ -68,7 +93,7 @@ __global__ void __launch_bounds__(kThreads) upsample_kernel(
     int64_t* __restrict__ out, Index work) {
   const Index index = Index(blockIdx.x) * kThreads + Index(threadIdx.x);
   if (index >= work) return;
-  const ResizeAxis<Index>&rows = cells.rows, &columns = cells.columns;
+  const Axis<Index>&rows = cells.rows, &columns = cells.columns;
   Index x, chunk;
   const Index n = cells.chunks_of_image.divide(cells.width.divide(index, x), chunk);
   const Index cell = cells.chunks.divide(chunk, chunk), y = rows.first(cell) + chunk * R;
@@ -135,8 +160,7 @@ void upsample(const Tensor& logits, const Tensor& best, const Tensor& out) {
   const int64_t chunk = rows > 4 ? 8 : rows > 2 ? 4 : 2, chunks = ceil_div(rows, chunk);
   const int64_t positions = best.numel(), work = s.images * (s.h + 1) * chunks * s.width;
   const int64_t elements = std::max(
-      {extent(logits), out.numel(), work, ResizeAxis<int64_t>::largest(s.h, s.height),
-       ResizeAxis<int64_t>::largest(s.w, s.width)});
+      {extent(logits), out.numel(), work, Axis<int64_t>::largest(s.h, s.height), Axis<int64_t>::largest(s.w, s.width)});
   dispatch_cuda(logits, "upsample_argmax", [&](auto type) {
     using T = decltype(type);
     with_index(elements, [&](auto index) {
