@@ -1,5 +1,7 @@
 """What is compiled of the kernels of the boundary-aware loss."""
 
+import triton.language as tl
+
 FLOATS = (
     "edges",
     "factors",
@@ -9,36 +11,44 @@ FLOATS = (
     "class_weight",
     "coefficients",
     "loss",
-    "partial",
+    "sums",
     "grad",
-    "weight_sum_at",
 )
-PAPER = {"CLASSES": 21, "PIXELS": 128}
-GRAD = {"TAPS_Y": 22, "TAPS_X": 22, "COLUMNS": 16, "CLASSES": 8}
+LOSS = {"PIXELS": 128, "INDEX": tl.int32}
+CELLS = {"COLUMNS": 32, "CLASSES": 8, "num_warps": 1, "INDEX": tl.int32}
+PIXELS = {"PIXELS": 128, "CLASSES": 8, "INDEX": tl.int32}
+WIDE = {"INDEX": tl.int64}
 # Triton turns an argument that is 1 into a constant, which has not every method of a value.
-NARROW = {"h": 1, "w": 1, "weight_h": 1, "weight_w": 1, "stride_x": 1, "stride_c": 1}
-NONE = {"pixel_weight": None, "class_weight": None}
+NARROW = {"stride_x": 1, "stride_c": 1, "out_c": 1, "out_x": 1}
+NONE = {"pixel_weight": None, "class_weight": None, "grad": None}
 
 
 def types(label="i64", logit="fp32"):
     scalars = {"keep": "fp32", "share": "fp32"}
-    return dict.fromkeys(FLOATS, "*fp32") | {"labels": f"*{label}", "logits": f"*{logit}", "out": f"*{logit}"} | scalars
+    pointers = {"labels": f"*{label}", "logits": f"*{logit}", "out": f"*{logit}", "counts": "*i32"}
+    return dict.fromkeys(FLOATS, "*fp32") | pointers | scalars
 
 
 def compilations():
     """(kernel, capability, types, constants) for `tests.compile_triton.compile_for`."""
-    from segops.ops.bal import triton_kernels
+    from segops.ops.bal import triton_kernels as kernels
 
     for label in ("i64", "i32", "u8"):
-        edges = {"TAPS_Y": 10, "TAPS_X": 10, "RESIZED": True, "OUTPUTS": 128}
-        yield triton_kernels._count_edges, 90, types(label), edges
-    yield triton_kernels._count_edges, 80, types(), {"TAPS_Y": 1, "TAPS_X": 1, "RESIZED": False, "OUTPUTS": 128, "h": 1, "w": 1}
-    for kernel in (triton_kernels._blur_x, triton_kernels._blur_y):
-        yield kernel, 90, types(), {"SIZE": 35, "ELEMENTS": 128}
+        yield kernels._count_edges, 90, types(label), {"RESIZED": True, "OUTPUTS": 128}
+    yield kernels._count_edges, 80, types(), {"RESIZED": False, "OUTPUTS": 128}
+    for kernel in (kernels._blur_x, kernels._blur_y):
+        yield kernel, 90, types(), {"ELEMENTS": 128}
     for capability, logit in ((80, "fp32"), (90, "fp32"), (90, "bf16"), (90, "fp16")):
-        for resized, smoothed in ((True, True), (True, False), (False, True), (False, False)):
-            flags = {"RESIZED": resized, "WEIGHT_RESIZED": resized, "SMOOTHED": smoothed} | ({} if smoothed else NONE)
-            yield triton_kernels._softmax_loss, capability, types("i64", logit), PAPER | flags
-            yield triton_kernels._softmax_grad, capability, types("i64", logit), GRAD | flags
-    for kernel, constants in ((triton_kernels._softmax_loss, PAPER | {"loss": None}), (triton_kernels._softmax_grad, GRAD)):
-        yield kernel, 90, types("u8"), {"RESIZED": True, "WEIGHT_RESIZED": True, "SMOOTHED": True} | constants | NARROW
+        given = types("i64", logit)
+        for smoothed in (True, False):
+            flags = {"SMOOTHED": smoothed} | ({} if smoothed else NONE)
+            for resized in (True, False):
+                yield kernels._softmax_loss, capability, given, LOSS | flags | {"RESIZED": resized, "WEIGHT_RESIZED": resized}
+            yield kernels._cell_grad, capability, given, CELLS | flags
+            yield kernels._pixel_grad, capability, given, PIXELS | flags
+        yield kernels._add_cells, capability, given, CELLS
+    flags = {"SMOOTHED": True, "RESIZED": True, "WEIGHT_RESIZED": True} | NARROW | WIDE
+    yield kernels._softmax_loss, 90, types("u8"), LOSS | {"loss": None} | flags
+    yield kernels._cell_grad, 90, types("u8"), CELLS | flags
+    yield kernels._pixel_grad, 90, types("u8"), PIXELS | flags
+    yield kernels._add_cells, 90, types("u8"), CELLS | NARROW

@@ -20,6 +20,7 @@ from segops.ops.bal.edge import EdgeSettings
 from segops.ops.bal.op import LossSettings
 
 from ..accuracy import relative_error
+from ..compile_triton import variants
 from ..targets import (
     CUDA,
     DTYPES,
@@ -274,6 +275,12 @@ def triton_kernels():
     return importlib.import_module("segops.ops.bal.triton_kernels")
 
 
+def interpreted():
+    if torch.cuda.is_available():
+        pytest.skip("a GPU runs the compiled kernels")
+    return triton_kernels()
+
+
 def any_kernel(test):
     test = pytest.mark.parametrize("kernel", ["gaussian", "linear"])(test)
     test = pytest.mark.parametrize("kernel_size", [3, 5, 15, 35, 255])(test)
@@ -364,7 +371,7 @@ HALVES = (*CASES[:4], *BOUNDARY_CASES[:2])  # which differ from float32 in how l
 
 def matters(target, dtype, case):
     if target == INTERPRETED:  # which computes in float32 whatever the dtype, and takes seconds
-        return dtype == torch.float32 and case.taps() <= 150
+        return dtype == torch.float32 and case.rounds() <= 150
     return runs(target, dtype) and (dtype in (torch.float32, torch.float64) or case in HALVES)
 
 
@@ -381,6 +388,52 @@ def test_accuracy_at_the_size_of_training(dtype, target):
     """Rows in many blocks, sums over tens of thousands of pixels."""
     for case in (Case((1, 19, 17, 33), (129, 257), edge={}), Case((1, 19, 17, 33), (129, 257), channels_last=True)):
         assert_accurate(case, dtype, target[0])
+
+
+CELLS = (
+    Case((2, 9, 3, 3), (5, 7), class_weight=True, label_smoothing=0.1, reduction="none"),
+    Case((1, 3, 2, 35), (3, 40), reduction="sum"),
+)
+
+
+@pytest.mark.parametrize("case", CELLS, ids=str)
+def test_triton_cells_row_by_row(case, monkeypatch):
+    """As sums of cells have it that do not fit the workspace at once; and with 64-bit positions."""
+    with segops.backend("triton"):
+        whole = output_and_gradient(case.op, case.logits(torch.float32))
+        monkeypatch.setattr(interpreted(), "LARGEST_WORKSPACE", 1)
+        rows = output_and_gradient(case.op, case.logits(torch.float32))
+        monkeypatch.setattr("segops.ops.common.triton_launch.SMALL", 1)
+        wide = output_and_gradient(case.op, case.logits(torch.float32))
+    for values in zip(whole, rows, wide, strict=True):
+        assert torch.equal(values[0], values[1]) and torch.equal(values[0], values[2])
+
+
+def test_triton_gradient_needs_no_logits_at_the_labels_size(monkeypatch):
+    """Sums of cells, at ratios where those of all cells would be larger than these logits."""
+    empty, made = torch.empty, []
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: made.append(empty(*size, **options)) or made[-1])
+    for size in ((40, 3), (17, 2)):
+        made.clear()
+        with segops.backend("triton"):
+            output_and_gradient(Case((1, 2, 40, 2), size).op, torch.randn(1, 2, 40, 2, requires_grad=True))
+        of_cells = [each.numel() for each in made if each.dim() == 4 and each.shape[1:] == (4, 2, 2)]
+        assert len(of_cells) == 1 and of_cells[0] <= max(40 * 2, size[0] * size[1]) * 2 / 4
+
+
+def test_triton_compiles_nothing_for_a_size(monkeypatch):
+    """Of images, logits, labels, maps of weights, or the blur, nor for a number of classes."""
+    seen = variants(interpreted(), monkeypatch)
+    shapes = ((1, 3, 2, 3), (5, 7)), ((2, 16, 1, 4), (2, 5)), ((1, 9, 3, 1), (16, 2))
+    each = []
+    for kernel_size, (shape, size) in zip((3, 5, 7), shapes, strict=True):
+        for reduction in ("sum", "none"):
+            edge = dict(kernel_size=kernel_size, downsample=2)
+            case = Case(shape, size, reduction=reduction, edge=edge, ignore_index=shape[1])
+            with segops.backend("triton"):
+                output_and_gradient(case.op, case.logits(torch.float32))
+        each.append(set(seen))
+    assert each[0] == each[2] and {"_count_edges", "_blur_x", "_softmax_loss", "_cell_grad"} <= {name for name, *_ in seen}
 
 
 def test_nan_reaches_only_its_logits(target):

@@ -17,6 +17,11 @@ def source(i, size_in, size_out):
 
 
 @triton.jit
+def between(low, high, weight):
+    return (1 - weight) * low + weight * high
+
+
+@triton.jit
 def first_output(j, size_in, size_out):
     """The first output of a bilinear resize whose `low` is at least j."""
     first = ((2 * j + 1) * size_out + size_in - 1) // (2 * size_in)
@@ -24,6 +29,13 @@ def first_output(j, size_in, size_out):
 
 
 @triton.jit
-def share_of(j, low, high, weight):
-    """How much of an output comes from source j."""
-    return tl.where(low == j, 1 - weight, 0.0) + tl.where((high == j) & (high != low), weight, 0.0)
+def offset_in_cell(i, low, size_in, size_out):
+    """Where output i lies from its source `low` on, in units of 1 / (2 * size_out), which add up to
+    less than 2^31: the next output is 2 * size_in further. Negative before the first source."""
+    return ((2 * i + 1) * size_in - size_out - 2 * size_out * low).to(tl.int32)
+
+
+@triton.jit
+def weight_of(offset, size_out):
+    """That of the source after `low`, if there is one."""
+    return tl.maximum(offset, 0).to(tl.float32) * (0.5 / size_out)
