@@ -34,6 +34,7 @@ FAST = [*COMPILED, GPU[1]]
 # All of them but the reference. The interpreter serves where there is no GPU.
 TARGETS = FAST if torch.cuda.is_available() else [*FAST, pytest.param(INTERPRETED, id="interpreted-triton")]
 REFERENCE = pytest.param(("cpu", "reference"), id="reference")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the compiled kernels")
 
 fast_targets = pytest.mark.parametrize("target", FAST, indirect=True)
 fast_implementations = pytest.mark.parametrize("implementation", [*FAST, REFERENCE], indirect=True)

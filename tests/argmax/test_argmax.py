@@ -6,9 +6,10 @@ import torch.nn.functional as F
 
 import segops
 
+from ..compile_triton import variants
 from ..contract import Contract, Export, Use, ops_of
 from ..layouts import spread
-from ..targets import DTYPES, INTERPRETED, REFERENCE, TARGETS, matrix, runs
+from ..targets import DTYPES, INTERPRETED, REFERENCE, TARGETS, interpreted, matrix, runs
 
 # (N, C, h, w) -> (H, W), each for what it makes the kernels do. The first ones are the interpreter's.
 CASES = [
@@ -148,6 +149,21 @@ def test_weights_are_exact_halfway(target):
     assert torch.equal(segops.upsample_argmax(rows, (6, 3)), expected[:, None].expand(1, 6, 3))
 
 
+@interpreted
+def test_triton_compiles_nothing_for_a_size(monkeypatch):
+    """Of images, logits, classes or results; and positions of 64 bits find the same."""
+    from segops.ops.argmax import triton_kernels
+
+    seen = variants(triton_kernels, monkeypatch)
+    sizes = ((2, 5, 3, 4), (7, 9)), ((1, 16, 2, 3), (16, 5)), ((1, 2, 3, 2), (4, 16))
+    with segops.backend("triton"):
+        results = [segops.upsample_argmax(draw(shape), size) for shape, size in sizes]
+        assert sorted(name for name, *_ in seen) == ["_best", "_upsample"]
+        monkeypatch.setattr("segops.ops.common.triton_launch.SMALL", 1)
+        for result, (shape, size) in zip(results, sizes, strict=True):
+            assert torch.equal(segops.upsample_argmax(draw(shape), size), result)
+
+
 def test_no_gradient(implementation):
     logits = draw((2, 3, 4, 5), device=implementation[0]).requires_grad_()
     assert not segops.upsample_argmax(logits, (8, 9)).requires_grad
@@ -185,21 +201,21 @@ def export():
 
 
 POINTERS = {"best": "*i32", "out": "*i64"}
-# Triton turns an argument that is 1 into a constant, which has not every method of a value.
-NARROW = {"h": 1, "w": 1, "stride_c": 1, "stride_x": 1}
 
 
 def compilations():
     """(kernel, capability, types, constants) for `tests.compile_triton.compile_for`."""
+    import triton.language as tl
+
     from segops.ops.argmax import triton_kernels
 
     for capability, logit in ((80, "fp32"), (90, "fp32"), (90, "bf16"), (90, "fp16")):
         types = POINTERS | {"logits": f"*{logit}"}
-        for narrow in ({}, NARROW):
-            yield triton_kernels._best, capability, types, {"CLASSES": 21, "PIXELS": 256} | narrow
+        for index in (tl.int32, tl.int64):
+            constants = {"PIXELS": 256, "INDEX": index}
+            yield triton_kernels._best, capability, types, constants
             for resized in (True, False):
-                constants = {"CLASSES": 21, "RESIZED": resized, "PIXELS": 256}
-                yield triton_kernels._upsample, capability, types, constants | narrow
+                yield triton_kernels._upsample, capability, types, constants | {"RESIZED": resized}
 
 
 USE = Use(

@@ -18,8 +18,6 @@ LOSS = {"PIXELS": 128, "INDEX": tl.int32}
 CELLS = {"COLUMNS": 32, "CLASSES": 8, "num_warps": 1, "INDEX": tl.int32}
 PIXELS = {"PIXELS": 128, "CLASSES": 8, "INDEX": tl.int32}
 WIDE = {"INDEX": tl.int64}
-# Triton turns an argument that is 1 into a constant, which has not every method of a value.
-NARROW = {"stride_x": 1, "stride_c": 1, "out_c": 1, "out_x": 1}
 NONE = {"pixel_weight": None, "class_weight": None, "grad": None}
 
 
@@ -47,8 +45,7 @@ def compilations():
             yield kernels._cell_grad, capability, given, CELLS | flags
             yield kernels._pixel_grad, capability, given, PIXELS | flags
         yield kernels._add_cells, capability, given, CELLS
-    flags = {"SMOOTHED": True, "RESIZED": True, "WEIGHT_RESIZED": True} | NARROW | WIDE
+    flags = {"SMOOTHED": True, "RESIZED": True, "WEIGHT_RESIZED": True} | WIDE
     yield kernels._softmax_loss, 90, types("u8"), LOSS | {"loss": None} | flags
     yield kernels._cell_grad, 90, types("u8"), CELLS | flags
     yield kernels._pixel_grad, 90, types("u8"), PIXELS | flags
-    yield kernels._add_cells, 90, types("u8"), CELLS | NARROW

@@ -32,6 +32,7 @@ from ..targets import (
     compiled_targets,
     fast_implementations,
     fast_targets,
+    interpreted,
     matrix,
     needs_much_gpu_memory,
     on_a_gpu,
@@ -275,12 +276,6 @@ def triton_kernels():
     return importlib.import_module("segops.ops.bal.triton_kernels")
 
 
-def interpreted():
-    if torch.cuda.is_available():
-        pytest.skip("a GPU runs the compiled kernels")
-    return triton_kernels()
-
-
 def any_kernel(test):
     test = pytest.mark.parametrize("kernel", ["gaussian", "linear"])(test)
     test = pytest.mark.parametrize("kernel_size", [3, 5, 15, 35, 255])(test)
@@ -396,12 +391,13 @@ CELLS = (
 )
 
 
+@interpreted
 @pytest.mark.parametrize("case", CELLS, ids=str)
 def test_triton_cells_row_by_row(case, monkeypatch):
     """As sums of cells have it that do not fit the workspace at once; and with 64-bit positions."""
     with segops.backend("triton"):
         whole = output_and_gradient(case.op, case.logits(torch.float32))
-        monkeypatch.setattr(interpreted(), "LARGEST_WORKSPACE", 1)
+        monkeypatch.setattr(triton_kernels(), "LARGEST_WORKSPACE", 1)
         rows = output_and_gradient(case.op, case.logits(torch.float32))
         monkeypatch.setattr("segops.ops.common.triton_launch.SMALL", 1)
         wide = output_and_gradient(case.op, case.logits(torch.float32))
@@ -409,6 +405,7 @@ def test_triton_cells_row_by_row(case, monkeypatch):
         assert torch.equal(values[0], values[1]) and torch.equal(values[0], values[2])
 
 
+@interpreted
 def test_triton_gradient_needs_no_logits_at_the_labels_size(monkeypatch):
     """Sums of cells, at ratios where those of all cells would be larger than these logits."""
     empty, made = torch.empty, []
@@ -421,9 +418,10 @@ def test_triton_gradient_needs_no_logits_at_the_labels_size(monkeypatch):
         assert len(of_cells) == 1 and of_cells[0] <= max(40 * 2, size[0] * size[1]) * 2 / 4
 
 
+@interpreted
 def test_triton_compiles_nothing_for_a_size(monkeypatch):
     """Of images, logits, labels, maps of weights, or the blur, nor for a number of classes."""
-    seen = variants(interpreted(), monkeypatch)
+    seen = variants(triton_kernels(), monkeypatch)
     shapes = ((1, 3, 2, 3), (5, 7)), ((2, 16, 1, 4), (2, 5)), ((1, 9, 3, 1), (16, 2))
     each = []
     for kernel_size, (shape, size) in zip((3, 5, 7), shapes, strict=True):
