@@ -17,6 +17,7 @@ from segops.ops.pag import op, reference
 from segops.ops.pag.windows import longest_window, offset_layout
 
 from ..accuracy import assert_close
+from ..compile_triton import variants
 from ..contract import names_of
 from ..layouts import fresh_strides, shifted, spread, views
 from ..targets import (
@@ -27,6 +28,7 @@ from ..targets import (
     compiled_targets,
     fast_implementations,
     fast_targets,
+    interpreted,
     matrix,
     native_and_reference,
     needs_much_gpu_memory,
@@ -365,6 +367,28 @@ def test_pooling_of_ties_and_nan(target, case, dtype, fill):
         assert torch.equal(*(gradients(each, map)[0] for each in (pooled, plain))), name
         # What is put down is added to a zero, which takes the sign from another.
         assert same_values(variant.unpool(pooled, offsets), variant.plain_unpool(plain, index)), name
+
+
+@interpreted
+@pytest.mark.parametrize("channels_last", [(False,), (True,)], ids=["contiguous", "channels_last"])
+def test_triton_compiles_nothing_for_an_adaptive_window(channels_last, monkeypatch):
+    """Only for exact ones, which are few; and positions of 64 bits find the same."""
+    from segops.ops.pag import triton_kernels
+
+    seen = variants(triton_kernels, monkeypatch)
+    cases = [
+        Case((2, 3, 3, 5), ((5, 7, 9),), channels_last=channels_last),
+        Case((2, 3, 3, 5), ((5, 13, 22),), channels_last=channels_last),
+    ]
+    found = []
+    with segops.backend("triton"):
+        for case in cases:
+            found.append(output_and_gradients(case.op, case.maps(torch.float32)))
+        assert sorted(name for name, *_ in seen) == ["_pool", "_pool", "_scatter"]  # the decoder's is a copy
+        monkeypatch.setattr("segops.ops.common.triton_launch.SMALL", 1)
+        for case, narrow in zip(cases, found, strict=True):
+            wide = output_and_gradients(case.op, case.maps(torch.float32))
+            assert all(same_bits(*each) for each in zip(wide, narrow, strict=True))
 
 
 # Pooling with offsets, and unpooling.

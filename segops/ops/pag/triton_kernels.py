@@ -1,8 +1,9 @@
 """Pooling, scatter and gather in Triton; csrc/pag/pag.h gives their arguments and mathematics.
 
-A program owns a stretch of elements in the order of memory. Windows are compile-time constants, an
-adaptive kernel being 0 and its longest window the bound of the loops. Offsets into memory are
-64-bit.
+A program owns a stretch of a plane or, where channels lie side by side, of a row, in the order of
+memory. Exact windows are compile-time constants, an adaptive kernel being 0; its longest window is
+an argument, and bounds a `while`, as Triton's interpreter takes no `range` of one up to 3.6.
+Offsets into memory are 64-bit.
 """
 
 import math
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ..common.layout import format_of
+from ..common.triton_launch import device_of, index_type
 from . import op
 from .windows import longest_window, offset_layout
 
@@ -19,13 +21,24 @@ ELEMENTS_PER_PROGRAM = 512
 
 
 @triton.jit
-def _locate(i, channels, height, width, CHANNELS_LAST: tl.constexpr):
-    """(n, c, y, x) of element i."""
+def _locate(
+    inner, channels, height, width, CHANNELS_LAST: tl.constexpr, ELEMENTS: tl.constexpr, INDEX: tl.constexpr
+):  # fmt: skip
+    """(n, c, y, x) of this program's elements, their places in memory, and whether they exist;
+    `inner` is the size of a plane or a row."""
+    tiles = tl.cdiv(inner, ELEMENTS)
+    outer = tl.program_id(0) // tiles
+    i = (tl.program_id(0) % tiles).to(INDEX) * ELEMENTS + tl.arange(0, ELEMENTS)
     if CHANNELS_LAST:
-        c, x, y, n = i % channels, i // channels % width, i // channels // width % height, i // channels // width // height
+        n, y, x, c = outer // height, tl.full((ELEMENTS,), outer % height, INDEX), i // channels, i % channels
     else:
-        c, x, y, n = i // width // height % channels, i % width, i // width % height, i // width // height // channels
-    return n, c, y, x
+        n, c, y, x = outer // channels, outer % channels, i // width, i % width
+    return n.to(tl.int64), c.to(tl.int64), y, x, outer.to(tl.int64) * inner + i, i < inner
+
+
+@triton.jit
+def _offset(view, n, c, y, x):
+    return n * view[0] + c * view[1] + y.to(tl.int64) * view[2] + x.to(tl.int64) * view[3]
 
 
 @triton.jit
@@ -59,76 +72,72 @@ def _last(i, size, count, KERNEL: tl.constexpr):
 
 @triton.jit
 def _pool(
-    maps, views, sizes, offsets, out, out_view, channels, height, width, elements,
-    KERNELS: tl.constexpr, LONGEST: tl.constexpr, REMEMBERS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ELEMENTS: tl.constexpr,
+    maps, views, sizes, longest, offsets, out, out_view, inner, channels, height, width,
+    KERNELS: tl.constexpr, REMEMBERS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ELEMENTS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
-    valid = i < elements
-    n, c, y, x = _locate(i, channels, height, width, CHANNELS_LAST)
+    n, c, y, x, place, valid = _locate(inner, channels, height, width, CHANNELS_LAST, ELEMENTS, INDEX)
     total = tl.zeros((ELEMENTS,), tl.float32)
     for m in tl.static_range(len(maps)):
         top, bottom = _begin(y, sizes[m][0], height, KERNELS[m][0]), _end(y, sizes[m][0], height, KERNELS[m][0])
         left, right = _begin(x, sizes[m][1], width, KERNELS[m][1]), _end(x, sizes[m][1], width, KERNELS[m][1])
-        here = maps[m] + n * views[m][0] + c * views[m][1] + top * views[m][2] + left * views[m][3]
+        rows = KERNELS[m][0] if KERNELS[m][0] > 0 else longest[m][0]
+        columns = KERNELS[m][1] if KERNELS[m][1] > 0 else longest[m][1]
+        here = maps[m] + _offset(views[m], n, c, top, left)
         best = tl.full((ELEMENTS,), -float("inf"), tl.float32)
         at = tl.zeros((ELEMENTS,), tl.int32)
-        for dy in range(LONGEST[m][0]):
-            for dx in range(LONGEST[m][1]):
+        dy = 0
+        while dy < rows:
+            dx = 0
+            while dx < columns:
                 inside = valid & (top + dy < bottom) & (left + dx < right)
                 step = tl.full((), dy, tl.int64) * views[m][2] + tl.full((), dx, tl.int64) * views[m][3]
                 v = tl.load(here + step, mask=inside, other=-float("inf")).to(tl.float32)
                 later = (v > best) | (v != v)
                 best = tl.where(later, v, best)
-                at = tl.where(later, dy * LONGEST[m][1] + dx, at)
+                at = tl.where(later, dy * columns + dx, at)
+                dx += 1
+            dy += 1
         if REMEMBERS[m]:
-            tl.store(offsets[m] + i, at.to(offsets[m].dtype.element_ty), mask=valid)
+            tl.store(offsets[m] + place, at.to(offsets[m].dtype.element_ty), mask=valid)
         total = best if m == 0 else total + best
-    to = out + n * out_view[0] + c * out_view[1] + y * out_view[2] + x * out_view[3]
-    tl.store(to, total.to(out.dtype.element_ty), mask=valid)
+    tl.store(out + _offset(out_view, n, c, y, x), total.to(out.dtype.element_ty), mask=valid)
 
 
 @triton.jit
 def _scatter(
-    pooled, pooled_view, offsets, out, out_view, channels, height, width, windows_y, windows_x, elements,
-    KERNEL: tl.constexpr, LONGEST: tl.constexpr, HOLDERS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ELEMENTS: tl.constexpr,
+    pooled, pooled_view, offsets, longest, out, out_view, inner, channels, height, width, windows_y, windows_x,
+    KERNEL: tl.constexpr, HOLDERS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ELEMENTS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
-    valid = i < elements
-    n, c, y, x = _locate(i, channels, height, width, CHANNELS_LAST)
+    n, c, y, x, _, valid = _locate(inner, channels, height, width, CHANNELS_LAST, ELEMENTS, INDEX)
     total = tl.zeros((ELEMENTS,), tl.float32)
+    first_y, last_y = _first(y, height, windows_y, KERNEL[0]), _last(y, height, windows_y, KERNEL[0])
+    first_x, last_x = _first(x, width, windows_x, KERNEL[1]), _last(x, width, windows_x, KERNEL[1])
+    columns = KERNEL[1] if KERNEL[1] > 0 else longest[1]
     for k in range(HOLDERS[0] * HOLDERS[1]):
-        window_y = _first(y, height, windows_y, KERNEL[0]) + k // HOLDERS[1]
-        window_x = _first(x, width, windows_x, KERNEL[1]) + k % HOLDERS[1]
-        inside = (window_y <= _last(y, height, windows_y, KERNEL[0])) & (window_x <= _last(x, width, windows_x, KERNEL[1]))
+        window_y, window_x = first_y + k // HOLDERS[1], first_x + k % HOLDERS[1]
+        inside = valid & (window_y <= last_y) & (window_x <= last_x)
         if CHANNELS_LAST:
             window = ((n * windows_y + window_y) * windows_x + window_x) * channels + c
         else:
             window = ((n * channels + c) * windows_y + window_y) * windows_x + window_x
         dy, dx = y - _begin(window_y, height, windows_y, KERNEL[0]), x - _begin(window_x, width, windows_x, KERNEL[1])
-        at = tl.load(offsets + window, mask=valid & inside, other=0).to(tl.int32)
-        wanted = valid & inside & (at == dy * LONGEST[1] + dx)
-        there = n * pooled_view[0] + c * pooled_view[1] + window_y * pooled_view[2] + window_x * pooled_view[3]
-        total += tl.load(pooled + there, mask=wanted, other=0.0).to(tl.float32)
-    to = out + n * out_view[0] + c * out_view[1] + y * out_view[2] + x * out_view[3]
-    tl.store(to, total.to(out.dtype.element_ty), mask=valid)
+        at = tl.load(offsets + window, mask=inside, other=0).to(tl.int32)
+        wanted = inside & (at == dy * columns + dx)
+        total += tl.load(pooled + _offset(pooled_view, n, c, window_y, window_x), mask=wanted, other=0.0).to(tl.float32)
+    tl.store(out + _offset(out_view, n, c, y, x), total.to(out.dtype.element_ty), mask=valid)
 
 
 @triton.jit
 def _gather(
-    input, input_view, offsets, out, out_view, channels, height, width, input_height, input_width, elements,
-    KERNEL: tl.constexpr, LONGEST: tl.constexpr, CHANNELS_LAST: tl.constexpr, ELEMENTS: tl.constexpr,
+    input, input_view, offsets, out, out_view, inner, channels, height, width, input_height, input_width,
+    KERNEL: tl.constexpr, CHANNELS_LAST: tl.constexpr, ELEMENTS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
-    valid = i < elements
-    n, c, y, x = _locate(i, channels, height, width, CHANNELS_LAST)
-    at = tl.load(offsets + i, mask=valid, other=0).to(tl.int32)
-    from_y = _begin(y, input_height, height, KERNEL[0]) + at // LONGEST[1]
-    from_x = _begin(x, input_width, width, KERNEL[1]) + at % LONGEST[1]
-    inside = valid & (from_y < _end(y, input_height, height, KERNEL[0])) & (from_x < _end(x, input_width, width, KERNEL[1]))
-    there = n * input_view[0] + c * input_view[1] + from_y * input_view[2] + from_x * input_view[3]
-    value = tl.load(input + there, mask=inside, other=0.0)
-    to = out + n * out_view[0] + c * out_view[1] + y * out_view[2] + x * out_view[3]
-    tl.store(to, value, mask=valid)
+    n, c, y, x, place, valid = _locate(inner, channels, height, width, CHANNELS_LAST, ELEMENTS, INDEX)
+    at = tl.load(offsets + place, mask=valid, other=0).to(tl.int32)
+    from_y, from_x = y * KERNEL[0] + at // KERNEL[1], x * KERNEL[1] + at % KERNEL[1]
+    inside = valid & (at < KERNEL[0] * KERNEL[1]) & (from_y < input_height) & (from_x < input_width)
+    value = tl.load(input + _offset(input_view, n, c, from_y, from_x), mask=inside, other=0.0)
+    tl.store(out + _offset(out_view, n, c, y, x), value, mask=valid)
 
 
 def _windows(size, count):
@@ -152,10 +161,16 @@ def _dense(tensor, channels_last):
     return tensor.contiguous(memory_format=format_of(channels_last))
 
 
-def _launch(kernel, out, *arguments, **constants):
-    elements = out.numel()
-    with torch.cuda.device_of(out):  # Triton launches on the current device; a CPU tensor is the interpreter's
-        kernel[(triton.cdiv(elements, ELEMENTS_PER_PROGRAM),)](*arguments, elements, **constants, ELEMENTS=ELEMENTS_PER_PROGRAM)
+def _launch(kernel, out, other_sizes, channels_last, *arguments, **more):
+    """On all elements of `out`, whose pixels have others, of maps of these sizes, to do with."""
+    n, channels, *size = out.shape
+    outer, inner = (n * size[0], size[1] * channels) if channels_last else (n * channels, math.prod(size))
+    products = [(a + 1) * (b + 1) for other in other_sizes for a, b in zip(size, other, strict=True)]
+    with device_of(out):
+        kernel[(outer * triton.cdiv(inner, ELEMENTS_PER_PROGRAM),)](
+            *arguments, out, out.stride(), inner, channels, *size, **more,
+            CHANNELS_LAST=channels_last, ELEMENTS=ELEMENTS_PER_PROGRAM, INDEX=index_type(inner, *products),
+        )  # fmt: skip
 
 
 def pag(maps, merge, channels_last):
@@ -183,11 +198,11 @@ def pag(maps, merge, channels_last):
 
 
 def _pool_group(maps, windows, places, out, channels_last):
+    sizes = tuple(tuple(each.shape[2:]) for each in maps)
     _launch(
-        _pool, out, tuple(maps), tuple(tuple(each.stride()) for each in maps), tuple(tuple(each.shape[2:]) for each in maps),
-        tuple(out if place is None else place for place in places), out, out.stride(), *out.shape[1:],
-        KERNELS=tuple(kernel for kernel, _ in windows), LONGEST=tuple(longest for _, longest in windows),
-        REMEMBERS=tuple(place is not None for place in places), CHANNELS_LAST=channels_last,
+        _pool, out, sizes, channels_last, tuple(maps), tuple(tuple(each.stride()) for each in maps), sizes,
+        tuple(longest for _, longest in windows), tuple(out if place is None else place for place in places),
+        KERNELS=tuple(kernel for kernel, _ in windows), REMEMBERS=tuple(place is not None for place in places),
     )  # fmt: skip
 
 
@@ -215,10 +230,10 @@ def _scatter_into(out, pooled, offsets, windows, channels_last):
     if out.numel():
         kernel, longest = windows
         pooled = _readable(pooled, channels_last)
+        windows_y, windows_x = pooled.shape[2:]
         _launch(
-            _scatter, out, pooled, pooled.stride(), _typed(offsets, longest), out, out.stride(), *out.shape[1:],
-            *pooled.shape[2:], KERNEL=kernel, LONGEST=longest, HOLDERS=tuple(1 if k else 2 for k in kernel),
-            CHANNELS_LAST=channels_last,
+            _scatter, out, [pooled.shape[2:]], channels_last, pooled, pooled.stride(), _typed(offsets, longest), longest,
+            windows_y=windows_y, windows_x=windows_x, KERNEL=kernel, HOLDERS=tuple(1 if k else 2 for k in kernel),
         )  # fmt: skip
     return out
 
@@ -227,8 +242,9 @@ def pag_max_gather(input, offsets, kernel_h, kernel_w, channels_last):
     out = op.pag_max_gather.empty(input, offsets, channels_last)
     if out.numel():
         input, offsets = _readable(input, channels_last), _dense(offsets, channels_last)
+        input_height, input_width = input.shape[2:]
         _launch(
-            _gather, out, input, input.stride(), offsets, out, out.stride(), *out.shape[1:], *input.shape[2:],
-            KERNEL=(kernel_h, kernel_w), LONGEST=(kernel_h, kernel_w), CHANNELS_LAST=channels_last,
+            _gather, out, [input.shape[2:]], channels_last, input, input.stride(), offsets,
+            input_height=input_height, input_width=input_width, KERNEL=(kernel_h, kernel_w),
         )  # fmt: skip
     return out
