@@ -13,7 +13,7 @@ import torch
 
 import segops
 
-from .backend import ORDER, build_info, requested, why_not
+from .backend import ORDER, automatic, build_info, requested, untried, why_not
 from .text import printable
 
 
@@ -29,6 +29,8 @@ def devices():
     yield f"cpu ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)", "cpu", None
     for index in range(torch.cuda.device_count()):
         yield f"cuda:{index} ({torch.cuda.get_device_name(index)})", "cuda", index
+    for index in range(torch.xpu.device_count()):
+        yield f"xpu:{index} ({torch.xpu.get_device_name(index)})", "xpu", index
 
 
 def ops():
@@ -49,13 +51,13 @@ def info():
     print(f"requested backend: {requested()}")
     for label, kind, index in devices():
         reasons = {name: why_not(name, kind, index, torch.float32) for name in ORDER}
-        able = [name for name in ORDER if reasons[name] is None]
-        chosen = able[0] if requested() == "auto" else requested()
+        chosen = automatic(kind, index, torch.float32) if requested() == "auto" else requested()
         print(label)
         for op in ops():
-            print(f"    {op}: {chosen}" + ("" if chosen in able else f" CANNOT RUN: {reasons[chosen]}"))
+            print(f"    {op}: {chosen}" + (f" CANNOT RUN: {reasons[chosen]}" if reasons[chosen] else ""))
         for name in ORDER:
-            print(f"    {name:<10} {reasons[name] or 'available'}")
+            available = "available, never tried on such a GPU" if untried(name, kind) else "available"
+            print(f"    {name:<10} {reasons[name] or available}")
     if not torch.cuda.is_available():
         print("no CUDA device is visible")
 

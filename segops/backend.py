@@ -2,9 +2,11 @@
 not.
 
 native     C++ on the CPU, CUDA on NVIDIA GPUs: a library of each, which runs without Python too
-triton     the Triton kernels: NVIDIA GPUs, or any machine under `TRITON_INTERPRET=1`
+triton     the Triton kernels: GPUs of NVIDIA, AMD (ROCm) and Intel (XPU), or any machine under
+           `TRITON_INTERPRET=1`
 reference  plain PyTorch, on any device
-auto       the first of these that can run
+auto       the first of these that can run and has been tried: nobody has tried Triton on GPUs of
+           AMD and Intel, where it may fail, and the reference does not
 """
 
 import importlib
@@ -34,7 +36,8 @@ class backend:
             "reference".
 
     A forced backend that cannot run where it is needed raises a RuntimeError that names the reason
-    and the alternatives; "auto" takes the first that can run. Where a kernel would gain nothing, as
+    and the alternatives; "auto" takes the first that can run, but "triton" on GPUs of AMD and Intel
+    only if it is asked for: it has never been tried there. Where a kernel would gain nothing, as
     an op's documentation says, PyTorch's own ops run under any name. The choice holds for the whole
     process, all threads. A backward pass runs on the backend that its forward pass used.
 
@@ -170,21 +173,13 @@ def why_not(name, device_type, device_index, dtype):
     return REASONS[name](device_type, device_index, dtype)
 
 
-def _why_not_kernels(name, device_type, dtype):
-    """A reason that C++, CUDA and Triton have in common, or None."""
-    if dtype == torch.float64 and (device_type != "cpu" or name == "triton"):
-        return f"float64 runs in C++ on the CPU and in the reference, not in {name} on {device_type}"
+def _why_not_native(device_type, device_index, dtype):
+    if dtype == torch.float64 and device_type != "cpu":
+        return _without_float64("native", device_type)
     if device_type not in ("cpu", "cuda") or (device_type == "cuda" and not torch.version.cuda):
-        return f"segops has kernels for the CPU and NVIDIA GPUs, not for {device_type} here"
+        return f"segops has native kernels for the CPU and NVIDIA GPUs, not for {device_type} here"
     if device_type == "cuda" and not torch.cuda.is_available():
         return "no CUDA device is visible"
-    return None
-
-
-def _why_not_native(device_type, device_index, dtype):
-    reason = _why_not_kernels("native", device_type, dtype)
-    if reason is not None:
-        return reason
     if device_type == "cpu" or "cuda" in _MISSING:
         return _MISSING.get(device_type)
     capability = torch.cuda.get_device_capability(device_index)
@@ -195,17 +190,35 @@ def _why_not_native(device_type, device_index, dtype):
 
 
 def _why_not_triton(device_type, device_index, dtype):
-    reason = _why_not_kernels("triton", device_type, dtype)
-    if reason is not None:
-        return reason
+    if dtype == torch.float64:
+        return _without_float64("triton", device_type)
+    if device_type not in ("cpu", "cuda", "xpu"):
+        return f"Triton has kernels for GPUs of NVIDIA, AMD and Intel, not for {device_type}"
+    if device_type != "cpu" and not torch.get_device_module(device_type).is_available():
+        return f"no {device_type.upper()} device is visible"
     if not _HAS_TRITON:
         return "triton is not installed"
     if TRITON_INTERPRET:
         return None
     if device_type == "cpu":
         return "Triton does not run on cpu (set TRITON_INTERPRET=1 before the start to interpret its kernels)"
-    major, minor = torch.cuda.get_device_capability(device_index)
-    return None if major >= 8 else f"Triton needs a GPU of compute capability 8.0, and this one is {major}.{minor}"
+    if device_type == "cuda" and torch.version.cuda:
+        major, minor = torch.cuda.get_device_capability(device_index)
+        if major < 8:
+            return f"Triton needs a GPU of compute capability 8.0, and this one is {major}.{minor}"
+    if not _has_triton_driver():
+        return f"this build of Triton has no driver for {device_type} here"
+    return None
+
+
+def _without_float64(name, device_type):
+    return f"float64 runs in C++ on the CPU and in the reference, not in {name} on {device_type}"
+
+
+def _has_triton_driver():
+    from triton.backends import backends  # takes a second
+
+    return any(each.driver.is_active() for each in backends.values())
 
 
 # Every backend that can be asked for by name, and what tells why it cannot run.
@@ -214,6 +227,18 @@ REASONS = {"native": _why_not_native, "triton": _why_not_triton, "reference": la
 # A plain global: torch.compile guards on it, whereas it cannot trace a ContextVar and would not see
 # the environment change.
 _requested = _check(os.environ.get("SEGOPS_BACKEND") or "auto", "the environment variable SEGOPS_BACKEND")
+
+
+def untried(name, device_type):
+    """Whether nobody has tried this backend on GPUs of this type: then "auto" leaves it out."""
+    return name == "triton" and (device_type == "xpu" or (device_type == "cuda" and torch.version.hip is not None))
+
+
+@torch.compiler.assume_constant_result
+def automatic(device_type, device_index, dtype):
+    """The backend that "auto" stands for."""
+    tried = (name for name in ORDER if not untried(name, device_type))
+    return next(name for name in tried if why_not(name, device_type, device_index, dtype) is None)
 
 
 _SELECTED = {}  # what can run stays the same for as long as the process lives
@@ -232,9 +257,7 @@ def select(op, tensor):
 
 def _select(op, device, dtype):
     if _requested == "auto":
-        for name in ORDER:
-            if why_not(name, device.type, device.index, dtype) is None:
-                return name
+        return automatic(device.type, device.index, dtype)
     reason = why_not(_requested, device.type, device.index, dtype)
     if reason is not None:
         able = [name for name in ORDER if why_not(name, device.type, device.index, dtype) is None]

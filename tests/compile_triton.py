@@ -12,10 +12,13 @@ import os
 import subprocess
 import sys
 
+AMD = "gfx942"
+
 
 def compile_for(kernel, capability, types, constants):
-    """Compiles a kernel whose arguments are constant where `constants` names them, which may hold
-    `num_warps` too, or of the Triton types given, or i32."""
+    """Compiles, for an NVIDIA GPU of this compute capability or for AMD, a kernel whose arguments
+    are constant where `constants` names them, which may hold `num_warps` too, or of the Triton
+    types given, or i32."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -24,8 +27,9 @@ def compile_for(kernel, capability, types, constants):
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()})
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    print(kernel.__name__, capability, len(compiled.asm["cubin"]), "bytes,", compiled.metadata.shared, "shared")
+    target, code = (GPUTarget("hip", AMD, 64), "hsaco") if capability == AMD else (GPUTarget("cuda", capability, 32), "cubin")
+    compiled = triton.compile(source, target=target, options=options)
+    print(kernel.__name__, capability, len(compiled.asm[code]), "bytes,", compiled.metadata.shared, "shared")
 
 
 def assert_compiles(contract):
@@ -65,5 +69,6 @@ def _kind(value, general):
 
 if __name__ == "__main__":
     _, module, name = sys.argv
-    for kernel, capability, types, constants in getattr(importlib.import_module(module), name).COMPILATIONS():
-        compile_for(kernel, capability, types, constants)
+    for kernel, capability, *arguments in getattr(importlib.import_module(module), name).COMPILATIONS():
+        for each in (capability, AMD) if capability == 90 else (capability,):
+            compile_for(kernel, each, *arguments)

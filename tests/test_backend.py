@@ -5,13 +5,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import segops
 from segops import library_path
-from segops.backend import _runs_on, build_info, requested, select, why_not
+from segops.__main__ import info
+from segops.backend import _runs_on, _select, build_info, requested, select, why_not
 from segops.ops.common import library
 
 
@@ -68,11 +70,81 @@ def test_forced_backend_that_cannot_run():
 
 def test_auto_takes_the_first_that_can_run():
     assert select("op", torch.empty(1)) == "native"
-    assert why_not("native", "mps", 0, torch.float32) == why_not("triton", "mps", 0, torch.float32)
-    assert "not for mps" in why_not("native", "mps", 0, torch.float32)
+    for name in ("native", "triton"):
+        assert "not for mps" in why_not(name, "mps", 0, torch.float32)
     if not torch.cuda.is_available() and torch.version.cuda:
         assert why_not("native", "cuda", 0, torch.float32) == "no CUDA device is visible"
     assert "float64" in why_not("native", "cuda", 0, torch.float64)
+
+
+@pytest.fixture
+def rocm(monkeypatch):
+    """As PyTorch for an AMD GPU presents itself."""
+    monkeypatch.setattr(sys.modules["segops.backend"], "TRITON_INTERPRET", False)  # `segops.backend` is the class
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "AMD Instinct")
+    return torch.device("cuda", 0)
+
+
+@pytest.fixture
+def xpu(monkeypatch):
+    """As PyTorch for an Intel GPU presents itself, without the Triton that comes with it."""
+    monkeypatch.setattr(sys.modules["segops.backend"], "TRITON_INTERPRET", False)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    return torch.device("xpu", 0)
+
+
+def intel_driver(monkeypatch):
+    backends = pytest.importorskip("triton.backends").backends
+    monkeypatch.setitem(backends, "intel", SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True)))
+
+
+def chosen(device, name):
+    with segops.backend(name):
+        return _select("op", device, torch.float32)
+
+
+def test_triton_runs_on_amd_gpus_if_asked_for(rocm, monkeypatch):
+    pytest.importorskip("triton")
+    assert "not for cuda here" in why_not("native", "cuda", 0, torch.float32)
+    assert why_not("triton", "cuda", 0, torch.float32) is None
+    assert chosen(rocm, "triton") == "triton" and chosen(rocm, "auto") == "reference"
+    assert "float64" in why_not("triton", "cuda", 0, torch.float64)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert why_not("triton", "cuda", 0, torch.float32) == "no CUDA device is visible"
+
+
+def test_triton_runs_on_intel_gpus_if_it_has_a_driver_and_is_asked_for(xpu, monkeypatch):
+    pytest.importorskip("triton")
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="this build of Triton has no driver for xpu here"):
+            chosen(xpu, "triton")
+    intel_driver(monkeypatch)
+    assert "not for xpu here" in why_not("native", "xpu", 0, torch.float32)
+    assert chosen(xpu, "triton") == "triton" and chosen(xpu, "auto") == "reference"
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
+    assert why_not("triton", "xpu", 0, torch.float32) == "no XPU device is visible"
+
+
+def test_info_says_what_was_never_tried(rocm, capsys):
+    pytest.importorskip("triton")
+    info()
+    shown = capsys.readouterr().out.partition("cuda:0 (AMD Instinct)")[2]
+    assert "pyramid_atrous_conv2d: reference" in shown
+    assert "triton     available, never tried on such a GPU" in shown and "reference  available\n" in shown
+
+
+def test_triton_launches_on_the_tensors_device():
+    pytest.importorskip("triton")
+    from segops.ops.common.triton_launch import device_of
+
+    for device, index in ((torch.device("cpu", 0), None), (torch.device("cuda", 1), 1), (torch.device("xpu", 2), 2)):
+        assert device_of(SimpleNamespace(device=device)).idx == index
+    with device_of(torch.empty(1)):
+        pass
 
 
 def test_architectures():

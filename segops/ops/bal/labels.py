@@ -7,7 +7,7 @@ from torch import library as torch_library
 
 from ..common import library
 
-# Whether labels are looked at on CUDA too, where that stalls the stream. csrc/bal/bal.cpp asks for
+# Whether labels are looked at on a GPU too, where that stalls the stream. csrc/bal/bal.cpp asks for
 # itself.
 CHECK_LABELS = os.environ.get("SEGOPS_CHECK_LABELS") == "1"
 
@@ -32,8 +32,8 @@ def index_classes(labels, num_classes, ignore_index):
 
 
 def raise_on_wrong_label(labels, num_classes, ignore_index):
-    """An IndexError, except on CUDA unless CHECK_LABELS."""
-    if labels.device.type == "cuda" and not CHECK_LABELS:
+    """An IndexError, except on CUDA and XPU unless CHECK_LABELS."""
+    if labels.device.type in ("cuda", "xpu") and not CHECK_LABELS:
         return
     wrong = index_classes(labels, num_classes, ignore_index) == -2
     if wrong.any():

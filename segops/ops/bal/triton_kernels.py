@@ -446,7 +446,7 @@ def blur_factors(kernel, kernel_size, sigma, device):
     if settings in _BLUR_FACTORS:
         return _BLUR_FACTORS[settings]
     if device.type != "cuda":
-        return _BLUR_FACTORS.setdefault(settings, _make_blur_factors(*settings))
+        return _BLUR_FACTORS.setdefault(settings, _make_blur_factors_now(*settings))
     if torch.cuda.is_current_stream_capturing():
         return _make_blur_factors(*settings)  # memory of the graph's, which nobody writes before it runs
     # Warming up for a graph, torch.compile has this thread's allocations come from the graph's
@@ -457,7 +457,8 @@ def blur_factors(kernel, kernel_size, sigma, device):
 
 def _make_blur_factors_now(*settings):
     factors = _make_blur_factors(*settings)
-    torch.cuda.current_stream(factors.device).synchronize()  # once: calls may come on any stream
+    if factors.device.type in ("cuda", "xpu"):
+        torch.accelerator.current_stream(factors.device).synchronize()  # once: calls may come on any stream
     return factors
 
 

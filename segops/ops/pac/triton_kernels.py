@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from ..common.triton_launch import device_of
 from . import op as ops
 
 # Bytes of planes at a time; where the least block is larger than the second, the side with more
@@ -90,7 +91,7 @@ def _shift_gather(planes, bias, out, kernel_size, rates, sign):
     n, h, w, groups, channels = out.shape
     tile = _tile(channels)
     grid = (triton.cdiv(n * h * w, tile["PIXELS"]), triton.cdiv(channels, tile["CHANNELS"]), groups)
-    with torch.cuda.device_of(out):  # a CPU tensor is the interpreter's
+    with device_of(out):
         _gather[grid](
             planes, bias, out, n * h * w, h, w, channels, out.stride(2), out.stride(3),
             *kernel_size, tuple(rates), len(rates) // groups, sign, **tile,
@@ -102,7 +103,7 @@ def _shift_scatter(source, out, first_row, kernel_size, rates, sign):
     rows = out.shape[0]
     tile = _tile(channels)
     grid = (triton.cdiv(rows * w, tile["PIXELS"]), triton.cdiv(channels, tile["CHANNELS"]))
-    with torch.cuda.device_of(out):
+    with device_of(out):
         _scatter[grid](source, out, first_row * w, rows * w, h, w, channels, *kernel_size, tuple(rates), groups, sign, **tile)
 
 
