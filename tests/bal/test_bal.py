@@ -387,7 +387,8 @@ def test_accuracy_at_the_size_of_training(dtype, target):
 
 CELLS = (
     Case((2, 9, 3, 3), (5, 7), class_weight=True, label_smoothing=0.1, reduction="none"),
-    Case((1, 3, 2, 35), (3, 40), reduction="sum"),
+    Case((1, 3, 2, 35), (3, 40), (2, 7), reduction="sum"),
+    Case((1, 9, 3, 4), (3, 4), reduction="none"),
 )
 
 

@@ -213,11 +213,12 @@ def _softmax_loss(
     at_label = (all_smooth * (total - rest) - own * rest) / total
     value = _settled(weight * value, target)
     if coefficients is not None:
+        map_size = tl.full((), pixels, tl.int64)
         tl.store(coefficients + index, max_logit, mask=mask)
-        tl.store(coefficients + pixels + index, _settled(weight * (own + all_smooth) / total, target), mask=mask)
-        tl.store(coefficients + 2 * pixels + index, _settled(weight * at_label, target), mask=mask)
+        tl.store(coefficients + map_size + index, _settled(weight * (own + all_smooth) / total, target), mask=mask)
+        tl.store(coefficients + 2 * map_size + index, _settled(weight * at_label, target), mask=mask)
         if SMOOTHED:
-            tl.store(coefficients + 3 * pixels + index, _settled(weight * share, target), mask=mask)
+            tl.store(coefficients + 3 * map_size + index, _settled(weight * share, target), mask=mask)
     if loss is not None:
         tl.store(loss + index, value, mask=mask)
     tl.store(sums + tl.program_id(0), tl.sum(tl.where(mask, value, 0.0), 0))
@@ -229,10 +230,11 @@ def _gradient(
     z, c, grad, labels, class_weights, coefficients, at, mask, pixels, classes, ignore_index, SMOOTHED: tl.constexpr
 ):  # fmt: skip
     """That of the logits z of classes c at label pixels, [pixels, classes]; 0 where masked."""
+    map_size = tl.full((), pixels, tl.int64)
     target = _class_of(labels, at, mask, classes, ignore_index)
     max_logit = tl.load(coefficients + at, mask=mask, other=3.4028234663852886e38)
-    grad_scale = tl.load(coefficients + pixels + at, mask=mask, other=0.0)
-    target_grad = tl.load(coefficients + 2 * pixels + at, mask=mask, other=0.0)
+    grad_scale = tl.load(coefficients + map_size + at, mask=mask, other=0.0)
+    target_grad = tl.load(coefficients + 2 * map_size + at, mask=mask, other=0.0)
     incoming = 1.0
     if grad is not None:  # whatever comes in at an ignored pixel, NaN perhaps, goes nowhere
         incoming = tl.where(target == -1, 0.0, tl.load(grad + at, mask=mask, other=0.0))
@@ -240,7 +242,7 @@ def _gradient(
     e = tl.exp(z - max_logit[:, None])
     value = tl.where(c[None, :] == target[:, None], target_grad[:, None], grad_scale[:, None] * e)
     if SMOOTHED:
-        smoothing = incoming * tl.load(coefficients + 3 * pixels + at, mask=mask, other=0.0)
+        smoothing = incoming * tl.load(coefficients + 3 * map_size + at, mask=mask, other=0.0)
         value -= smoothing[:, None] * class_weights[None, :]
     return value
 
@@ -379,10 +381,10 @@ def _run_blur(edges, factors):
         _blur_y[grid](rows, factors, edges, edges.numel(), h, w, size, PIXELS_PER_PROGRAM)
 
 
-def _positions(logits, labels):
-    """The integers in which kernels find labels between logits, and count labels."""
-    (h, w), (height, width) = logits.shape[2:], labels.shape[1:]
-    return index_type(logits.numel(), 4 * labels.numel(), 2 * (h + 1) * height, 2 * (w + 1) * width)
+def _positions(labels, *maps):
+    """The integers in which kernels find labels in maps of other sizes."""
+    products = [2 * (a + 1) * b for each in maps for a, b in zip(each.shape[-2:], labels.shape[1:], strict=True)]
+    return index_type(labels.numel(), *products)
 
 
 def _run_softmax_loss(logits, labels, pixel_weight, class_weight, coefficients, loss, label_smoothing, ignore_index):
@@ -398,7 +400,7 @@ def _run_softmax_loss(logits, labels, pixel_weight, class_weight, coefficients, 
             logits, labels, pixel_weight, class_weight, coefficients, loss, sums, counts, labels.numel(), *labels.shape[1:],
             *logits.shape[2:], weight_h, weight_w, logits.shape[1], *logits.stride(), 1 - label_smoothing,
             label_smoothing / logits.shape[1], ignore_index, resized, weight_resized, label_smoothing > 0, PIXELS_PER_PROGRAM,
-            _positions(logits, labels),
+            _positions(labels, logits, *([] if pixel_weight is None else [pixel_weight])),
         )  # fmt: skip
     return sums.sum(), counts.sum()
 
@@ -414,7 +416,7 @@ def _run_softmax_grad(grad, logits, labels, class_weight, coefficients, out, ign
         with device_of(logits):
             _pixel_grad[(triton.cdiv(n * h * w, PIXELS_PER_PROGRAM), class_tiles)](
                 *given, out, labels.numel(), h, w, classes, *logits.stride(), *out.stride(), ignore_index,
-                smoothed, PIXELS_PER_PROGRAM, CLASSES_PER_PROGRAM, _positions(logits, labels),
+                smoothed, PIXELS_PER_PROGRAM, CLASSES_PER_PROGRAM, _positions(labels, logits),
             )  # fmt: skip
         return
     tile = {"COLUMNS": COLUMNS_PER_PROGRAM, "CLASSES": CLASSES_PER_PROGRAM, "num_warps": 1}
@@ -427,7 +429,7 @@ def _run_softmax_grad(grad, logits, labels, class_weight, coefficients, out, ign
         with device_of(logits):
             _cell_grad[((before + own) * column_tiles, class_tiles)](
                 *given, sums, labels.numel(), first - before, height, width, h, w, classes, *logits.stride(), ignore_index,
-                smoothed, INDEX=_positions(logits, labels), **tile,
+                smoothed, INDEX=_positions(labels, logits), **tile,
             )  # fmt: skip
             _add_cells[(own * column_tiles, class_tiles)](
                 sums, out, first, before, h, w, classes, *out.stride(), **tile
