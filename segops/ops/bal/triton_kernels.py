@@ -229,7 +229,7 @@ def _softmax_loss(
 def _gradient(
     z, c, grad, labels, class_weights, coefficients, at, mask, pixels, classes, ignore_index, SMOOTHED: tl.constexpr
 ):  # fmt: skip
-    """That of the logits z of classes c at label pixels, [pixels, classes]; 0 where masked."""
+    """That of the logits z of classes c at label pixels, [classes, pixels]; 0 where masked."""
     map_size = tl.full((), pixels, tl.int64)
     target = _class_of(labels, at, mask, classes, ignore_index)
     max_logit = tl.load(coefficients + at, mask=mask, other=3.4028234663852886e38)
@@ -239,11 +239,11 @@ def _gradient(
     if grad is not None:  # whatever comes in at an ignored pixel, NaN perhaps, goes nowhere
         incoming = tl.where(target == -1, 0.0, tl.load(grad + at, mask=mask, other=0.0))
         grad_scale, target_grad = incoming * grad_scale, incoming * target_grad
-    e = tl.exp(z - max_logit[:, None])
-    value = tl.where(c[None, :] == target[:, None], target_grad[:, None], grad_scale[:, None] * e)
+    e = tl.exp(z - max_logit[None, :])
+    value = tl.where(c[:, None] == target[None, :], target_grad[None, :], grad_scale[None, :] * e)
     if SMOOTHED:
         smoothing = incoming * tl.load(coefficients + 3 * map_size + at, mask=mask, other=0.0)
-        value -= smoothing[:, None] * class_weights[None, :]
+        value -= smoothing[None, :] * class_weights[:, None]
     return value
 
 
@@ -257,8 +257,7 @@ def _class_weights(class_weight, c, own_class, CLASSES: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def _cell_grad(
-    grad, logits, labels, class_weight, coefficients, sums, pixels, first_row, height, width, h, w, classes,
-    stride_n, stride_c, stride_y, stride_x, ignore_index,
+    grad, logits, labels, class_weight, coefficients, sums, pixels, first_row, height, width, h, w, classes, ignore_index,
     SMOOTHED: tl.constexpr, COLUMNS: tl.constexpr, CLASSES: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """What the pixels of cell (k, j), those between logits (k, j) and (k + 1, j + 1), have for its
@@ -267,7 +266,7 @@ def _cell_grad(
     row = (tl.program_id(0) // tiles).to(tl.int64)
     j = (tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)).to(INDEX)
     c = tl.program_id(1) * CLASSES + tl.arange(0, CLASSES)
-    own = (j < w)[:, None] & (c < classes)[None, :]
+    own = (c < classes)[:, None] & (j < w)[None, :]
     class_weights = _class_weights(class_weight, c, c < classes, CLASSES)
     image, k = (first_row + row) // h, ((first_row + row) % h).to(INDEX)
     y_begin, y_end = first_output(k, h, height), first_output(k + 1, h, height)
@@ -277,25 +276,24 @@ def _cell_grad(
     first_y, first_x = offset_in_cell(y_begin, k, h, height), offset_in_cell(x_begin, j, w, width)
     last_row, last_column = k + 1 == h, j + 1 == w
 
-    corner = logits + image * stride_n + k.to(tl.int64) * stride_y
-    corner = corner + j.to(tl.int64)[:, None] * stride_x + c.to(tl.int64)[None, :] * stride_c
-    next_row, next_column = tl.where(last_row, 0, stride_y), tl.where(last_column, 0, stride_x)[:, None]
-    upper_left, upper_right = _logit(corner, own), _logit(corner + next_column, own)
-    lower_left, lower_right = _logit(corner + next_row, own), _logit(corner + next_row + next_column, own)
-    of_upper_left = tl.zeros((COLUMNS, CLASSES), tl.float32)
-    of_upper_right = tl.zeros((COLUMNS, CLASSES), tl.float32)
-    of_lower_left = tl.zeros((COLUMNS, CLASSES), tl.float32)
-    of_lower_right = tl.zeros((COLUMNS, CLASSES), tl.float32)
+    corner = logits + ((image * classes + c.to(tl.int64)[:, None]) * h + k) * w + j[None, :]
+    below, after = tl.where(last_row, 0, w), own & (j + 1 < w)[None, :]
+    upper_left, upper_right = _logit(corner, own), _logit(corner + 1, after)
+    lower_left, lower_right = _logit(corner + below, own), _logit(corner + below + 1, after)
+    of_upper_left = tl.zeros((CLASSES, COLUMNS), tl.float32)
+    of_upper_right = tl.zeros((CLASSES, COLUMNS), tl.float32)
+    of_lower_left = tl.zeros((CLASSES, COLUMNS), tl.float32)
+    of_lower_right = tl.zeros((CLASSES, COLUMNS), tl.float32)
     dy = 0
     while dy < rows:
         wy = tl.where(last_row, 0.0, weight_of(first_y + 2 * dy * h, height))
         left, right = between(upper_left, lower_left, wy), between(upper_right, lower_right, wy)
-        of_left = tl.zeros((COLUMNS, CLASSES), tl.float32)
-        of_right = tl.zeros((COLUMNS, CLASSES), tl.float32)
+        of_left = tl.zeros((CLASSES, COLUMNS), tl.float32)
+        of_right = tl.zeros((CLASSES, COLUMNS), tl.float32)
         at = (image * height + y_begin + dy) * width + x_begin
         dx = 0
         while dx < most_columns:
-            wx = tl.where(last_column | (dx >= columns), 0.0, weight_of(first_x + 2 * dx * w, width))[:, None]
+            wx = tl.where(last_column | (dx >= columns), 0.0, weight_of(first_x + 2 * dx * w, width))[None, :]
             value = _gradient(
                 between(left, right, wx), c, grad, labels, class_weights, coefficients, at + dx, dx < columns,
                 pixels, classes, ignore_index, SMOOTHED,
@@ -310,7 +308,7 @@ def _cell_grad(
         dy += 1
 
     plane = tl.full((), classes, tl.int64) * w
-    to = sums + row * 4 * plane + c.to(tl.int64)[None, :] * w + j[:, None]
+    to = sums + row * 4 * plane + c.to(tl.int64)[:, None] * w + j[None, :]
     tl.store(to, of_upper_left, mask=own)
     tl.store(to + plane, of_upper_right, mask=own)
     tl.store(to + 2 * plane, of_lower_left, mask=own)
@@ -329,15 +327,15 @@ def _add_cells(
     j = (tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
     c = (tl.program_id(1) * CLASSES + tl.arange(0, CLASSES)).to(tl.int64)
     image, k = (first_row + row) // h, (first_row + row) % h
-    own = (j < w)[:, None] & (c < classes)[None, :]
-    after, below = own & (j > 0)[:, None], own & (tl.full((COLUMNS,), k, tl.int64) > 0)[:, None]
+    own = (c < classes)[:, None] & (j < w)[None, :]
+    after, below = own & (j > 0)[None, :], own & (tl.full((COLUMNS,), k, tl.int64) > 0)[None, :]
     plane = tl.full((), classes, tl.int64) * w
-    cell = sums + (rows_before + row) * 4 * plane + c[None, :] * w + j[:, None]
+    cell = sums + (rows_before + row) * 4 * plane + c[:, None] * w + j[None, :]
     total = tl.load(cell, mask=own, other=0.0)
     total += tl.load(cell + plane - 1, mask=after, other=0.0)
     total += tl.load(cell - 2 * plane, mask=below, other=0.0)
     total += tl.load(cell - plane - 1, mask=after & below, other=0.0)
-    to = out + image * out_n + k * out_y + j[:, None] * out_x + c[None, :] * out_c
+    to = out + image * out_n + k * out_y + j[None, :] * out_x + c[:, None] * out_c
     tl.store(to, total.to(out.dtype.element_ty), mask=own)
 
 
@@ -351,13 +349,13 @@ def _pixel_grad(
     at = tl.program_id(0).to(INDEX) * PIXELS + tl.arange(0, PIXELS)
     c = (tl.program_id(1) * CLASSES + tl.arange(0, CLASSES)).to(tl.int64)
     x, y, image = (at % w).to(tl.int64), (at // w % h).to(tl.int64), (at // w // h).to(tl.int64)
-    own = (at < pixels)[:, None] & (c < classes)[None, :]
-    z = _logit(logits + (image * stride_n + y * stride_y + x * stride_x)[:, None] + c[None, :] * stride_c, own)
+    own = (c < classes)[:, None] & (at < pixels)[None, :]
+    z = _logit(logits + (image * stride_n + y * stride_y + x * stride_x)[None, :] + c[:, None] * stride_c, own)
     value = _gradient(
         z, c, grad, labels, _class_weights(class_weight, c, c < classes, CLASSES), coefficients, at, at < pixels,
         pixels, classes, ignore_index, SMOOTHED,
     )  # fmt: skip
-    to = out + (image * out_n + y * out_y + x * out_x)[:, None] + c[None, :] * out_c
+    to = out + (image * out_n + y * out_y + x * out_x)[None, :] + c[:, None] * out_c
     tl.store(to, value.to(out.dtype.element_ty), mask=own)
 
 
@@ -411,16 +409,16 @@ def _run_softmax_grad(grad, logits, labels, class_weight, coefficients, out, ign
     height, width = labels.shape[1:]
     smoothed = len(coefficients) > 3
     class_tiles = triton.cdiv(classes, CLASSES_PER_PROGRAM)
-    given = grad, logits, labels, class_weight, coefficients
     if (h, w) == (height, width):
         with device_of(logits):
             _pixel_grad[(triton.cdiv(n * h * w, PIXELS_PER_PROGRAM), class_tiles)](
-                *given, out, labels.numel(), h, w, classes, *logits.stride(), *out.stride(), ignore_index,
-                smoothed, PIXELS_PER_PROGRAM, CLASSES_PER_PROGRAM, _positions(labels, logits),
+                grad, logits, labels, class_weight, coefficients, out, labels.numel(), h, w, classes,
+                *logits.stride(), *out.stride(), ignore_index, smoothed, PIXELS_PER_PROGRAM, CLASSES_PER_PROGRAM, _positions(labels, logits),
             )  # fmt: skip
         return
     tile = {"COLUMNS": COLUMNS_PER_PROGRAM, "CLASSES": CLASSES_PER_PROGRAM, "num_warps": 1}
     column_tiles = triton.cdiv(w, COLUMNS_PER_PROGRAM)
+    dense = logits.contiguous()  # what lies side by side is what Triton's threads are dealt out along
     room = min(LARGEST_WORKSPACE, n * classes * max(h * w, height * width) // 4)
     rows = min(n * h, max(1, room // (4 * classes * w) - 1))  # and the one before them
     sums = torch.empty((rows + 1, 4, classes, w), dtype=torch.float32, device=logits.device)
@@ -428,8 +426,8 @@ def _run_softmax_grad(grad, logits, labels, class_weight, coefficients, out, ign
         before, own = min(first, 1), min(rows, n * h - first)
         with device_of(logits):
             _cell_grad[((before + own) * column_tiles, class_tiles)](
-                *given, sums, labels.numel(), first - before, height, width, h, w, classes, *logits.stride(), ignore_index,
-                smoothed, INDEX=_positions(labels, logits), **tile,
+                grad, dense, labels, class_weight, coefficients, sums, labels.numel(), first - before, height, width, h, w,
+                classes, ignore_index, smoothed, INDEX=_positions(labels, logits), **tile,
             )  # fmt: skip
             _add_cells[(own * column_tiles, class_tiles)](
                 sums, out, first, before, h, w, classes, *out.stride(), **tile
