@@ -12,7 +12,8 @@ def source(i, size_in, size_out):
     """(low, high, weight): output i is (1 - weight) * source[low] + weight * source[high]."""
     at = tl.maximum((2 * i + 1) * size_in - size_out, 0)
     low = tl.minimum(at // (2 * size_out), size_in - 1)
-    weight = tl.where(low == size_in - 1, 0.0, (at % (2 * size_out)).to(tl.float32) / (2 * size_out))
+    weight = tl.div_rn((at % (2 * size_out)).to(tl.float32), 2.0 * size_out)  # halves are exact
+    weight = tl.where(low == size_in - 1, 0.0, weight)
     return low, tl.minimum(low + 1, size_in - 1), weight
 
 
