@@ -65,7 +65,9 @@ LossInput loss_input(
   const ScalarType dtype = wide(logits.scalar_type());
   const auto readable = [&](const std::optional<Tensor>& weight) -> std::optional<Tensor> {
     if (!weight) return weight;
-    return packed(converted(*weight, dtype));
+    const ScalarType type = weight->scalar_type();
+    const bool as_it_is = !kOnCpu && (type == ScalarType::Half || type == ScalarType::BFloat16);
+    return packed(as_it_is ? *weight : converted(*weight, dtype));
   };
   return {
       check_loss(logits, labels, pixel_weight, class_weight),

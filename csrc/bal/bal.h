@@ -43,6 +43,7 @@
 
 #include "../common/resize.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace segops::bal {
@@ -109,7 +110,7 @@ struct BlurKernel {
       : gaussian(gaussian),
         size(2 * (kernel_size / 2 < longest_side ? kernel_size / 2 : longest_side) + 1),
         steps(double(kernel_size - 1)),
-        spread(double(kernel_size) * sigma),
+        spread(std::min(double(kernel_size) * sigma, 1e20 * double(kernel_size) * double(kernel_size))),
         least(std::exp(exponent(kernel_size / 2))),
         least_less_1(std::expm1(exponent(kernel_size / 2))),
         range(-std::expm1(2 * exponent(kernel_size / 2))) {}

@@ -87,6 +87,13 @@ __device__ inline void wait_for_copies() {
 #endif
 }
 
+// 2^x to about 2 units in the last place, in one instruction; 0 where that is less than a normal number.
+__device__ inline float fast_exp2(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+
 }  // namespace segops
 
 #endif
@@ -240,15 +247,16 @@ __device__ inline void store(T* p, const float (&acc)[V]) {
 }
 
 // The sum of the values of a block of kThreads threads, in a fixed order; every thread gets it.
-__device__ inline double block_sum(double value) {
-  __shared__ double values[kThreads];
+template <typename T>
+__device__ inline T block_sum(T value) {
+  __shared__ T values[kThreads];
   values[threadIdx.x] = value;
   __syncthreads();
   for (unsigned half = kThreads / 2; half > 0; half /= 2) {
     if (threadIdx.x < half) values[threadIdx.x] += values[threadIdx.x + half];
     __syncthreads();
   }
-  const double sum = values[0];
+  const T sum = values[0];
   __syncthreads();  // the next sum takes the same memory
   return sum;
 }

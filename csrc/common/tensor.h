@@ -44,7 +44,7 @@ T* data_of(const std::optional<Tensor>& tensor) {
   return tensor ? data_of<T>(*tensor) : nullptr;
 }
 
-// A tensor (N, C, H, W) with any strides, as kernels take it.
+// A tensor (N, C, H, W) with any strides, as kernels take it. Index holds the number of any element.
 template <typename T, typename Index = int64_t>
 struct View {
   T* data;

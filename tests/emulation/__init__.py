@@ -29,7 +29,6 @@ FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *(["-DSEGOPS_SANITIZE"] i
 NAMESPACE = "segops_emulated"  # of the C++ code; what tests call runs it twice
 LIBRARY = torch_library.Library(NAMESPACE, "FRAGMENT")
 ONE_AT_A_TIME = threading.Lock()
-ENDS = (".cpp", "_cuda.cu")
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -134,9 +133,8 @@ def why_not(device_type, device_index, dtype):
 
 def register():
     """Makes segops know the backend. It is built when it is first used."""
-    sources = [
-        path for path in sorted((ROOT / "csrc").glob("*/*")) if path.name in (f"{path.parent.name}{end}" for end in ENDS)
-    ]
+    sources = [path for path in (ROOT / "csrc").glob("*/*.cpp") if path.stem == path.parent.name]
+    sources = sorted([*sources, *(ROOT / "csrc").glob("*/*_cuda.cu")])
     ops = Library("emulated", sources, library.schemas())
     library.implement("emulated", "segops_emulated_twice", lambda name, _: lambda *arguments: getattr(ops, name)(*arguments))
     REASONS["emulated"] = why_not

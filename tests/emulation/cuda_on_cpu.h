@@ -198,4 +198,9 @@ void wait_for_copies() {
   emulation::wait_for_copies(pending);
 }
 
+inline float fast_exp2(float x) {
+  const float power = exp2f(x);
+  return power < 0x1p-126f ? 0.f : power;
+}
+
 }  // namespace segops

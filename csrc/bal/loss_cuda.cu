@@ -1,0 +1,779 @@
+// The losses on CUDA (bal.h says what they compute).
+//
+// A cell is what lies between four logits: the label pixels that are interpolated from rows k, k + 1
+// and columns j, j + 1. A block owns a tile, some cells along each axis, or a part of one cell where
+// cells are large, and walks down its rows of cells, whose corners it keeps in shared memory, a
+// chunk of classes at a time:
+//
+//   1. A thread per label pixel adds up the softmax over the classes. What the gradient needs of the
+//      pixel goes to shared memory.
+//   2. A thread per cell and class adds up the gradients of the cell's pixels for its four corners,
+//      in registers. Cells that share a corner add their sums up in the tile's block of partial
+//      sums.
+//
+// A second kernel adds the partial sums of the tiles that meet at a logit, in a fixed order: no
+// atomics. Partial sums are (rows + 1) x (columns + 1) for a tile: a few per cent more than the
+// logits at a low ratio, a small part of the labels at a high one.
+//
+// For a map of losses 1 writes the coefficients of the pixels to memory, and a later launch, which
+// reads them, does 2. Logits of the labels' size need no cells: a thread per pixel does both.
+//
+// Logarithms and powers are those of two. Where a softmax is computed, what is subtracted before
+// exponentiating, `shift`, is the greatest logit times log2 e, rounded: all that is relative to it is
+// computed with one rounding, so that its own does not matter.
+
+#include "../common/cuda.h"
+#include "../common/op.h"
+#include "../common/resize_cuda.h"
+#include "bal.h"
+
+#include <algorithm>
+#include <cfloat>
+
+namespace segops::bal {
+namespace {
+
+constexpr int kColumns = 128, kRows = 32;                                  // label pixels that a tile aims at
+constexpr int kMostColumns = kColumns * 3 / 2, kMostRows = kRows * 3 / 2;  // the first cell is half a cell longer
+constexpr int kCells = 32;                                                 // of a tile, along an axis, at most
+constexpr int kPixels = 1536;                                              // whose coefficients are in shared memory, at most
+constexpr int kChunk = 32;                                                 // classes whose corners are there
+constexpr int kGroup = 4;                                                  // classes between which a softmax is rescaled
+constexpr int kLoads = 8;                                                  // logits that a thread per pixel loads at once
+
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+
+// The least float, which may mask a class, has to be one also when it is multiplied by log2 e; and
+// between infinities nothing can be interpolated.
+__device__ inline float bounded(float logit) {
+  return logit < -0x1p126f ? -0x1p126f : logit;
+}
+
+// ---- what is read -------------------------------------------------------------------------------
+
+// Weights as they lie in memory; all are 1 where there are none.
+struct Weights {
+  const void* data;
+  ScalarType type;
+
+  explicit Weights(const std::optional<Tensor>& weights)
+      : data(data_of<const void>(weights)), type(weights ? weights->scalar_type() : ScalarType::Undefined) {}
+
+  template <typename Index>
+  __device__ float at(Index i) const {
+    if (!data) return 1;
+    if (type == ScalarType::Float) return static_cast<const float*>(data)[i];
+    if (type == ScalarType::Half) return widen(static_cast<const __half*>(data)[i]);
+    return widen(static_cast<const __nv_bfloat16*>(data)[i]);
+  }
+};
+
+template <typename T, typename Index>
+struct Problem {
+  View<const T, Index> logits;
+  int classes;
+  Index height, width, pixels;  // of the labels; all of them
+  Labels labels;
+  Weights pixel_weight, class_weight;
+  Resize<Index> weight_y, weight_x;
+  bool smoothed;
+  float keep, share;  // the loss is w (keep a_t l_t + share sum_c a_c l_c)
+
+  explicit Problem(const LossInput& in)
+      : logits(in.logits),
+        classes(int(in.s.classes)),
+        height(Index(in.s.height)),
+        width(Index(in.s.width)),
+        pixels(Index(in.s.pixels())),
+        labels(in.labels, in.s.classes, in.ignore_index, "bal_cross_entropy"),
+        pixel_weight(in.pixel_weight),
+        class_weight(in.class_weight),
+        weight_y(in.s.weight_h, in.s.height),
+        weight_x(in.s.weight_w, in.s.width),
+        smoothed(in.smoothed()),
+        keep(float(1 - in.label_smoothing)),
+        share(float(in.label_smoothing / double(in.s.classes))) {}
+
+  // The weight of a pixel, whose position among the pixel weights is given.
+  __device__ float weight(Index n, const Position& y, const Position& x) const {
+    const Index upper = (n * weight_y.in + y.low) * weight_x.in + x.low;
+    const Index right = x.weight > 0 ? 1 : 0, lower = upper + (y.weight > 0 ? weight_x.in : 0);
+    const float above = (1 - x.weight) * pixel_weight.at(upper) + x.weight * pixel_weight.at(upper + right);
+    const float below = (1 - x.weight) * pixel_weight.at(lower) + x.weight * pixel_weight.at(lower + right);
+    return (1 - y.weight) * above + y.weight * below;
+  }
+};
+
+// What comes and goes besides the logits' gradient; null where it does not.
+struct Maps {
+  float* loss;          // of each pixel
+  float* coefficients;  // written, or read where grad comes in
+  const float* grad;    // of each pixel's loss
+};
+
+// ---- softmax of a pixel -------------------------------------------------------------------------
+
+// A label pixel: first its softmax so far, then its coefficients.
+struct alignas(16) Pixel {
+  float shift;
+  float grad_scale;   // first `rest`
+  float target_grad;  // first the target's logit
+  int label;
+
+  // Of logit z of class c, but for the smoothing. Where it is ignored, z may be anything: the power is
+  // a number, and grad_scale 0.
+  __device__ float gradient(float z, int c) const {
+    const float power = fminf(fast_exp2(fmaf(kLog2E, z, -shift)), FLT_MAX);
+    return label == c ? target_grad : grad_scale * power;
+  }
+};
+
+struct Softmax {
+  float shift = -FLT_MAX, rest = 0;
+  float smooth = 0;  // sum_c a_c (shift - log2 e z_c)
+
+  // Takes the classes from `first` on.
+  template <int V>
+  __device__ void add(const float (&z)[V], int first, int label) {
+    float greatest = z[0];
+#pragma unroll
+    for (int v = 1; v < V; ++v) greatest = fmaxf(greatest, z[v]);
+    const float next = fmaxf(shift, kLog2E * greatest);
+    rest *= fast_exp2(shift - next);
+    shift = next;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const float power = fast_exp2(fmaf(kLog2E, z[v], -shift));
+      if (first + v != label) rest += power;
+    }
+  }
+  __device__ void add_smooth(float z, float class_weight) { smooth = fmaf(class_weight, fmaf(-kLog2E, z, shift), smooth); }
+  // After the shift was another one, for the classes so far, whose weights add up to this.
+  __device__ void follow(float previous_shift, float class_weights) { smooth += class_weights * (shift - previous_shift); }
+
+  // The loss. The pixel, of which label and target are known, gets its coefficients. All classes
+  // weigh class_weights.
+  template <typename T, typename Index>
+  __device__ float finish(const Problem<T, Index>& p, float class_weights, float weight, Pixel& pixel, float& smoothing) const {
+    if (pixel.label < 0) {
+      const float nothing = pixel.label == kIgnored ? 0.f : NAN;
+      pixel = {0, nothing, nothing, pixel.label};
+      return smoothing = nothing;
+    }
+    const float own = p.keep * p.class_weight.at(pixel.label), others = p.share * class_weights;
+    const float from_target = fmaf(-kLog2E, pixel.target_grad, shift), target = fast_exp2(-from_target);
+    const float total = rest + target, log_total = log2f(total);
+    // The more certain the target, the less may be lost beside it.
+    const float of_target = rest < target ? kLog2E * log1pf(rest / target) : log_total + from_target;
+    smoothing = weight * p.share;
+    pixel = {shift, weight * (own + others) / total, weight * ((others * target - own * rest) / total), pixel.label};
+    return weight * kLn2 * (own * of_target + others * log_total + p.share * smooth);
+  }
+};
+
+template <typename T, typename Index>
+__device__ inline void write_coefficients(
+    const Problem<T, Index>& p, const Maps& maps, const Pixel& pixel, float smoothing, Index at) {
+  maps.coefficients[at] = pixel.shift;
+  maps.coefficients[p.pixels + at] = pixel.grad_scale;
+  maps.coefficients[2 * p.pixels + at] = pixel.target_grad;
+  if (p.smoothed) maps.coefficients[3 * p.pixels + at] = smoothing;
+}
+
+// The coefficients, times the gradient that comes in.
+template <typename T, typename Index>
+__device__ inline Pixel read_coefficients(const Problem<T, Index>& p, const Maps& maps, Index at, float& smoothing) {
+  smoothing = 0;
+  const int label = p.labels.at(at);
+  if (label == kIgnored) return {0, 0, 0, label};  // what comes in there, NaN perhaps, goes nowhere
+  const float grad = maps.grad[at];
+  if (p.smoothed) smoothing = grad * maps.coefficients[3 * p.pixels + at];
+  return {maps.coefficients[at], grad * maps.coefficients[p.pixels + at], grad * maps.coefficients[2 * p.pixels + at], label};
+}
+
+// ---- sums of losses -----------------------------------------------------------------------------
+
+// Of a block.
+struct Losses {
+  float sum;
+  int valid;  // pixels that are not ignored
+};
+
+__device__ inline void write_losses(Losses* losses, float sum, int valid) {
+  sum = block_sum(sum);
+  valid = block_sum(valid);
+  if (threadIdx.x == 0) losses[blockIdx.x] = {sum, valid};
+}
+
+struct Totals {
+  const Losses* losses;  // null if there is none to write
+  int blocks;
+  bool mean;
+  float *divisor, *loss;
+
+  // By one block. A thread's sum keeps what rounding takes from it.
+  __device__ void write() const {
+    float sum = 0, lost = 0;
+    int64_t valid = 0;
+    for (int i = threadIdx.x; i < blocks; i += kThreads) {
+      const float value = losses[i].sum, next = sum + value, taken = next - sum;
+      lost += (sum - (next - taken)) + (value - taken);
+      sum = next;
+      valid += losses[i].valid;
+    }
+    if (isfinite(sum)) sum += lost;
+    const float total = block_sum(sum);
+    const int64_t total_valid = block_sum(valid);
+    if (threadIdx.x > 0) return;
+    *divisor = mean ? fmaxf(float(total_valid), 1) : 1;
+    *loss = total / *divisor;
+  }
+};
+
+// ---- logits of the labels' size -----------------------------------------------------------------
+
+// kLoads classes from `first` on, of those there are.
+template <typename T, typename Index>
+__device__ inline void load_classes(const T* logits, Index channel, int first, int classes, float (&z)[kLoads]) {
+#pragma unroll
+  for (int v = 0; v < kLoads; ++v) z[v] = first + v < classes ? widen(logits[(first + v) * channel]) : -FLT_MAX;
+}
+
+// A thread per pixel.
+template <typename T, typename Out, typename Index>
+__global__ void __launch_bounds__(kThreads)
+    pixels_kernel(const Problem<T, Index> p, const Maps maps, const View<Out, Index> out, Losses* __restrict__ losses) {
+  const Index index = Index(blockIdx.x) * kThreads + int(threadIdx.x);
+  float loss = 0;
+  int valid = 0;
+  if (index < p.pixels) {
+    const Index y = index / p.width % p.height, x = index % p.width, n = index / p.width / p.height;
+    const T* logits = p.logits.at(n, 0, y, x);
+    Pixel pixel;
+    float smoothing, z[kLoads];
+    if (maps.grad) {
+      pixel = read_coefficients(p, maps, index, smoothing);
+    } else {
+      pixel = {0, 0, 0, p.labels.at(index)};
+      Softmax softmax;
+      float class_weights = 0;
+      for (int first = 0; first < p.classes; first += kLoads) {
+        load_classes(logits, p.logits.channel, first, p.classes, z);
+#pragma unroll
+        for (int v = 0; v < kLoads; ++v)
+          if (first + v < p.classes) z[v] = bounded(z[v]);
+        const float previous = softmax.shift;
+        softmax.add(z, first, pixel.label);
+        if (!p.smoothed) continue;
+        softmax.follow(previous, class_weights);
+#pragma unroll
+        for (int v = 0; v < kLoads; ++v) {
+          if (first + v >= p.classes) continue;
+          const float class_weight = p.class_weight.at(first + v);
+          softmax.add_smooth(z[v], class_weight);
+          class_weights += class_weight;
+        }
+      }
+      if (pixel.label >= 0) {
+        const float target = widen(logits[pixel.label * p.logits.channel]);
+        pixel.target_grad = target > -INFINITY ? bounded(target) : target;
+      }
+      const float weight = p.pixel_weight.data ? p.weight(n, p.weight_y.at(y), p.weight_x.at(x)) : 1;
+      valid = pixel.label != kIgnored;
+      loss = softmax.finish(p, class_weights, weight, pixel, smoothing);
+      if (maps.coefficients) write_coefficients(p, maps, pixel, smoothing, index);
+      if (maps.loss) maps.loss[index] = loss;
+    }
+    if (out.data) {
+      Out* to = out.at(n, 0, y, x);
+      for (int first = 0; first < p.classes; first += kLoads) {
+        load_classes(logits, p.logits.channel, first, p.classes, z);
+#pragma unroll
+        for (int v = 0; v < kLoads; ++v) {
+          if (first + v >= p.classes) continue;
+          const float smooth = p.smoothed ? smoothing * p.class_weight.at(first + v) : 0.f;
+          narrow(pixel.gradient(z[v], first + v) - smooth, to[(first + v) * out.channel]);
+        }
+      }
+    }
+  }
+  if (losses) write_losses(losses, loss, valid);
+}
+
+// ---- tiles of cells -----------------------------------------------------------------------------
+
+// One axis.
+template <typename Index>
+struct Tiling {
+  Resize<Index> resize;
+  int cells;   // of a tile
+  int parts;   // a cell is cut into, where it is longer than a tile; then cells is 1
+  int length;  // label pixels of a tile, at most
+  int tiles;
+
+  Tiling(int64_t in, int64_t out, int64_t aim) : resize(in, out) {
+    const int64_t longest = std::max<int64_t>(1, resize.first(1));  // the first cell has what is left of its centre too
+    parts = int(ceil_div(longest, aim));
+    cells = parts > 1 ? 1 : int(std::clamp<int64_t>(aim * in / out, 1, std::min<int64_t>(in, kCells)));
+    length = int(parts > 1 ? aim : std::max<int64_t>(resize.first(cells), cells * out / in + 1));
+    tiles = int(ceil_div(in, cells) * parts);
+  }
+  __device__ Index first_cell(int tile) const { return Index(tile / parts) * cells; }
+  __device__ Index end_cell(int tile) const {
+    const Index end = first_cell(tile) + cells;
+    return end < resize.in ? end : resize.in;
+  }
+  // The label pixels of a tile.
+  __device__ Index begin(int tile) const {
+    const Index begin = resize.first(first_cell(tile)) + Index(tile % parts) * length, last = resize.first(end_cell(tile));
+    return begin < last ? begin : last;
+  }
+  __device__ Index end(int tile) const {
+    const Index end = begin(tile) + length, last = resize.first(end_cell(tile));
+    return end < last ? end : last;
+  }
+  // The tiles that have cells on both sides of a logit.
+  __device__ int first_tile(Index logit) const { return int((logit > 0 ? logit - 1 : 0) / cells) * parts; }
+  __device__ int end_tile(Index logit) const { return int(logit / cells) * parts + parts; }
+};
+
+template <typename Index>
+struct Tiles {
+  Tiling<Index> y, x;
+  int strip;  // label rows whose coefficients are in shared memory
+  int classes;
+
+  explicit Tiles(const LossShape& s) : y(s.h, s.height, kRows), x(s.w, s.width, kColumns), classes(int(s.classes)) {
+    // Those of a row of cells, or equal shares of them.
+    const int64_t most = kPixels / x.length, rows = std::min<int64_t>(ceil_div(s.height, s.h), y.length);
+    strip = int(ceil_div(rows, ceil_div(rows, most)));
+  }
+  int64_t count() const { return int64_t(y.tiles) * x.tiles; }
+  int64_t sums() const { return count() * (y.cells + 1) * classes * (x.cells + 1); }
+  size_t shared_bytes(bool smoothed) const {
+    return chunk() * stride() * 4 * sizeof(float) + strip * x.length * (sizeof(Pixel) + (smoothed ? sizeof(float) : 0));
+  }
+  // Of classes, and from one of them to the next, of corners in shared memory: an odd number, so that
+  // neighbouring classes are in different banks.
+  SEGOPS_HOST_DEVICE int chunk() const { return classes < kChunk ? (classes + kGroup - 1) / kGroup * kGroup : kChunk; }
+  SEGOPS_HOST_DEVICE int stride() const { return x.cells | 1; }
+  // Where a tile's sum for class c and a corner lies.
+  __device__ Index at(Index tile, int row, int c, int column) const {
+    return ((tile * (y.cells + 1) + row) * classes + c) * (x.cells + 1) + column;
+  }
+};
+
+// Of a cell: upper left, upper right, lower left, lower right. Logits, or sums for them.
+using Corners = Pack<float, 4>;
+
+// Adds a row of label pixels, value(x) of begin <= x < end, which lies at `weight` between the upper
+// and the lower corners.
+template <typename Value>
+__device__ inline void add_row(Corners& sums, float weight, const float* weights, int begin, int end, const Value& value) {
+  float all = 0, right = 0;
+#pragma unroll 4
+  for (int x = begin; x < end; ++x) {
+    const float each = value(x);
+    all += each;
+    right = fmaf(weights[x], each, right);
+  }
+  const float left = all - right;
+  sums.value[0] += (1 - weight) * left;
+  sums.value[1] += (1 - weight) * right;
+  sums.value[2] += weight * left;
+  sums.value[3] += weight * right;
+}
+
+// What a block keeps of its tile in shared memory.
+struct Tables {
+  // Of label columns: the weight of the logits on the right, the cell, the position in pixel weights.
+  float weight_x[kMostColumns];
+  int cell[kMostColumns];
+  Position pixel_weight_x[kMostColumns];
+  // Of label rows.
+  float weight_y[kMostRows];
+  Position pixel_weight_y[kMostRows];
+  int first_column[kCells + 1];  // of each cell
+  float class_weight[kChunk];    // of a chunk, where labels are smoothed
+  Corners smoothing[kCells];     // its part of the sums, for a class that weighs one
+};
+
+// Label rows that lie in one row of cells, both counted from the tile's first.
+struct Strip {
+  int cell_row, begin, height;
+};
+
+template <typename T, typename Index>
+struct Tile {
+  const Problem<T, Index>& p;
+  const Tiles<Index>& tiles;
+  const Maps& maps;
+  Tables& tables;
+  Corners* corners;    // of a row of cells, for a chunk of classes
+  Pixel* pixels;       // of a strip
+  float* smoothings;   // of a strip
+  Index n, top, left;  // the first label pixel
+  Index first_row, first_cell;
+  int height, width, rows, cells;
+
+  __device__ Tile(const Problem<T, Index>& p, const Tiles<Index>& tiles, const Maps& maps, Tables& tables)
+      : p(p), tiles(tiles), maps(maps), tables(tables) {
+    corners = dynamic_shared<Corners>();
+    pixels = reinterpret_cast<Pixel*>(corners + tiles.chunk() * tiles.stride());
+    smoothings = reinterpret_cast<float*>(pixels + tiles.strip * tiles.x.length);
+    const int x = blockIdx.x % tiles.x.tiles, y = blockIdx.x / tiles.x.tiles % tiles.y.tiles;
+    n = blockIdx.x / tiles.x.tiles / tiles.y.tiles;
+    first_row = tiles.y.first_cell(y);
+    rows = int(tiles.y.end_cell(y) - first_row);
+    top = tiles.y.begin(y);
+    height = int(tiles.y.end(y) - top);
+    first_cell = tiles.x.first_cell(x);
+    cells = int(tiles.x.end_cell(x) - first_cell);
+    left = tiles.x.begin(x);
+    width = int(tiles.x.end(x) - left);
+    for (int i = threadIdx.x; i < width; i += kThreads) {
+      const Position position = tiles.x.resize.at(left + i);
+      tables.weight_x[i] = position.weight;
+      tables.cell[i] = int(position.low - first_cell);
+      if (p.pixel_weight.data) tables.pixel_weight_x[i] = p.weight_x.at(left + i);
+    }
+    for (int i = threadIdx.x; i < height; i += kThreads) {
+      tables.weight_y[i] = tiles.y.resize.at(top + i).weight;
+      if (p.pixel_weight.data) tables.pixel_weight_y[i] = p.weight_y.at(top + i);
+    }
+    for (int j = threadIdx.x; j <= cells; j += kThreads)
+      tables.first_column[j] = within(tiles.x.resize.first(first_cell + j) - left, width);
+  }
+
+  static __device__ int within(Index at, int length) { return at < 0 ? 0 : at < length ? int(at) : length; }
+  // The first label row of a row of cells.
+  __device__ int begin(int cell_row) const { return within(tiles.y.resize.first(first_row + cell_row) - top, height); }
+  __device__ Index index_of(const Strip& strip, int row, int x) const {
+    return (n * p.height + top + strip.begin + row) * p.width + left + x;
+  }
+  __device__ int classes_from(int first_class) const {
+    return p.classes - first_class < tiles.chunk() ? p.classes - first_class : tiles.chunk();
+  }
+
+  // Reads the corners of a row of cells, and the class weights, for a chunk of classes, which is
+  // filled up to whole groups with classes that are never chosen.
+  __device__ void load(int cell_row, int first_class) const {
+    const int count = classes_from(first_class), filled = (count + kGroup - 1) / kGroup * kGroup;
+    const bool by_class = p.logits.channel == 1;  // threads side by side read what is side by side in memory
+    const Index down = first_row + cell_row + 1 < tiles.y.resize.in ? p.logits.row : 0;
+    for (int i = threadIdx.x; i < cells * filled; i += kThreads) {
+      const int j = by_class ? i / filled : i % cells, c = by_class ? i % filled : i / cells;
+      Corners z{{-FLT_MAX, -FLT_MAX, -FLT_MAX, -FLT_MAX}};
+      if (c < count) {
+        const Index right = first_cell + j + 1 < tiles.x.resize.in ? p.logits.pixel : 0;
+        const T* at = p.logits.at(n, first_class + c, first_row + cell_row, first_cell + j);
+        z = {{widen(at[0]), widen(at[right]), widen(at[down]), widen(at[down + right])}};
+#pragma unroll
+        for (float& each : z.value) each = bounded(each);
+      }
+      corners[c * tiles.stride() + j] = z;
+    }
+    if (p.smoothed)
+      for (int c = threadIdx.x; c < count; c += kThreads) tables.class_weight[c] = p.class_weight.at(first_class + c);
+  }
+
+  // The softmax of the strip's pixels over a chunk of classes; class_weights is the sum of the
+  // chunks before. After the last come losses and coefficients.
+  __device__ void add_chunk(const Strip& strip, int first_class, float& class_weights, float& loss_sum, int& valid) const {
+    const int count = classes_from(first_class);
+    float class_weights_after = class_weights;
+    if (p.smoothed)
+      for (int c = 0; c < count; ++c) class_weights_after += tables.class_weight[c];
+    for (int i = threadIdx.x; i < strip.height * width; i += kThreads) {
+      const int row = i / width, x = i - row * width;
+      const float right = tables.weight_x[x], lower = tables.weight_y[strip.begin + row];
+      const float lower_right = right * lower, lower_left = lower - lower_right;
+      const float upper_right = right - lower_right, upper_left = 1 - right - lower_left;
+      const Corners* cell = corners + tables.cell[x];
+      const auto logit = [&](int c) {
+        const Corners z = cell[c * tiles.stride()];
+        return upper_left * z.value[0] + upper_right * z.value[1] + lower_left * z.value[2] + lower_right * z.value[3];
+      };
+      Pixel pixel;
+      Softmax softmax;
+      if (first_class == 0) {
+        pixel = {0, 0, 0, p.labels.at(index_of(strip, row, x))};
+      } else {
+        pixel = pixels[i];
+        softmax = {pixel.shift, pixel.grad_scale, p.smoothed ? smoothings[i] : 0.f};
+      }
+      const float previous = softmax.shift;
+      for (int c = 0; c < count; c += kGroup) {
+        float z[kGroup];
+#pragma unroll
+        for (int v = 0; v < kGroup; ++v) z[v] = logit(c + v);
+        softmax.add(z, first_class + c, pixel.label);
+      }
+      const int target = pixel.label - first_class;
+      if (target >= 0 && target < count) pixel.target_grad = logit(target);
+      if (p.smoothed) {
+        softmax.follow(previous, class_weights);
+        for (int c = 0; c < count; ++c) softmax.add_smooth(logit(c), tables.class_weight[c]);
+      }
+      float smoothing = softmax.smooth;
+      if (first_class + count < p.classes) {
+        pixel.shift = softmax.shift;
+        pixel.grad_scale = softmax.rest;
+      } else {
+        valid += pixel.label != kIgnored;
+        const float weight =
+            p.pixel_weight.data ? p.weight(n, tables.pixel_weight_y[strip.begin + row], tables.pixel_weight_x[x]) : 1;
+        const float loss = softmax.finish(p, class_weights_after, weight, pixel, smoothing);
+        loss_sum += loss;
+        const Index index = index_of(strip, row, x);
+        if (maps.coefficients) write_coefficients(p, maps, pixel, smoothing, index);
+        if (maps.loss) maps.loss[index] = loss;
+      }
+      pixels[i] = pixel;
+      if (p.smoothed) smoothings[i] = smoothing;
+    }
+    class_weights = class_weights_after;
+  }
+
+  __device__ void read(const Strip& strip) const {
+    for (int i = threadIdx.x; i < strip.height * width; i += kThreads) {
+      float smoothing;
+      pixels[i] = read_coefficients(p, maps, index_of(strip, i / width, i % width), smoothing);
+      if (p.smoothed) smoothings[i] = smoothing;
+    }
+  }
+
+  // Makes each cell's corners, for a chunk of classes, the sums of its gradients for them.
+  __device__ void sum_cells(const Strip& strip, int first_class) const {
+    const int count = classes_from(first_class);
+    for (int i = threadIdx.x; i < cells * count; i += kThreads) {
+      const int j = i / count, c = i - j * count;
+      const int begin = tables.first_column[j], end = tables.first_column[j + 1];
+      Corners& own = corners[c * tiles.stride() + j];
+      const Corners z = own;
+      Corners sums{};
+      for (int row = 0; row < strip.height; ++row) {
+        const float lower = tables.weight_y[strip.begin + row];
+        const float left = z.value[0] + lower * (z.value[2] - z.value[0]);
+        const float slope = z.value[1] + lower * (z.value[3] - z.value[1]) - left;
+        add_row(sums, lower, tables.weight_x, begin, end, [&](int x) {
+          return pixels[row * width + x].gradient(fmaf(tables.weight_x[x], slope, left), first_class + c);
+        });
+      }
+      own = sums;
+    }
+  }
+
+  __device__ void sum_smoothings(const Strip& strip) const {
+    for (int j = threadIdx.x; j < cells; j += kThreads) {
+      Corners sums{};
+      for (int row = 0; row < strip.height; ++row)
+        add_row(
+            sums, tables.weight_y[strip.begin + row], tables.weight_x, tables.first_column[j], tables.first_column[j + 1],
+            [&](int x) { return smoothings[row * width + x]; });
+      tables.smoothing[j] = sums;
+    }
+  }
+
+  // Adds the sums of neighbouring cells to the tile's.
+  __device__ void add_to(float* sums, const Strip& strip, int first_class) const {
+    const int count = classes_from(first_class), columns = cells + 1;
+    for (int i = threadIdx.x; i < columns * count; i += kThreads) {
+      const int c = i / columns, j = i - c * columns;
+      const auto add_corner = [&](int row, int corner) {
+        float sum = 0;
+        const float class_weight = p.smoothed ? tables.class_weight[c] : 0.f;
+        const auto add_cell = [&](int cell, int corner) {
+          sum += corners[c * tiles.stride() + cell].value[corner];
+          if (p.smoothed) sum -= class_weight * tables.smoothing[cell].value[corner];
+        };
+        if (j > 0) add_cell(j - 1, corner + 1);
+        if (j < cells) add_cell(j, corner);
+        sums[tiles.at(blockIdx.x, strip.cell_row + row, first_class + c, j)] += sum;
+      };
+      add_corner(0, 0);
+      add_corner(1, 2);
+    }
+  }
+};
+
+template <typename T, typename Index>
+__global__ void __launch_bounds__(kThreads) cells_kernel(
+    const Problem<T, Index> p, const Tiles<Index> tiles, const Maps maps, float* __restrict__ sums,
+    Losses* __restrict__ losses) {
+  __shared__ Tables tables;
+  const Tile<T, Index> tile(p, tiles, maps, tables);
+  if (sums) {
+    const Index begin = tiles.at(blockIdx.x, 0, 0, 0), end = tiles.at(Index(blockIdx.x) + 1, 0, 0, 0);
+    for (Index i = begin + int(threadIdx.x); i < end; i += kThreads) sums[i] = 0;
+  }
+  __syncthreads();
+  float loss_sum = 0;
+  int valid = 0;
+  Strip strip;
+  for (strip.cell_row = 0; strip.cell_row < tile.rows; ++strip.cell_row) {
+    const int end = tile.begin(strip.cell_row + 1);
+    for (strip.begin = tile.begin(strip.cell_row); strip.begin < end; strip.begin += tiles.strip) {
+      strip.height = end - strip.begin < tiles.strip ? end - strip.begin : tiles.strip;
+      if (maps.grad) {
+        tile.read(strip);
+        __syncthreads();
+      } else {
+        float class_weights = 0;
+        for (int first_class = 0; first_class < p.classes; first_class += tiles.chunk()) {
+          tile.load(strip.cell_row, first_class);
+          __syncthreads();
+          tile.add_chunk(strip, first_class, class_weights, loss_sum, valid);
+          __syncthreads();
+        }
+      }
+      if (!sums) continue;
+      if (p.smoothed) tile.sum_smoothings(strip);
+      for (int first_class = 0; first_class < p.classes; first_class += tiles.chunk()) {
+        if (maps.grad || p.classes > tiles.chunk()) {
+          tile.load(strip.cell_row, first_class);
+          __syncthreads();
+        }
+        tile.sum_cells(strip, first_class);
+        __syncthreads();
+        tile.add_to(sums, strip, first_class);
+        __syncthreads();
+      }
+    }
+  }
+  if (losses) write_losses(losses, loss_sum, valid);
+}
+
+// ---- what a launch leaves to another ------------------------------------------------------------
+
+// The gradient of each logit: the sums of the tiles that it is a corner in. The first block adds up
+// the losses.
+template <typename Out, typename Index>
+__global__ void __launch_bounds__(kThreads) combine_kernel(
+    const float* __restrict__ sums, const Tiles<Index> tiles, const View<Out, Index> out, bool channels_last,
+    const Totals totals, Index work) {
+  if (blockIdx.x == 0 && totals.losses) totals.write();
+  Index index = Index(blockIdx.x) * kThreads + int(threadIdx.x);
+  if (index >= work) return;
+  const Index h = tiles.y.resize.in, w = tiles.x.resize.in, classes = tiles.classes;
+  Index c = index % classes;  // in the order of memory
+  if (channels_last) index /= classes;
+  const Index x = index % w, y = index / w % h;
+  index = index / w / h;
+  if (!channels_last) {
+    c = index % classes;
+    index /= classes;
+  }
+  float sum = 0;
+  for (int tile_y = tiles.y.first_tile(y); tile_y < tiles.y.end_tile(y); ++tile_y) {
+    for (int tile_x = tiles.x.first_tile(x); tile_x < tiles.x.end_tile(x); ++tile_x) {
+      const Index tile = (index * tiles.y.tiles + tile_y) * tiles.x.tiles + tile_x;
+      const int row = int(y - tiles.y.first_cell(tile_y)), column = int(x - tiles.x.first_cell(tile_x));
+      sum += sums[tiles.at(tile, row, int(c), column)];
+    }
+  }
+  narrow(sum, *out.at(index, c, y, x));
+}
+
+// out = gradient * grad / divisor, V elements at a time.
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads) scale_kernel(
+    const float* __restrict__ gradient, const float* __restrict__ grad, const float* __restrict__ divisor, T* __restrict__ out,
+    int64_t work) {
+  const int64_t first = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * V;
+  const float factor = *grad / *divisor;
+  if (first + V <= work) {
+    float scaled[V] = {};
+    add(scaled, gradient + first, factor);
+    store(out + first, scaled);
+  } else {
+    for (int64_t i = first; i < work; ++i) narrow(gradient[i] * factor, out[i]);
+  }
+}
+
+// ---- launches -----------------------------------------------------------------------------------
+
+// Where sums of losses go.
+struct Sum {
+  bool mean;
+  float *divisor, *loss;
+};
+
+// The gradient, if there is one, has the logits' dtype if `narrowed`, else float32.
+template <bool narrowed>
+void run(const LossInput& in, const Maps& maps, const std::optional<Tensor>& gradient, const std::optional<Sum>& sum) {
+  const LossShape& s = in.s;
+  STD_TORCH_CHECK(s.classes <= INT32_MAX - kChunk, "bal_cross_entropy: too many classes");
+  const CurrentStream stream(in.logits);
+  const Tiles<int64_t> counted(s);
+  const bool by_cells = s.resized();
+  const unsigned blocks = blocks_for(by_cells ? s.images * counted.count() * kThreads : s.pixels());
+  const int64_t count = by_cells && gradient ? s.images * counted.sums() : 0;  // of partial sums
+  const Tensor partial = empty({count}, ScalarType::Float, in.logits);
+  const Tensor block_losses = empty({sum ? int64_t(blocks) : 0, 2}, ScalarType::Float, in.logits);
+  float* sums = count ? data_of<float>(partial) : nullptr;
+  Losses* losses = sum ? static_cast<Losses*>(block_losses.mutable_data_ptr()) : nullptr;
+  const Totals totals = sum ? Totals{losses, int(blocks), sum->mean, sum->divisor, sum->loss} : Totals{};
+  const int64_t elements = std::max(
+      {extent(in.logits), in.maps() * s.pixels(), count, positions(s.h, s.height), positions(s.w, s.width),
+       positions(s.weight_h, s.height), positions(s.weight_w, s.width)});
+  with_index(elements, [&](auto index) {
+    using Index = decltype(index);
+    const Tiles<Index> tiles(s);
+    dispatch_cuda(in.logits, "bal_cross_entropy", [&](auto type) {
+      using T = decltype(type);
+      using Out = std::conditional_t<narrowed, T, float>;
+      const Problem<T, Index> p(in);
+      const View<Out, Index> out = gradient ? View<Out, Index>(*gradient) : View<Out, Index>{};
+      if (by_cells)
+        launch(
+            cells_kernel<T, Index>, blocks, kThreads, tiles.shared_bytes(in.smoothed()), stream, p, tiles, maps, sums, losses);
+      else
+        launch(pixels_kernel<T, Out, Index>, blocks, kThreads, 0, stream, p, maps, out, losses);
+      const int64_t work = sums ? in.logits.numel() : 0;
+      const bool channels_last = gradient && gradient->stride(1) == 1;
+      if (sums || losses)
+        launch(
+            combine_kernel<Out, Index>, std::max(blocks_for(work), 1u), kThreads, 0, stream, sums, tiles, out, channels_last,
+            totals, Index(work));
+    });
+  });
+}
+
+}  // namespace
+
+bool loss_map(const LossInput& in, const Tensor& loss, const std::optional<Tensor>& coefficients) {
+  run<false>(in, {data_of<float>(loss), data_of<float>(coefficients), nullptr}, {}, {});
+  return false;
+}
+
+void map_grad(const LossInput& in, const Tensor& grad, const Tensor& coefficients, const Tensor& out) {
+  run<true>(in, {nullptr, data_of<float>(coefficients), data_of<const float>(grad)}, out, {});
+}
+
+bool loss_sum(
+    const LossInput& in, bool mean, const Tensor& loss, const Tensor& divisor, const std::optional<Tensor>& gradient) {
+  run<false>(in, {}, gradient, Sum{mean, data_of<float>(divisor), data_of<float>(loss)});
+  return false;
+}
+
+void scale(const Tensor& gradient, const Tensor& grad, const Tensor& divisor, const Tensor& out) {
+  const CurrentStream stream(out);
+  const int64_t work = out.numel();
+  const float* from = data_of<const float>(gradient);
+  dispatch_cuda(out, "bal_cross_entropy_grad", [&](auto type) {
+    using T = decltype(type);
+    constexpr int V = 16 / sizeof(T);
+    T* to = data_of<T>(out);
+    const auto scale_by = [&](auto kernel, int width) {
+      launch(
+          kernel, blocks_for(ceil_div(work, width)), kThreads, 0, stream, from, data_of<const float>(grad),
+          data_of<const float>(divisor), to, work);
+    };
+    const bool aligned =
+        reinterpret_cast<uintptr_t>(from) % (V * sizeof(float)) == 0 && reinterpret_cast<uintptr_t>(to) % 16 == 0;
+    aligned ? scale_by(&scale_kernel<T, V>, V) : scale_by(&scale_kernel<T, 1>, 1);
+  });
+}
+
+}  // namespace segops::bal
