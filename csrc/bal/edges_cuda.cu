@@ -14,15 +14,20 @@ namespace segops::bal {
 namespace {
 
 constexpr int kOutputRows = 4;  // of a block that counts edges: what their taps share is read from the cache
+constexpr int kLoads = 4;       // label rows that a thread loads at once
 
-// Classes of labels.
 template <typename Label, typename Index>
-struct Classes {
+struct Map {
   const Label* __restrict__ labels;
   int64_t classes, ignore_index;
   Index height, width;
 
-  __device__ int at(Index row, Index x) const { return class_of(labels[row * width + x], classes, ignore_index); }
+  // The distinct classes of a pixel and its right and lower neighbours, which are not all alike.
+  __device__ float distinct(Label here, Label right, Label lower) const {
+    const int a = class_of(here, classes, ignore_index), b = class_of(right, classes, ignore_index);
+    const int c = class_of(lower, classes, ignore_index);
+    return float((a >= 0) + (b >= 0 && b != a) + (c >= 0 && c != a && c != b));
+  }
 };
 
 // An axis of an antialiased resize: output i is the mean of source[first(i)] .. source[end(i)],
@@ -45,33 +50,36 @@ struct Taps {
   }
 };
 
-__device__ inline float distinct(int a, int b, int c) {
-  if (a == b && a == c) return 0;
-  return float((a >= 0) + (b >= 0 && b != a) + (c >= 0 && c != a && c != b));
-}
-
-// The sum of the edges of label column x, weighted as output row i wants them.
+// The sum of the edges of label column x of an image, weighted as output row i wants them.
 template <typename Label, typename Index>
-__device__ inline float sum_of_column(
-    const Classes<Label, Index>& classes, const Taps<Index>& rows, Index first_row, Index i, Index x) {
-  const Index right = x + 1 < classes.width ? x + 1 : x, end = rows.end(i);
+__device__ inline float sum_of_column(const Map<Label, Index>& map, const Taps<Index>& rows, Index image, Index i, Index x) {
+  const Label* column = map.labels + image * map.height * map.width + x;
+  const Index right = x + 1 < map.width ? 1 : 0, last = map.height - 1, end = rows.end(i);
   Index y = rows.first(i);
-  int here = classes.at(first_row + y, x), beside = classes.at(first_row + y, right);
+  Label here = column[y * map.width], beside = column[y * map.width + right];
   float sum = 0;
-#pragma unroll 4
-  for (; y < end; ++y) {
-    const Index below = first_row + (y + 1 < classes.height ? y + 1 : y);
-    const int lower = classes.at(below, x), lower_beside = classes.at(below, right);
-    sum += rows.weight(i, y) * distinct(here, beside, lower);
-    here = lower;
-    beside = lower_beside;
+  for (; y < end; y += kLoads) {
+    Label lower[kLoads], lower_beside[kLoads];
+#pragma unroll
+    for (int v = 0; v < kLoads; ++v) {
+      const Index at = (y + v < last ? y + v + 1 : last) * map.width;
+      lower[v] = column[at];
+      lower_beside[v] = column[at + right];
+    }
+#pragma unroll
+    for (int v = 0; v < kLoads; ++v) {
+      if (y + v < end && (here != beside || here != lower[v]))
+        sum += rows.weight(i, y + v) * map.distinct(here, beside, lower[v]);
+      here = lower[v];
+      beside = lower_beside[v];
+    }
   }
   return sum;
 }
 
 template <typename Label, typename Index>
 __global__ void __launch_bounds__(kThreads) count_edges_kernel(
-    const Classes<Label, Index> classes, const Taps<Index> rows, const Taps<Index> columns, int outputs, int column_tiles,
+    const Map<Label, Index> map, const Taps<Index> rows, const Taps<Index> columns, int outputs, int column_tiles,
     int row_tiles, float beta, float* __restrict__ out) {
   __shared__ float sums[kThreads];
   const Index first_column = Index(blockIdx.x % column_tiles) * outputs;
@@ -89,7 +97,7 @@ __global__ void __launch_bounds__(kThreads) count_edges_kernel(
     float sum = 0, weights = 0;
     for (Index start = begin; start < end; start += kThreads) {
       const Index x = start + int(threadIdx.x);
-      if (x < end) sums[threadIdx.x] = sum_of_column(classes, rows, image * classes.height, i, x);
+      if (x < end) sums[threadIdx.x] = sum_of_column(map, rows, image, i, x);
       __syncthreads();
       if (owner) {
         const Index last = own_end < start + kThreads ? own_end : start + kThreads;
@@ -212,9 +220,9 @@ bool count_edges(const Tensor& labels, const Tensor& out, int64_t classes, int64
     const Taps<Index> rows{Index(height), Index(h)}, columns{Index(width), Index(w)};
     dispatch_labels(Labels(labels, classes, ignore_index, "bal_edge"), [&](auto label) {
       using Label = decltype(label);
-      const Classes<Label, Index> read{data_of<const Label>(labels), classes, ignore_index, Index(height), Index(width)};
+      const Map<Label, Index> map{data_of<const Label>(labels), classes, ignore_index, Index(height), Index(width)};
       launch(
-          count_edges_kernel<Label, Index>, blocks, kThreads, 0, stream, read, rows, columns, outputs, int(column_tiles),
+          count_edges_kernel<Label, Index>, blocks, kThreads, 0, stream, map, rows, columns, outputs, int(column_tiles),
           int(row_tiles), float(beta), data_of<float>(out));
     });
   });

@@ -38,8 +38,9 @@ constexpr int kMostColumns = kColumns * 3 / 2, kMostRows = kRows * 3 / 2;  // th
 constexpr int kCells = 32;                                                 // of a tile, along an axis, at most
 constexpr int kPixels = 1536;                                              // whose coefficients are in shared memory, at most
 constexpr int kChunk = 32;                                                 // classes whose corners are there
-constexpr int kGroup = 4;                                                  // classes between which a softmax is rescaled
-constexpr int kLoads = 8;                                                  // logits that a thread per pixel loads at once
+constexpr int kStride = kCells + 1;  // from a class's corners to the next's: odd, so that they are in different banks
+constexpr int kGroup = 4;            // classes between which a softmax is rescaled
+constexpr int kLoads = 8;            // logits that a thread per pixel loads at once
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
@@ -123,8 +124,8 @@ struct alignas(16) Pixel {
   // Of logit z of class c, but for the smoothing. Where it is ignored, z may be anything: the power is
   // a number, and grad_scale 0.
   __device__ float gradient(float z, int c) const {
-    const float power = fminf(fast_exp2(fmaf(kLog2E, z, -shift)), FLT_MAX);
-    return label == c ? target_grad : grad_scale * power;
+    const float other = grad_scale * fminf(fast_exp2(fmaf(kLog2E, z, -shift)), FLT_MAX);
+    return label == c ? target_grad : other;
   }
 };
 
@@ -132,9 +133,9 @@ struct Softmax {
   float shift = -FLT_MAX, rest = 0;
   float smooth = 0;  // sum_c a_c (shift - log2 e z_c)
 
-  // Takes the classes from `first` on.
+  // Takes classes of which the label is number `target`, or none.
   template <int V>
-  __device__ void add(const float (&z)[V], int first, int label) {
+  __device__ void add(const float (&z)[V], int target) {
     float greatest = z[0];
 #pragma unroll
     for (int v = 1; v < V; ++v) greatest = fmaxf(greatest, z[v]);
@@ -144,7 +145,7 @@ struct Softmax {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const float power = fast_exp2(fmaf(kLog2E, z[v], -shift));
-      if (first + v != label) rest += power;
+      if (v != target) rest += power;
     }
   }
   __device__ void add_smooth(float z, float class_weight) { smooth = fmaf(class_weight, fmaf(-kLog2E, z, shift), smooth); }
@@ -164,9 +165,10 @@ struct Softmax {
     const float from_target = fmaf(-kLog2E, pixel.target_grad, shift), target = fast_exp2(-from_target);
     const float total = rest + target, log_total = log2f(total);
     // The more certain the target, the less may be lost beside it.
-    const float of_target = rest < target ? kLog2E * log1pf(rest / target) : log_total + from_target;
+    const float of_target = rest < target ? kLog2E * log1pf(__fdividef(rest, target)) : log_total + from_target;
     smoothing = weight * p.share;
-    pixel = {shift, weight * (own + others) / total, weight * ((others * target - own * rest) / total), pixel.label};
+    const float per_total = __fdividef(weight, total);
+    pixel = {shift, per_total * (own + others), per_total * (others * target - own * rest), pixel.label};
     return weight * kLn2 * (own * of_target + others * log_total + p.share * smooth);
   }
 };
@@ -193,15 +195,14 @@ __device__ inline Pixel read_coefficients(const Problem<T, Index>& p, const Maps
 
 // ---- sums of losses -----------------------------------------------------------------------------
 
-// Of a block.
 struct Losses {
   float sum;
   int valid;  // pixels that are not ignored
 };
 
-__device__ inline void write_losses(Losses* losses, float sum, int valid) {
-  sum = block_sum(sum);
-  valid = block_sum(valid);
+__device__ inline void write_losses(Losses* losses, const Losses& of_thread) {
+  const float sum = block_sum(of_thread.sum);
+  const int valid = block_sum(of_thread.valid);
   if (threadIdx.x == 0) losses[blockIdx.x] = {sum, valid};
 }
 
@@ -263,7 +264,7 @@ __global__ void __launch_bounds__(kThreads)
         for (int v = 0; v < kLoads; ++v)
           if (first + v < p.classes) z[v] = bounded(z[v]);
         const float previous = softmax.shift;
-        softmax.add(z, first, pixel.label);
+        softmax.add(z, pixel.label - first);
         if (!p.smoothed) continue;
         softmax.follow(previous, class_weights);
 #pragma unroll
@@ -297,7 +298,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
-  if (losses) write_losses(losses, loss, valid);
+  if (losses) write_losses(losses, {loss, valid});
 }
 
 // ---- tiles of cells -----------------------------------------------------------------------------
@@ -351,12 +352,10 @@ struct Tiles {
   int64_t count() const { return int64_t(y.tiles) * x.tiles; }
   int64_t sums() const { return count() * (y.cells + 1) * classes * (x.cells + 1); }
   size_t shared_bytes(bool smoothed) const {
-    return chunk() * stride() * 4 * sizeof(float) + strip * x.length * (sizeof(Pixel) + (smoothed ? sizeof(float) : 0));
+    return chunk() * kStride * 4 * sizeof(float) + strip * x.length * (sizeof(Pixel) + (smoothed ? sizeof(float) : 0));
   }
-  // Of classes, and from one of them to the next, of corners in shared memory: an odd number, so that
-  // neighbouring classes are in different banks.
+  // Classes of a chunk.
   SEGOPS_HOST_DEVICE int chunk() const { return classes < kChunk ? (classes + kGroup - 1) / kGroup * kGroup : kChunk; }
-  SEGOPS_HOST_DEVICE int stride() const { return x.cells | 1; }
   // Where a tile's sum for class c and a corner lies.
   __device__ Index at(Index tile, int row, int c, int column) const {
     return ((tile * (y.cells + 1) + row) * classes + c) * (x.cells + 1) + column;
@@ -386,6 +385,7 @@ __device__ inline void add_row(Corners& sums, float weight, const float* weights
 
 // What a block keeps of its tile in shared memory.
 struct Tables {
+  int image;
   // Of label columns: the weight of the logits on the right, the cell, the position in pixel weights.
   float weight_x[kMostColumns];
   int cell[kMostColumns];
@@ -393,9 +393,9 @@ struct Tables {
   // Of label rows.
   float weight_y[kMostRows];
   Position pixel_weight_y[kMostRows];
-  int first_column[kCells + 1];  // of each cell
-  float class_weight[kChunk];    // of a chunk, where labels are smoothed
-  Corners smoothing[kCells];     // its part of the sums, for a class that weighs one
+  int first_column[kCells + 1], first_row[kCells + 1];  // label pixels of each cell
+  float class_weight[kChunk];                           // of a chunk, where labels are smoothed
+  Corners smoothing[kCells];                            // its part of the sums, for a class that weighs one
 };
 
 // Label rows that lie in one row of cells, both counted from the tile's first.
@@ -409,48 +409,53 @@ struct Tile {
   const Tiles<Index>& tiles;
   const Maps& maps;
   Tables& tables;
-  Corners* corners;    // of a row of cells, for a chunk of classes
-  Pixel* pixels;       // of a strip
-  float* smoothings;   // of a strip
-  Index n, top, left;  // the first label pixel
-  Index first_row, first_cell;
-  int height, width, rows, cells;
+  Corners* corners;           // of a row of cells, for a chunk of classes
+  Pixel* pixels;              // of a strip
+  float* smoothings;          // of a strip
+  const T* logits;            // the first corner's
+  Index first_pixel;          // its number
+  int rows, cells, width;     // of cells along each axis; of label pixels
+  int last_row, last_column;  // of logits, counted from the first corner
 
   __device__ Tile(const Problem<T, Index>& p, const Tiles<Index>& tiles, const Maps& maps, Tables& tables)
       : p(p), tiles(tiles), maps(maps), tables(tables) {
     corners = dynamic_shared<Corners>();
-    pixels = reinterpret_cast<Pixel*>(corners + tiles.chunk() * tiles.stride());
+    pixels = reinterpret_cast<Pixel*>(corners + tiles.chunk() * kStride);
     smoothings = reinterpret_cast<float*>(pixels + tiles.strip * tiles.x.length);
     const int x = blockIdx.x % tiles.x.tiles, y = blockIdx.x / tiles.x.tiles % tiles.y.tiles;
-    n = blockIdx.x / tiles.x.tiles / tiles.y.tiles;
-    first_row = tiles.y.first_cell(y);
-    rows = int(tiles.y.end_cell(y) - first_row);
-    top = tiles.y.begin(y);
-    height = int(tiles.y.end(y) - top);
-    first_cell = tiles.x.first_cell(x);
-    cells = int(tiles.x.end_cell(x) - first_cell);
-    left = tiles.x.begin(x);
+    const int n = blockIdx.x / tiles.x.tiles / tiles.y.tiles;
+    const Index first_row = tiles.y.first_cell(y), first_cell = tiles.x.first_cell(x);
+    const Index top = tiles.y.begin(y), left = tiles.x.begin(x);
+    const int height = int(tiles.y.end(y) - top);
     width = int(tiles.x.end(x) - left);
+    rows = int(tiles.y.end_cell(y) - first_row);
+    cells = int(tiles.x.end_cell(x) - first_cell);
+    last_row = int(tiles.y.resize.in - 1 - first_row);
+    last_column = int(tiles.x.resize.in - 1 - first_cell);
+    logits = p.logits.at(n, 0, first_row, first_cell);
+    first_pixel = (n * p.height + top) * p.width + left;
+    if (threadIdx.x == 0) tables.image = n;
+#pragma unroll 1
     for (int i = threadIdx.x; i < width; i += kThreads) {
       const Position position = tiles.x.resize.at(left + i);
       tables.weight_x[i] = position.weight;
       tables.cell[i] = int(position.low - first_cell);
       if (p.pixel_weight.data) tables.pixel_weight_x[i] = p.weight_x.at(left + i);
     }
+#pragma unroll 1
     for (int i = threadIdx.x; i < height; i += kThreads) {
       tables.weight_y[i] = tiles.y.resize.at(top + i).weight;
       if (p.pixel_weight.data) tables.pixel_weight_y[i] = p.weight_y.at(top + i);
     }
-    for (int j = threadIdx.x; j <= cells; j += kThreads)
-      tables.first_column[j] = within(tiles.x.resize.first(first_cell + j) - left, width);
+    // Of a cell that is cut into parts, only what the tile has of it.
+    const auto within = [](Index at, int length) { return at < 0 ? 0 : at < length ? int(at) : length; };
+    for (int i = threadIdx.x; i <= kCells; i += kThreads) {
+      if (i <= rows) tables.first_row[i] = within(tiles.y.resize.first(first_row + i) - top, height);
+      if (i <= cells) tables.first_column[i] = within(tiles.x.resize.first(first_cell + i) - left, width);
+    }
   }
 
-  static __device__ int within(Index at, int length) { return at < 0 ? 0 : at < length ? int(at) : length; }
-  // The first label row of a row of cells.
-  __device__ int begin(int cell_row) const { return within(tiles.y.resize.first(first_row + cell_row) - top, height); }
-  __device__ Index index_of(const Strip& strip, int row, int x) const {
-    return (n * p.height + top + strip.begin + row) * p.width + left + x;
-  }
+  __device__ Index number(const Strip& strip, int row, int x) const { return first_pixel + (strip.begin + row) * p.width + x; }
   __device__ int classes_from(int first_class) const {
     return p.classes - first_class < tiles.chunk() ? p.classes - first_class : tiles.chunk();
   }
@@ -460,29 +465,32 @@ struct Tile {
   __device__ void load(int cell_row, int first_class) const {
     const int count = classes_from(first_class), filled = (count + kGroup - 1) / kGroup * kGroup;
     const bool by_class = p.logits.channel == 1;  // threads side by side read what is side by side in memory
-    const Index down = first_row + cell_row + 1 < tiles.y.resize.in ? p.logits.row : 0;
+    const Index down = cell_row < last_row ? p.logits.row : 0;
+#pragma unroll 1
     for (int i = threadIdx.x; i < cells * filled; i += kThreads) {
       const int j = by_class ? i / filled : i % cells, c = by_class ? i % filled : i / cells;
       Corners z{{-FLT_MAX, -FLT_MAX, -FLT_MAX, -FLT_MAX}};
       if (c < count) {
-        const Index right = first_cell + j + 1 < tiles.x.resize.in ? p.logits.pixel : 0;
-        const T* at = p.logits.at(n, first_class + c, first_row + cell_row, first_cell + j);
+        const Index right = j < last_column ? p.logits.pixel : 0;
+        const T* at = logits + ((first_class + c) * p.logits.channel + cell_row * p.logits.row + j * p.logits.pixel);
         z = {{widen(at[0]), widen(at[right]), widen(at[down]), widen(at[down + right])}};
 #pragma unroll
         for (float& each : z.value) each = bounded(each);
       }
-      corners[c * tiles.stride() + j] = z;
+      corners[c * kStride + j] = z;
     }
     if (p.smoothed)
+#pragma unroll 1
       for (int c = threadIdx.x; c < count; c += kThreads) tables.class_weight[c] = p.class_weight.at(first_class + c);
   }
 
   // The softmax of the strip's pixels over a chunk of classes; class_weights is the sum of the
   // chunks before. After the last come losses and coefficients.
-  __device__ void add_chunk(const Strip& strip, int first_class, float& class_weights, float& loss_sum, int& valid) const {
+  __device__ void add_chunk(const Strip& strip, int first_class, float& class_weights, Losses& losses) const {
     const int count = classes_from(first_class);
     float class_weights_after = class_weights;
     if (p.smoothed)
+#pragma unroll 1
       for (int c = 0; c < count; ++c) class_weights_after += tables.class_weight[c];
     for (int i = threadIdx.x; i < strip.height * width; i += kThreads) {
       const int row = i / width, x = i - row * width;
@@ -491,28 +499,29 @@ struct Tile {
       const float upper_right = right - lower_right, upper_left = 1 - right - lower_left;
       const Corners* cell = corners + tables.cell[x];
       const auto logit = [&](int c) {
-        const Corners z = cell[c * tiles.stride()];
+        const Corners z = cell[c * kStride];
         return upper_left * z.value[0] + upper_right * z.value[1] + lower_left * z.value[2] + lower_right * z.value[3];
       };
       Pixel pixel;
       Softmax softmax;
       if (first_class == 0) {
-        pixel = {0, 0, 0, p.labels.at(index_of(strip, row, x))};
+        pixel = {0, 0, 0, p.labels.at(number(strip, row, x))};
       } else {
         pixel = pixels[i];
         softmax = {pixel.shift, pixel.grad_scale, p.smoothed ? smoothings[i] : 0.f};
       }
       const float previous = softmax.shift;
+      const int target = pixel.label - first_class;
       for (int c = 0; c < count; c += kGroup) {
         float z[kGroup];
 #pragma unroll
         for (int v = 0; v < kGroup; ++v) z[v] = logit(c + v);
-        softmax.add(z, first_class + c, pixel.label);
+        softmax.add(z, target - c);
       }
-      const int target = pixel.label - first_class;
       if (target >= 0 && target < count) pixel.target_grad = logit(target);
       if (p.smoothed) {
         softmax.follow(previous, class_weights);
+#pragma unroll 1
         for (int c = 0; c < count; ++c) softmax.add_smooth(logit(c), tables.class_weight[c]);
       }
       float smoothing = softmax.smooth;
@@ -520,12 +529,13 @@ struct Tile {
         pixel.shift = softmax.shift;
         pixel.grad_scale = softmax.rest;
       } else {
-        valid += pixel.label != kIgnored;
-        const float weight =
-            p.pixel_weight.data ? p.weight(n, tables.pixel_weight_y[strip.begin + row], tables.pixel_weight_x[x]) : 1;
+        losses.valid += pixel.label != kIgnored;
+        const float weight = p.pixel_weight.data
+                                 ? p.weight(tables.image, tables.pixel_weight_y[strip.begin + row], tables.pixel_weight_x[x])
+                                 : 1;
         const float loss = softmax.finish(p, class_weights_after, weight, pixel, smoothing);
-        loss_sum += loss;
-        const Index index = index_of(strip, row, x);
+        losses.sum += loss;
+        const Index index = number(strip, row, x);
         if (maps.coefficients) write_coefficients(p, maps, pixel, smoothing, index);
         if (maps.loss) maps.loss[index] = loss;
       }
@@ -536,9 +546,10 @@ struct Tile {
   }
 
   __device__ void read(const Strip& strip) const {
+#pragma unroll 1
     for (int i = threadIdx.x; i < strip.height * width; i += kThreads) {
       float smoothing;
-      pixels[i] = read_coefficients(p, maps, index_of(strip, i / width, i % width), smoothing);
+      pixels[i] = read_coefficients(p, maps, number(strip, i / width, i % width), smoothing);
       if (p.smoothed) smoothings[i] = smoothing;
     }
   }
@@ -549,7 +560,7 @@ struct Tile {
     for (int i = threadIdx.x; i < cells * count; i += kThreads) {
       const int j = i / count, c = i - j * count;
       const int begin = tables.first_column[j], end = tables.first_column[j + 1];
-      Corners& own = corners[c * tiles.stride() + j];
+      Corners& own = corners[c * kStride + j];
       const Corners z = own;
       Corners sums{};
       for (int row = 0; row < strip.height; ++row) {
@@ -557,7 +568,8 @@ struct Tile {
         const float left = z.value[0] + lower * (z.value[2] - z.value[0]);
         const float slope = z.value[1] + lower * (z.value[3] - z.value[1]) - left;
         add_row(sums, lower, tables.weight_x, begin, end, [&](int x) {
-          return pixels[row * width + x].gradient(fmaf(tables.weight_x[x], slope, left), first_class + c);
+          const Pixel pixel = pixels[row * width + x];  // one load of all of it
+          return pixel.gradient(fmaf(tables.weight_x[x], slope, left), first_class + c);
         });
       }
       own = sums;
@@ -584,7 +596,7 @@ struct Tile {
         float sum = 0;
         const float class_weight = p.smoothed ? tables.class_weight[c] : 0.f;
         const auto add_cell = [&](int cell, int corner) {
-          sum += corners[c * tiles.stride() + cell].value[corner];
+          sum += corners[c * kStride + cell].value[corner];
           if (p.smoothed) sum -= class_weight * tables.smoothing[cell].value[corner];
         };
         if (j > 0) add_cell(j - 1, corner + 1);
@@ -598,7 +610,7 @@ struct Tile {
 };
 
 template <typename T, typename Index>
-__global__ void __launch_bounds__(kThreads) cells_kernel(
+__global__ void __launch_bounds__(kThreads, sizeof(Index) == 4 ? 3 : 2) cells_kernel(
     const Problem<T, Index> p, const Tiles<Index> tiles, const Maps maps, float* __restrict__ sums,
     Losses* __restrict__ losses) {
   __shared__ Tables tables;
@@ -608,12 +620,11 @@ __global__ void __launch_bounds__(kThreads) cells_kernel(
     for (Index i = begin + int(threadIdx.x); i < end; i += kThreads) sums[i] = 0;
   }
   __syncthreads();
-  float loss_sum = 0;
-  int valid = 0;
+  Losses of_thread{0, 0};
   Strip strip;
   for (strip.cell_row = 0; strip.cell_row < tile.rows; ++strip.cell_row) {
-    const int end = tile.begin(strip.cell_row + 1);
-    for (strip.begin = tile.begin(strip.cell_row); strip.begin < end; strip.begin += tiles.strip) {
+    const int end = tables.first_row[strip.cell_row + 1];
+    for (strip.begin = tables.first_row[strip.cell_row]; strip.begin < end; strip.begin += tiles.strip) {
       strip.height = end - strip.begin < tiles.strip ? end - strip.begin : tiles.strip;
       if (maps.grad) {
         tile.read(strip);
@@ -623,7 +634,7 @@ __global__ void __launch_bounds__(kThreads) cells_kernel(
         for (int first_class = 0; first_class < p.classes; first_class += tiles.chunk()) {
           tile.load(strip.cell_row, first_class);
           __syncthreads();
-          tile.add_chunk(strip, first_class, class_weights, loss_sum, valid);
+          tile.add_chunk(strip, first_class, class_weights, of_thread);
           __syncthreads();
         }
       }
@@ -641,7 +652,7 @@ __global__ void __launch_bounds__(kThreads) cells_kernel(
       }
     }
   }
-  if (losses) write_losses(losses, loss_sum, valid);
+  if (losses) write_losses(losses, of_thread);
 }
 
 // ---- what a launch leaves to another ------------------------------------------------------------
