@@ -9,7 +9,7 @@ import torch
 
 from . import emulation
 
-emulation.register()
+EMULATED_OPS = emulation.register()
 
 CUDA = pytest.mark.cuda
 # Which compiles a kernel for each shape and setting: minutes.

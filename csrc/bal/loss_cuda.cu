@@ -233,72 +233,78 @@ struct Totals {
 
 // ---- logits of the labels' size -----------------------------------------------------------------
 
-// kLoads classes from `first` on, of those there are.
+// kLoads classes from `first` on; those beyond the last are never chosen.
 template <typename T, typename Index>
 __device__ inline void load_classes(const T* logits, Index channel, int first, int classes, float (&z)[kLoads]) {
+  const int last = classes - 1 - first;
+  const T* at = logits + first * channel;
 #pragma unroll
-  for (int v = 0; v < kLoads; ++v) z[v] = first + v < classes ? widen(logits[(first + v) * channel]) : -FLT_MAX;
+  for (int v = 0; v < kLoads; ++v) {
+    z[v] = widen(*at);
+    at += v < last ? channel : 0;
+  }
+#pragma unroll
+  for (int v = 0; v < kLoads; ++v) z[v] = v > last ? -FLT_MAX : bounded(z[v]);
 }
 
-// A thread per pixel.
+// A thread per pixel. Those beyond the last do as the last one does, and write nothing.
 template <typename T, typename Out, typename Index>
 __global__ void __launch_bounds__(kThreads)
     pixels_kernel(const Problem<T, Index> p, const Maps maps, const View<Out, Index> out, Losses* __restrict__ losses) {
-  const Index index = Index(blockIdx.x) * kThreads + int(threadIdx.x);
-  float loss = 0;
-  int valid = 0;
-  if (index < p.pixels) {
-    const Index y = index / p.width % p.height, x = index % p.width, n = index / p.width / p.height;
-    const T* logits = p.logits.at(n, 0, y, x);
-    Pixel pixel;
-    float smoothing, z[kLoads];
-    if (maps.grad) {
-      pixel = read_coefficients(p, maps, index, smoothing);
-    } else {
-      pixel = {0, 0, 0, p.labels.at(index)};
-      Softmax softmax;
-      float class_weights = 0;
-      for (int first = 0; first < p.classes; first += kLoads) {
-        load_classes(logits, p.logits.channel, first, p.classes, z);
-#pragma unroll
-        for (int v = 0; v < kLoads; ++v)
-          if (first + v < p.classes) z[v] = bounded(z[v]);
-        const float previous = softmax.shift;
-        softmax.add(z, pixel.label - first);
-        if (!p.smoothed) continue;
-        softmax.follow(previous, class_weights);
-#pragma unroll
-        for (int v = 0; v < kLoads; ++v) {
-          if (first + v >= p.classes) continue;
-          const float class_weight = p.class_weight.at(first + v);
-          softmax.add_smooth(z[v], class_weight);
-          class_weights += class_weight;
-        }
-      }
-      if (pixel.label >= 0) {
-        const float target = widen(logits[pixel.label * p.logits.channel]);
-        pixel.target_grad = target > -INFINITY ? bounded(target) : target;
-      }
-      const float weight = p.pixel_weight.data ? p.weight(n, p.weight_y.at(y), p.weight_x.at(x)) : 1;
-      valid = pixel.label != kIgnored;
-      loss = softmax.finish(p, class_weights, weight, pixel, smoothing);
+  __shared__ float class_weight[kThreads];
+  const Index thread = Index(blockIdx.x) * kThreads + int(threadIdx.x);
+  const bool inside = thread < p.pixels;
+  const Index index = inside ? thread : p.pixels - 1;
+  const Index y = index / p.width % p.height, x = index % p.width, n = index / p.width / p.height;
+  const T* logits = p.logits.at(n, 0, y, x);
+  const Index channel = p.logits.channel;
+  Losses own{0, 0};
+  Pixel pixel;
+  float smoothing, z[kLoads];
+  if (maps.grad) {
+    pixel = read_coefficients(p, maps, index, smoothing);
+  } else {
+    pixel = {0, 0, 0, p.labels.at(index)};
+    Softmax softmax;
+    for (int first = 0; first < p.classes; first += kLoads) {
+      load_classes(logits, channel, first, p.classes, z);
+      softmax.add(z, pixel.label - first);
+    }
+    if (pixel.label >= 0) {
+      const float target = widen(logits[pixel.label * channel]);
+      pixel.target_grad = target > -INFINITY ? bounded(target) : target;
+    }
+    float class_weights = 0;
+    for (int c = 0; c < p.classes && p.smoothed; ++c) {
+      const float weight = p.class_weight.at(c);
+      softmax.add_smooth(bounded(widen(logits[c * channel])), weight);
+      class_weights += weight;
+    }
+    const float weight = p.pixel_weight.data ? p.weight(n, p.weight_y.at(y), p.weight_x.at(x)) : 1;
+    const float loss = softmax.finish(p, class_weights, weight, pixel, smoothing);
+    if (inside) {
+      own = {loss, pixel.label != kIgnored};
       if (maps.coefficients) write_coefficients(p, maps, pixel, smoothing, index);
       if (maps.loss) maps.loss[index] = loss;
     }
-    if (out.data) {
-      Out* to = out.at(n, 0, y, x);
-      for (int first = 0; first < p.classes; first += kLoads) {
-        load_classes(logits, p.logits.channel, first, p.classes, z);
+  }
+  for (int start = 0; start < p.classes && out.data; start += kThreads) {
+    const int c = start + int(threadIdx.x), end = start + kThreads < p.classes ? start + kThreads : p.classes;
+    __syncthreads();
+    class_weight[threadIdx.x] = p.smoothed && c < end ? p.class_weight.at(c) : 0.f;
+    __syncthreads();
+    for (int first = start; first < end; first += kLoads) {
+      load_classes(logits, channel, first, p.classes, z);
+      Out* to = out.at(n, first, y, x);
 #pragma unroll
-        for (int v = 0; v < kLoads; ++v) {
-          if (first + v >= p.classes) continue;
-          const float smooth = p.smoothed ? smoothing * p.class_weight.at(first + v) : 0.f;
-          narrow(pixel.gradient(z[v], first + v) - smooth, to[(first + v) * out.channel]);
-        }
+      for (int v = 0; v < kLoads; ++v) {
+        const float gradient = pixel.gradient(z[v], first + v) - smoothing * class_weight[first - start + v];
+        if (inside && first + v < end) narrow(gradient, *to);
+        to += out.channel;
       }
     }
   }
-  if (losses) write_losses(losses, {loss, valid});
+  if (losses) write_losses(losses, own);
 }
 
 // ---- tiles of cells -----------------------------------------------------------------------------

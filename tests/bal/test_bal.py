@@ -25,8 +25,10 @@ from ..targets import (
     CUDA,
     DTYPES,
     EMULATED,
+    EMULATED_OPS,
     FAST,
     INTERPRETED,
+    ON_LINUX,
     REFERENCE,
     TARGETS,
     compiled_targets,
@@ -348,6 +350,23 @@ CASES = [
     Case((2, 2, 9, 3), (40, 1), label_smoothing=1.0, reduction="sum", label_dtype=torch.int32, ignore_index=-1),
     Case((1, 9, 2, 2), (3, 700), reduction="sum"),
 ]
+# What the tiles of the CUDA kernels have to be right about: cells between logits, label pixels, classes.
+TILES = [
+    # Cells in more than one tile along both axes, few of whose indices take 32 bits; many, which take 64.
+    Case((1, 2, 10, 40), (40, 66), pixel_weight=(20, 33), reduction="sum"),
+    Case((1, 3, 9, 40), (70, 330), label_smoothing=0.1, class_weight=True),
+    # Cells of more label pixels than a tile, along both axes and along one; from one logit there is one cell.
+    Case((2, 3, 1, 1), (70, 300), pixel_weight=(9, 30)),
+    Case((1, 5, 2, 2), (9, 700), label_smoothing=0.1),
+    Case((1, 2, 1, 40), (300, 43), channels_last=True),
+    # As many label pixels as logits, more or less; and fewer: tiles without a label pixel.
+    Case((1, 2, 40, 70), (41, 69), reduction="sum"),
+    Case((1, 3, 150, 5), (7, 160), class_weight=True),
+    Case((1, 2, 70, 80), (1, 1), reduction="sum"),
+    # More classes than fit at once, also where nothing is resized.
+    Case((1, 1030, 2, 3), (4, 5), class_weight=True, label_smoothing=0.1),
+    Case((1, 261, 3, 2), (3, 2), class_weight=True, label_smoothing=0.1, channels_last=True, ignore_index=-1),
+]
 # One pixel less than a vector, one more than a vector, than a block of vectors, than two.
 TAILS = [Case((1, 3, 2, -(-width // 4)), (5, width), (2, 1 + width // 3), reduction="none") for width in (1, 15, 17, 65, 130)]
 TAILS += [Case((1, 3, 2, width), (2, width), reduction="sum") for width in (15, 65)]
@@ -371,7 +390,7 @@ def matters(target, dtype, case):
 
 
 @pytest.mark.parametrize(
-    "target, dtype, case", matrix(TARGETS, DTYPES, CASES + TAILS + BOUNDARY_CASES, when=matters), indirect=["target"]
+    "target, dtype, case", matrix(TARGETS, DTYPES, CASES + TILES + TAILS + BOUNDARY_CASES, when=matters), indirect=["target"]
 )
 def test_accuracy(target, dtype, case):
     assert_accurate(case, dtype, target[0])
@@ -582,6 +601,47 @@ def test_a_class_ruled_out(implementation):
     assert value.isfinite().all() and value[:, 3].eq(0).all() and grad[ruled_out].eq(0).all()
 
 
+@fast_implementations
+@pytest.mark.parametrize("size", [(6, 7), (17, 20)])
+def test_a_class_masked_by_the_least_number(implementation, size):
+    """As padding of the classes does it: its probability and its gradient are 0, the loss is that of the other classes."""
+    device, _ = implementation
+    labels = draw_labels(2, 4, *size).to(device)
+    logits = torch.randn(2, 5, 6, 7, device=device)
+    logits[:, 4] = torch.finfo(torch.float32).min
+    for reduction in ("none", "mean"):
+        value, grad = output_and_gradient(
+            lambda z, r=reduction: segops.upsample_cross_entropy(z, labels, reduction=r), logits.clone().requires_grad_()
+        )
+        exact = output_and_gradient(
+            lambda z, r=reduction: segops.upsample_cross_entropy(z, labels, reduction=r), logits[:, :4].clone().requires_grad_()
+        )
+        torch.testing.assert_close(value, exact[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad[:, :4], exact[1], rtol=1e-5, atol=1e-6)
+        assert grad[:, 4].eq(0).all()
+
+
+@fast_targets
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_any_dtype(target, dtype):
+    """They are read as they are, or converted first: the numbers are the same."""
+    device, _ = target
+    generator = torch.Generator().manual_seed(0)
+    by_pixel, by_class = (torch.rand(size, generator=generator).to(torch.bfloat16).to(device) for size in ((2, 4, 5), (5,)))
+    for size in ((3, 4), (9, 11)):
+        logits, labels = torch.randn(2, 5, *size, device=device, requires_grad=True), draw_labels(2, 5, 9, 11).to(device)
+
+        def run(dtype):
+            weights = by_pixel.to(dtype), by_class.to(dtype)
+            return output_and_gradient(
+                lambda z: segops.upsample_cross_entropy(z, labels, weights[0], class_weight=weights[1], label_smoothing=0.1),  # noqa: B023
+                logits,  # noqa: B023
+            )
+
+        for value, expected in zip(run(dtype), run(torch.float32), strict=True):
+            assert torch.equal(value, expected)
+
+
 def test_all_ignored(implementation):
     """Loss and gradients are 0, not 0 / 0."""
     device, _ = implementation
@@ -674,6 +734,38 @@ def test_what_the_edge_map_takes_is_free_before_the_loss_begins(normalize, downs
     assert (
         measure.peak_memory(lambda: segops.boundary_aware_loss(logits, labels, **settings), "cpu") <= maps * 4 * labels.numel()
     )
+
+
+@ON_LINUX
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_launches_on_a_gpu(dtype, channels_last):
+    """Each takes some microseconds. PyTorch allocates memory, and does nothing else."""
+    case = Case((2, 5, 5, 7), (33, 53), channels_last=channels_last, edge={}, class_weight=True)
+    logits, labels, class_weight = case.logits(dtype), case.labels(), case.weights(dtype=dtype)[1]
+
+    def run(logits):
+        with segops.backend("emulated"):
+            return segops.boundary_aware_loss(logits, labels, class_weight=class_weight)
+
+    def backward():
+        torch.autograd.grad(run(logits), logits)
+
+    for function, most in ((backward, 6), (lambda: run(logits.detach()), 5)):
+        before = EMULATED_OPS.launches()
+        with torch.profiler.profile() as profile:
+            function()
+        assert 0 < EMULATED_OPS.launches() - before <= 2 * most  # the emulation runs twice
+        called = {each.name for each in profile.events() if of_an_emulated_op(each) and each.name.startswith("aten::")}
+        assert called <= {"aten::empty_strided", "aten::as_strided"}
+
+
+def of_an_emulated_op(event):
+    while event.cpu_parent is not None:
+        event = event.cpu_parent
+        if event.name.startswith("segops_emulated::"):
+            return True
+    return False
 
 
 @CUDA

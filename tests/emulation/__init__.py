@@ -58,6 +58,7 @@ class Library:
     """The ops of C++ files, by name, each run twice: forwards and in reverse. Both must give the same bits.
 
     What they allocate or write is poisoned before, with something else each time, so that an element that is left out differs.
+    `launches()` counts the kernels that were launched so far: two for each one that a GPU would launch.
     """
 
     def __init__(self, name, sources, schemas):
@@ -85,13 +86,14 @@ class Library:
             extra_include_paths=[str(FOLDER)],
             extra_ldflags=CHECKS if SANITIZE else None,
         )
-        reverse = ctypes.CDLL(str(library)).segops_emulation_reverse
+        compiled = ctypes.CDLL(str(library))
+        self.launches = compiled.segops_emulation_launches
         for op, schema in self.schemas.items():
             LIBRARY.define(schema)
-            setattr(self, op, functools.partial(run_twice, getattr(getattr(torch.ops, NAMESPACE), op), reverse))
+            setattr(self, op, functools.partial(run_twice, getattr(getattr(torch.ops, NAMESPACE), op), compiled))
 
     def __getattr__(self, name):
-        if name not in self.schemas:
+        if name not in self.schemas and name != "launches":
             raise AttributeError(name)
         if self.failure is None:
             try:
@@ -103,7 +105,7 @@ class Library:
         return getattr(self, name)
 
 
-def run_twice(op, reverse, *arguments):
+def run_twice(op, compiled, *arguments):
     schema = op.default._schema.arguments
     written = [
         value
@@ -115,7 +117,7 @@ def run_twice(op, reverse, *arguments):
         for reversed, number, integer in ((False, torch.nan, -77), (True, -77.0, 123456789)):
             for each in written:
                 each.fill_(number if each.is_floating_point() else integer)
-            reverse(ctypes.c_bool(reversed))
+            compiled.segops_emulation_reverse(ctypes.c_bool(reversed))
             returned = op(*arguments)
             found = written if returned is None else tree_leaves(returned)
             results.append([each.contiguous().view(INTEGERS[each.element_size()]).clone() for each in found])
@@ -132,9 +134,10 @@ def why_not(device_type, device_index, dtype):
 
 
 def register():
-    """Makes segops know the backend. It is built when it is first used."""
+    """Makes segops know the backend, and returns its ops. They are built when one is first used."""
     sources = [path for path in (ROOT / "csrc").glob("*/*.cpp") if path.stem == path.parent.name]
     sources = sorted([*sources, *(ROOT / "csrc").glob("*/*_cuda.cu")])
     ops = Library("emulated", sources, library.schemas())
     library.implement("emulated", "segops_emulated_twice", lambda name, _: lambda *arguments: getattr(ops, name)(*arguments))
     REASONS["emulated"] = why_not
+    return ops

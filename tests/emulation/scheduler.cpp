@@ -83,6 +83,7 @@ bool same(Site a, Site b) {
 class Scheduler {
  public:
   bool reversed = false;
+  int launches = 0;
 
   void run(dim3 blocks, dim3 size, size_t shared, const std::function<void()>& kernel);
   void wait(State state, Site site);
@@ -284,6 +285,7 @@ void Scheduler::run_block() {
 }
 
 void Scheduler::run(dim3 blocks, dim3 size, size_t shared, const std::function<void()>& kernel) {
+  ++launches;
   const uint64_t count = uint64_t(size.x) * size.y * size.z;
   STD_TORCH_CHECK(
       blocks.x > 0 && blocks.y > 0 && blocks.z > 0, "emulated CUDA: a launch of zero blocks: the grid is ", text(blocks));
@@ -381,6 +383,11 @@ void segops::poison(void* memory, size_t bytes, bool floating) {
 // For the launches that follow.
 extern "C" __attribute__((visibility("default"))) void segops_emulation_reverse(bool reversed) {
   segops::emulation::scheduler.reversed = reversed;
+}
+
+// So far.
+extern "C" __attribute__((visibility("default"))) int segops_emulation_launches() {
+  return segops::emulation::scheduler.launches;
 }
 
 #ifndef SEGOPS_SANITIZE  // GCC calls these where an address or an index is wrong; the sanitizers' library has its own

@@ -131,7 +131,7 @@ def test_sanitizers(name):
 @pytest.mark.thorough
 @pytest.mark.skipif(SANITIZE, reason="nvcc does not run under AddressSanitizer")
 def test_nvcc_compiles_what_only_planted_kernels_use(tmp_path):
-    """Asynchronous copies, dynamic shared memory, the sort: no kernel of an op has them yet."""
+    """Asynchronous copies, the sort: no kernel of an op has them yet."""
     from torch.utils.cpp_extension import CUDA_HOME, include_paths
 
     nvcc = CUDA_HOME and shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin"))
