@@ -321,7 +321,8 @@ struct Tiling {
   Tiling(int64_t in, int64_t out, int64_t aim) : resize(in, out) {
     const int64_t longest = std::max<int64_t>(1, resize.first(1));  // the first cell has what is left of its centre too
     parts = int(ceil_div(longest, aim));
-    cells = parts > 1 ? 1 : int(std::clamp<int64_t>(aim * in / out, 1, std::min<int64_t>(in, kCells)));
+    const int64_t most = parts > 1 ? 1 : std::clamp<int64_t>(aim * in / out, 1, kCells);
+    cells = int(ceil_div(in, ceil_div(in, most)));  // about as many in each tile
     length = int(parts > 1 ? aim : std::max<int64_t>(resize.first(cells), cells * out / in + 1));
     tiles = int(ceil_div(in, cells) * parts);
   }
@@ -349,8 +350,13 @@ struct Tiles {
   Tiling<Index> y, x;
   int strip;  // label rows whose coefficients are in shared memory
   int classes;
+  int chunk;  // of classes
 
-  explicit Tiles(const LossShape& s) : y(s.h, s.height, kRows), x(s.w, s.width, kColumns), classes(int(s.classes)) {
+  explicit Tiles(const LossShape& s)
+      : y(s.h, s.height, kRows),
+        x(s.w, s.width, kColumns),
+        classes(int(s.classes)),
+        chunk(int(std::min<int64_t>(kChunk, round_up(s.classes, kGroup)))) {
     // Those of a row of cells, or equal shares of them.
     const int64_t most = kPixels / x.length, rows = std::min<int64_t>(ceil_div(s.height, s.h), y.length);
     strip = int(ceil_div(rows, ceil_div(rows, most)));
@@ -358,10 +364,8 @@ struct Tiles {
   int64_t count() const { return int64_t(y.tiles) * x.tiles; }
   int64_t sums() const { return count() * (y.cells + 1) * classes * (x.cells + 1); }
   size_t shared_bytes(bool smoothed) const {
-    return chunk() * kStride * 4 * sizeof(float) + strip * x.length * (sizeof(Pixel) + (smoothed ? sizeof(float) : 0));
+    return chunk * kStride * 4 * sizeof(float) + strip * x.length * (sizeof(Pixel) + (smoothed ? sizeof(float) : 0));
   }
-  // Classes of a chunk.
-  SEGOPS_HOST_DEVICE int chunk() const { return classes < kChunk ? (classes + kGroup - 1) / kGroup * kGroup : kChunk; }
   // Where a tile's sum for class c and a corner lies.
   __device__ Index at(Index tile, int row, int c, int column) const {
     return ((tile * (y.cells + 1) + row) * classes + c) * (x.cells + 1) + column;
@@ -426,7 +430,7 @@ struct Tile {
   __device__ Tile(const Problem<T, Index>& p, const Tiles<Index>& tiles, const Maps& maps, Tables& tables)
       : p(p), tiles(tiles), maps(maps), tables(tables) {
     corners = dynamic_shared<Corners>();
-    pixels = reinterpret_cast<Pixel*>(corners + tiles.chunk() * kStride);
+    pixels = reinterpret_cast<Pixel*>(corners + tiles.chunk * kStride);
     smoothings = reinterpret_cast<float*>(pixels + tiles.strip * tiles.x.length);
     const int x = blockIdx.x % tiles.x.tiles, y = blockIdx.x / tiles.x.tiles % tiles.y.tiles;
     const int n = blockIdx.x / tiles.x.tiles / tiles.y.tiles;
@@ -463,7 +467,7 @@ struct Tile {
 
   __device__ Index number(const Strip& strip, int row, int x) const { return first_pixel + (strip.begin + row) * p.width + x; }
   __device__ int classes_from(int first_class) const {
-    return p.classes - first_class < tiles.chunk() ? p.classes - first_class : tiles.chunk();
+    return p.classes - first_class < tiles.chunk ? p.classes - first_class : tiles.chunk;
   }
 
   // Reads the corners of a row of cells, and the class weights, for a chunk of classes, which is
@@ -637,7 +641,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Index) == 4 ? 3 : 2) cells_ke
         __syncthreads();
       } else {
         float class_weights = 0;
-        for (int first_class = 0; first_class < p.classes; first_class += tiles.chunk()) {
+        for (int first_class = 0; first_class < p.classes; first_class += tiles.chunk) {
           tile.load(strip.cell_row, first_class);
           __syncthreads();
           tile.add_chunk(strip, first_class, class_weights, of_thread);
@@ -646,8 +650,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Index) == 4 ? 3 : 2) cells_ke
       }
       if (!sums) continue;
       if (p.smoothed) tile.sum_smoothings(strip);
-      for (int first_class = 0; first_class < p.classes; first_class += tiles.chunk()) {
-        if (maps.grad || p.classes > tiles.chunk()) {
+      for (int first_class = 0; first_class < p.classes; first_class += tiles.chunk) {
+        if (maps.grad || p.classes > tiles.chunk) {
           tile.load(strip.cell_row, first_class);
           __syncthreads();
         }

@@ -760,6 +760,20 @@ def test_launches_on_a_gpu(dtype, channels_last):
         assert called <= {"aten::empty_strided", "aten::as_strided"}
 
 
+@ON_LINUX
+@pytest.mark.parametrize(
+    "logits, labels",
+    [((17, 17), (34, 34)), ((9, 9), (65, 65)), ((24, 24), (24, 96)), ((16, 1), (16, 700)), ((1, 1), (70, 300))],
+)
+def test_partial_sums_are_few(logits, labels):
+    """What a GPU allocates for a gradient, at ratios from two on: each time less than half of the upsampled logits."""
+    z, pixels = torch.randn(1, 40, *logits, requires_grad=True), draw_labels(1, 40, *labels)
+    with segops.backend("emulated"), torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
+        torch.autograd.grad(segops.upsample_cross_entropy(z, pixels), z)
+    allocated = [each.nbytes() for each in profile.profiler.kineto_results.events() if each.name() == "[memory]"]
+    assert 0 < max(allocated) < 4 * 40 * labels[0] * labels[1] / 2
+
+
 def of_an_emulated_op(event):
     while event.cpu_parent is not None:
         event = event.cpu_parent
