@@ -28,9 +28,9 @@
 //
 // Of a map of losses, the gradient that comes in is known later: it is made in a second pass.
 //
-//   loss_map      loss, and what the gradient needs of each pixel: maps of max_logit, grad_scale,
-//                 target_grad and, with s > 0, smoothing, one after the other; all but max_logit
-//                 are 0 where ignored, NaN where wrong
+//   loss_map      loss, and what the gradient needs of each pixel: maps of max_logit (on CUDA times
+//                 log2 e), grad_scale, target_grad and, with s > 0, smoothing, one after the other;
+//                 all but max_logit are 0 where ignored, NaN where wrong
 //   map_grad      the gradient for the logits of sum(grad * loss)
 //
 // The gradient of a sum is known but for a factor: it is made in the same pass.
@@ -43,7 +43,6 @@
 
 #include "../common/resize.h"
 
-#include <algorithm>
 #include <cmath>
 
 namespace segops::bal {
@@ -82,14 +81,14 @@ struct Antialias {
   double scale, start;  // source pixels per output, and from the output's centre to the first tap's
   int64_t first, count;
 
-  SEGOPS_HOST_DEVICE Antialias(int64_t i, int64_t in, int64_t out) : scale(double(in) / double(out)) {
+  Antialias(int64_t i, int64_t in, int64_t out) : scale(double(in) / double(out)) {
     const double centre = (double(i) + 0.5) * scale;
     const int64_t begin = int64_t(centre - scale + 0.5), end = int64_t(centre + scale + 0.5);
     first = begin > 0 ? begin : 0;
     count = (end < in ? end : in) - first;
     start = double(first) + 0.5 - centre;
   }
-  SEGOPS_HOST_DEVICE double triangle(int64_t k) const {
+  double triangle(int64_t k) const {
     const double distance = fabs(start + double(k)) / scale;
     return distance < 1 ? 1 - distance : 0;
   }
@@ -110,14 +109,14 @@ struct BlurKernel {
       : gaussian(gaussian),
         size(2 * (kernel_size / 2 < longest_side ? kernel_size / 2 : longest_side) + 1),
         steps(double(kernel_size - 1)),
-        spread(std::min(double(kernel_size) * sigma, 1e20 * double(kernel_size) * double(kernel_size))),
+        spread(double(kernel_size) * sigma),
         least(std::exp(exponent(kernel_size / 2))),
         least_less_1(std::expm1(exponent(kernel_size / 2))),
         range(-std::expm1(2 * exponent(kernel_size / 2))) {}
 
-  SEGOPS_HOST_DEVICE double exponent(int64_t distance) const { return -(double(distance) * double(distance)) / spread; }
+  double exponent(int64_t distance) const { return -(double(distance) * double(distance)) / spread; }
   // factors (u1, v1, u2, v2), each of `size`: those of k <= size / 2, and of its mirror image.
-  SEGOPS_HOST_DEVICE void write(int64_t k, float* factors) const {
+  void write(int64_t k, float* factors) const {
     const int64_t distance = size / 2 - k;
     const double linear = 0.5 - double(distance) / steps;
     double values[4] = {linear, 1, 1, linear};
@@ -143,10 +142,11 @@ struct LossShape {
   int64_t weight_h, weight_w;     // of the pixel weights
 
   bool resized() const { return h != height || w != width; }
-  SEGOPS_HOST_DEVICE int64_t pixels() const { return images * height * width; }
+  int64_t pixels() const { return images * height * width; }
 };
 
-// What the losses are of. Weights have the dtype that is computed in, on the CPU the logits too.
+// What the losses are of. On the CPU all have the dtype that is computed in; on CUDA logits and
+// weights may also be float16 and bfloat16, each as it comes.
 struct LossInput {
   LossShape s;
   Tensor logits, labels;  // (N, C, h, w) with any strides, (N, H, W) without gaps

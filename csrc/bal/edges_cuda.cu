@@ -2,7 +2,7 @@
 //
 // A block counts the edges of the label columns that its outputs reach, a thread for each of them,
 // which walks down a row's taps and keeps the weighted sum; these sums are then weighted along x in
-// shared memory. The blur is two passes, whose blocks compute the kernel's factors as they need them.
+// shared memory. The blur is two passes, whose blocks compute the kernel's factors themselves.
 
 #include "../common/cuda.h"
 #include "bal.h"
@@ -248,7 +248,7 @@ void normalise(const Tensor& edges, const Tensor& by, bool mean, double beta) {
   const int64_t plane = edges.size(1) * edges.size(2), work = edges.numel();
   float* map = data_of<float>(edges);
   const float* divisors = data_of<const float>(by);
-  with_index(work, [&](auto index) {
+  with_index(work + kThreads, [&](auto index) {
     using Index = decltype(index);
     launch(
         normalise_kernel<Index>, blocks_for(work), kThreads, 0, stream, map, divisors, mean, float(beta), Index(plane),

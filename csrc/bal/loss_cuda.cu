@@ -1,26 +1,25 @@
 // The losses on CUDA (bal.h says what they compute).
 //
-// A cell is what lies between four logits: the label pixels that are interpolated from rows k, k + 1
-// and columns j, j + 1. A block owns a tile, some cells along each axis, or a part of one cell where
+// A cell is what lies between four logits: the label pixels that are interpolated from rows k, k+1
+// and columns j, j+1. A block owns a tile, some cells along each axis, or a part of one cell where
 // cells are large, and walks down its rows of cells, whose corners it keeps in shared memory, a
 // chunk of classes at a time:
 //
-//   1. A thread per label pixel adds up the softmax over the classes. What the gradient needs of the
-//      pixel goes to shared memory.
+//   1. A thread per label pixel adds up the softmax over the classes. What the gradient needs of
+//      the pixel goes to shared memory.
 //   2. A thread per cell and class adds up the gradients of the cell's pixels for its four corners,
-//      in registers. Cells that share a corner add their sums up in the tile's block of partial
-//      sums.
+//      in registers. Cells that share a corner add their sums up in the tile's partial sums.
 //
 // A second kernel adds the partial sums of the tiles that meet at a logit, in a fixed order: no
-// atomics. Partial sums are (rows + 1) x (columns + 1) for a tile: a few per cent more than the
-// logits at a low ratio, a small part of the labels at a high one.
+// atomics. A tile has (rows + 1) x (columns + 1) of them for each class: a third more than logits
+// where labels are eight times as large, and few beside the upsampled logits from a ratio of two on.
 //
-// For a map of losses 1 writes the coefficients of the pixels to memory, and a later launch, which
+// For a map of losses, 1 writes the coefficients of the pixels to memory, and a later launch, which
 // reads them, does 2. Logits of the labels' size need no cells: a thread per pixel does both.
 //
-// Logarithms and powers are those of two. Where a softmax is computed, what is subtracted before
-// exponentiating, `shift`, is the greatest logit times log2 e, rounded: all that is relative to it is
-// computed with one rounding, so that its own does not matter.
+// Logarithms and powers are those of two. What a softmax subtracts before it exponentiates, `shift`,
+// is the greatest logit times log2 e, rounded; the rounding does not matter, since everything is
+// computed relative to it, with one rounding more.
 
 #include "../common/cuda.h"
 #include "../common/op.h"
@@ -33,14 +32,18 @@
 namespace segops::bal {
 namespace {
 
-constexpr int kColumns = 128, kRows = 32;                                  // label pixels that a tile aims at
-constexpr int kMostColumns = kColumns * 3 / 2, kMostRows = kRows * 3 / 2;  // the first cell is half a cell longer
-constexpr int kCells = 32;                                                 // of a tile, along an axis, at most
-constexpr int kPixels = 1536;                                              // whose coefficients are in shared memory, at most
-constexpr int kChunk = 32;                                                 // classes whose corners are there
-constexpr int kStride = kCells + 1;  // from a class's corners to the next's: odd, so that they are in different banks
-constexpr int kGroup = 4;            // classes between which a softmax is rescaled
-constexpr int kLoads = 8;            // logits that a thread per pixel loads at once
+// A tile aims at so many label pixels, and has at most half more: the first cell is half a cell
+// longer than others.
+constexpr int kColumns = 128, kRows = 32;
+constexpr int kMostColumns = kColumns * 3 / 2, kMostRows = kRows * 3 / 2;
+constexpr int kCells = 32;  // of a tile along an axis, at most
+
+// In shared memory at once, at most: the coefficients of so many pixels, the corners of so many
+// classes. From one class to the next is an odd number of corners: they are in different banks.
+constexpr int kPixels = 1536, kChunk = 32, kStride = kCells + 1;
+
+constexpr int kGroup = 4;  // classes between which a softmax is rescaled
+constexpr int kLoads = 8;  // logits that a thread per pixel loads at once
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
@@ -121,8 +124,8 @@ struct alignas(16) Pixel {
   float target_grad;  // first the target's logit
   int label;
 
-  // Of logit z of class c, but for the smoothing. Where it is ignored, z may be anything: the power is
-  // a number, and grad_scale 0.
+  // Of logit z of class c, but for the smoothing. Where it is ignored, z may be anything: the power
+  // is a number, and grad_scale 0.
   __device__ float gradient(float z, int c) const {
     const float other = grad_scale * fminf(fast_exp2(fmaf(kLog2E, z, -shift)), FLT_MAX);
     return label == c ? target_grad : other;
@@ -375,8 +378,8 @@ struct Tiles {
 // Of a cell: upper left, upper right, lower left, lower right. Logits, or sums for them.
 using Corners = Pack<float, 4>;
 
-// Adds a row of label pixels, value(x) of begin <= x < end, which lies at `weight` between the upper
-// and the lower corners.
+// Adds a row of label pixels, value(x) of begin <= x < end, that lies at `weight` between the
+// upper and the lower corners.
 template <typename Value>
 __device__ inline void add_row(Corners& sums, float weight, const float* weights, int begin, int end, const Value& value) {
   float all = 0, right = 0;
@@ -396,7 +399,7 @@ __device__ inline void add_row(Corners& sums, float weight, const float* weights
 // What a block keeps of its tile in shared memory.
 struct Tables {
   int image;
-  // Of label columns: the weight of the logits on the right, the cell, the position in pixel weights.
+  // Of label columns: the weight of what is right, the cell, the position in pixel weights.
   float weight_x[kMostColumns];
   int cell[kMostColumns];
   Position pixel_weight_x[kMostColumns];
@@ -445,6 +448,7 @@ struct Tile {
     logits = p.logits.at(n, 0, first_row, first_cell);
     first_pixel = (n * p.height + top) * p.width + left;
     if (threadIdx.x == 0) tables.image = n;
+    // Not unrolled, here and below, is what is not worth the registers.
 #pragma unroll 1
     for (int i = threadIdx.x; i < width; i += kThreads) {
       const Position position = tiles.x.resize.at(left + i);
@@ -619,6 +623,7 @@ struct Tile {
   }
 };
 
+// As many blocks on a multiprocessor as leave each thread the registers that it needs.
 template <typename T, typename Index>
 __global__ void __launch_bounds__(kThreads, sizeof(Index) == 4 ? 3 : 2) cells_kernel(
     const Problem<T, Index> p, const Tiles<Index> tiles, const Maps maps, float* __restrict__ sums,
@@ -736,7 +741,7 @@ void run(const LossInput& in, const Maps& maps, const std::optional<Tensor>& gra
   Losses* losses = sum ? static_cast<Losses*>(block_losses.mutable_data_ptr()) : nullptr;
   const Totals totals = sum ? Totals{losses, int(blocks), sum->mean, sum->divisor, sum->loss} : Totals{};
   const int64_t elements = std::max(
-      {extent(in.logits), in.maps() * s.pixels(), count, positions(s.h, s.height), positions(s.w, s.width),
+      {extent(in.logits) + kThreads, in.maps() * s.pixels(), count, positions(s.h, s.height), positions(s.w, s.width),
        positions(s.weight_h, s.height), positions(s.weight_w, s.width)});
   with_index(elements, [&](auto index) {
     using Index = decltype(index);

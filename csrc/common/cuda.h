@@ -87,7 +87,7 @@ __device__ inline void wait_for_copies() {
 #endif
 }
 
-// 2^x to about 2 units in the last place, in one instruction; 0 where that is less than a normal number.
+// 2^x to about 2 units in the last place, in one instruction; 0 where it is below the normal numbers.
 __device__ inline float fast_exp2(float x) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));

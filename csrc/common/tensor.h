@@ -44,7 +44,7 @@ T* data_of(const std::optional<Tensor>& tensor) {
   return tensor ? data_of<T>(*tensor) : nullptr;
 }
 
-// A tensor (N, C, H, W) with any strides, as kernels take it. Index holds the number of any element.
+// A tensor (N, C, H, W) with any strides, as kernels take it. Index can number all its elements.
 template <typename T, typename Index = int64_t>
 struct View {
   T* data;
