@@ -399,6 +399,7 @@ __device__ inline void add_row(Corners& sums, float weight, const float* weights
 // What a block keeps of its tile in shared memory.
 struct Tables {
   int image;
+  int rows;  // of cells
   // Of label columns: the weight of what is right, the cell, the position in pixel weights.
   float weight_x[kMostColumns];
   int cell[kMostColumns];
@@ -427,7 +428,7 @@ struct Tile {
   float* smoothings;          // of a strip
   const T* logits;            // the first corner's
   Index first_pixel;          // its number
-  int rows, cells, width;     // of cells along each axis; of label pixels
+  int cells, width;           // in a row; of label pixels
   int last_row, last_column;  // of logits, counted from the first corner
 
   __device__ Tile(const Problem<T, Index>& p, const Tiles<Index>& tiles, const Maps& maps, Tables& tables)
@@ -441,13 +442,16 @@ struct Tile {
     const Index top = tiles.y.begin(y), left = tiles.x.begin(x);
     const int height = int(tiles.y.end(y) - top);
     width = int(tiles.x.end(x) - left);
-    rows = int(tiles.y.end_cell(y) - first_row);
+    const int rows = int(tiles.y.end_cell(y) - first_row);
     cells = int(tiles.x.end_cell(x) - first_cell);
     last_row = int(tiles.y.resize.in - 1 - first_row);
     last_column = int(tiles.x.resize.in - 1 - first_cell);
     logits = p.logits.at(n, 0, first_row, first_cell);
     first_pixel = (n * p.height + top) * p.width + left;
-    if (threadIdx.x == 0) tables.image = n;
+    if (threadIdx.x == 0) {
+      tables.image = n;
+      tables.rows = rows;
+    }
     // Not unrolled, here and below, is what is not worth the registers.
 #pragma unroll 1
     for (int i = threadIdx.x; i < width; i += kThreads) {
@@ -526,6 +530,7 @@ struct Tile {
       }
       const float previous = softmax.shift;
       const int target = pixel.label - first_class;
+#pragma unroll 1
       for (int c = 0; c < count; c += kGroup) {
         float z[kGroup];
 #pragma unroll
@@ -625,7 +630,7 @@ struct Tile {
 
 // As many blocks on a multiprocessor as leave each thread the registers that it needs.
 template <typename T, typename Index>
-__global__ void __launch_bounds__(kThreads, sizeof(Index) == 4 ? 3 : 2) cells_kernel(
+__global__ void __launch_bounds__(kThreads, sizeof(Index) == 4 ? 4 : 2) cells_kernel(
     const Problem<T, Index> p, const Tiles<Index> tiles, const Maps maps, float* __restrict__ sums,
     Losses* __restrict__ losses) {
   __shared__ Tables tables;
@@ -637,7 +642,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Index) == 4 ? 3 : 2) cells_ke
   __syncthreads();
   Losses of_thread{0, 0};
   Strip strip;
-  for (strip.cell_row = 0; strip.cell_row < tile.rows; ++strip.cell_row) {
+  for (strip.cell_row = 0; strip.cell_row < tables.rows; ++strip.cell_row) {
     const int end = tables.first_row[strip.cell_row + 1];
     for (strip.begin = tables.first_row[strip.cell_row]; strip.begin < end; strip.begin += tiles.strip) {
       strip.height = end - strip.begin < tiles.strip ? end - strip.begin : tiles.strip;
