@@ -78,7 +78,7 @@ __device__ inline float sum_of_column(const Map<Label, Index>& map, const Taps<I
 }
 
 template <typename Label, typename Index>
-__global__ void __launch_bounds__(kThreads) count_edges_kernel(
+__global__ void __launch_bounds__(kThreads, sizeof(Index) == 4 ? 4 : 2) count_edges_kernel(
     const Map<Label, Index> map, const Taps<Index> rows, const Taps<Index> columns, int outputs, int column_tiles,
     int row_tiles, float beta, float* __restrict__ out) {
   __shared__ float sums[kThreads];

@@ -474,6 +474,17 @@ def test_accuracy_of_sums_over_many_blocks(target):
     assert_accurate(Case((1, 2, 4, 5), (512, 520)), torch.float32, target[0])
 
 
+@fast_targets
+def test_a_loss_scale_comes_before_gradients_are_rounded(target):
+    """The gradient of a mean, divided by the pixels, would be below float16's normal numbers: a scale would come too late."""
+    logits = torch.tensor([12.0, 0]).view(1, 2, 1, 1).expand(1, 2, 2, 2).half().to(target[0]).requires_grad_()
+    loss = segops.upsample_cross_entropy(logits, torch.zeros(1, 256, 256, dtype=torch.int64, device=target[0]))
+    (grad,) = torch.autograd.grad(loss * 2**16, logits)
+    exact = 2**16 * torch.sigmoid(torch.tensor(-12.0, dtype=torch.float64)) / 4  # a quarter of the pixels for each logit
+    for value, expected in zip(grad[0].cpu(), (-exact, exact), strict=True):
+        assert ((value.double() / expected - 1).abs() < 1e-3).all()
+
+
 SMALL = st.integers(1, 9)
 
 
