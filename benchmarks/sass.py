@@ -9,7 +9,8 @@ or not. Its units of work are its exponentials (MUFU.EX2) if it has any, in the 
 label pixel and class; else its global loads of the widest kind: one of 128 bits is a tap of eight
 bfloat16 channels. In flight are its global loads before the first instruction that reads a register
 which one of them wrote. Of several innermost loops the main one, which comes first, has the most
-exponentials, then global loads, then instructions.
+exponentials, then global loads, then instructions. Instructions per class are those per exponential
+of all innermost loops that have any, added up: of a loss, both of its passes.
 
 A 64-bit division is a call of nvcc's subroutine for quotients or remainders; a 32-bit one is the
 reciprocal of an integer, also where that is the short way of a 64-bit one. Doubles and divisions
@@ -37,39 +38,46 @@ from .report import write_csv
 
 ARCHITECTURE = "sm_90"  # that the limits are for
 # The largest values of columns, but for AT_LEAST the smallest, by what is searched for in the names
-# of kernels; `int` in a template's arguments numbers elements with 32 bits.
+# of kernels. The last argument of a template is the type that numbers elements: `int` has 32 bits.
 GENERAL = {
     "": {"local": 0, "doubles_in_loops": 0},
-    r"<.*\bint\b": {"divisions_64": 0},
+    r"\bint>$": {"divisions_64": 0},
 }
 # Every kernel has a line here. 64 registers let four blocks of 256 threads share a multiprocessor,
 # 80 three, 128 two.
-PAC_LOADS = {"in_flight": 8, "narrowest_store": 128}
+PAC = {"in_flight": 8, "narrowest_store": 128}
 LIMITS = {
-    r"^argmax::best_kernel<": {"registers": 64, "per_unit": 20},
-    r"^argmax::best_kernel<.*\bint>": {"in_flight": 8},
+    r"^argmax::best_kernel<": {"registers": 64},
+    r"^argmax::best_kernel<.*\bint>$": {"per_unit": 12, "in_flight": 8},
     r"^argmax::upsample_kernel<": {"registers": 80},
-    r"^argmax::upsample_kernel<float, 8, int>": {"in_flight": 4},
-    r"^bal::(blur_x|blur_y|count_edges|factors|normalise|total)_kernel$": {"registers": 64},
-    r"^bal::grad_kernel<": {"registers": 64},
-    r"^bal::(loss|resized_grad)_kernel<": {"registers": 128},
+    r"^argmax::upsample_kernel<.*\bint>$": {"registers": 64, "per_unit": 20, "in_flight": 4},
+    r"^bal::(blur_x|blur_y|combine|normalise)_kernel<": {"registers": 64},
+    r"^bal::blur_[xy]_kernel<int>$": {"in_flight": 4},
+    r"^bal::cells_kernel<": {"registers": 80},
+    r"^bal::cells_kernel<.*\bint>$": {"registers": 64, "per_class": 30},
+    r"^bal::count_edges_kernel<": {"registers": 88},
+    r"^bal::count_edges_kernel<.*\bint>$": {"registers": 64, "in_flight": 8},
+    r"^bal::pixels_kernel<": {"registers": 64},
+    r"^bal::pixels_kernel<.*\bint>$": {"in_flight": 8, "per_class": 45},
+    r"^bal::scale_kernel<": {"registers": 64},
+    r"^bal::scale_kernel<.*, [48]>$": {"narrowest_store": 16},
     r"^pac::gather_kernel<": {"registers": 64},
-    r"^pac::gather_kernel<(__half|__nv_bfloat16), 8, int, ": {"per_unit": 36, "narrowest_store": 128},
-    r"^pac::gather_kernel<(__half|__nv_bfloat16), 8, int, true>": PAC_LOADS,
+    r"^pac::gather_kernel<(__half|__nv_bfloat16), 8, .*\bint>$": {"per_unit": 36, "narrowest_store": 128},
+    r"^pac::gather_kernel<(__half|__nv_bfloat16), 8, true, int>$": PAC,
     r"^pac::scatter_kernel<": {"registers": 128},
-    r"^pac::scatter_kernel<.* int, ": {"divisions_in_loops": 0},
-    r"^pac::scatter_kernel<(__half|__nv_bfloat16), 8, int, ": {"per_unit": 40, "narrowest_store": 128},
-    r"^pac::scatter_kernel<(__half|__nv_bfloat16), 8, int, true>": PAC_LOADS,
+    r"^pac::scatter_kernel<.*\bint>$": {"divisions_in_loops": 0},
+    r"^pac::scatter_kernel<(__half|__nv_bfloat16), 8, .*\bint>$": {"per_unit": 40, "narrowest_store": 128},
+    r"^pac::scatter_kernel<(__half|__nv_bfloat16), 8, true, int>$": PAC,
     r"^pac::transpose_kernel<": {"registers": 64},
     r"^pag::(gather_kernel|scatter_windows)<": {"registers": 64},
     r"^pag::scatter_elements<": {"registers": 96},
-    r"^pag::scatter_elements<.*\bint>": {"registers": 64},
+    r"^pag::scatter_elements<.*\bint>$": {"registers": 64},
     r"^pag::(concat|sum)_kernel<": {"registers": 80},
 }
 AT_LEAST = {"in_flight", "narrowest_store"}
 COLUMNS = (  # of the tables; the other files have more
     "kernel arch registers shared local store_widths doubles doubles_in_loops divisions_64 divisions_32 divisions_in_loops "
-    "loop instructions units per_unit load_widths in_flight"
+    "loop instructions units per_unit per_class load_widths in_flight"
 ).split()
 
 LOADS, STORES = {"LDG", "LDGSTS", "LD"}, {"STG", "ST"}  # of global memory
@@ -253,6 +261,8 @@ def kernels(cubin):
             **kernel_figures(code),
         }
         bodies = [loop_figures(code[first : last + 1]) for first, last in innermost(loops(code))]
+        per_class = [body["per_unit"] for body in bodies if body["exponentials"]]
+        figures["per_class"] = round(sum(per_class), 2) if per_class else None
         yield figures, sorted(bodies, key=lambda body: (-body["exponentials"], -body["loads"], -body["instructions"]))
 
 

@@ -83,7 +83,7 @@ __device__ inline void load_around(
   }
 }
 
-template <typename T, int V, typename Index, bool three_by_three>
+template <typename T, int V, bool three_by_three, typename Index>
 __global__ void __launch_bounds__(kThreads, 4) gather_kernel(
     const T* __restrict__ planes, const T* __restrict__ bias, T* __restrict__ out, Index out_pixel_stride,
     Index out_group_stride, const Map<Index> map, const Rates<Index> rates, Index work) {
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, 4) gather_kernel(
 }
 
 // From first_pixel on. With groups there is one for each rate.
-template <typename T, int V, typename Index, bool three_by_three>
+template <typename T, int V, bool three_by_three, typename Index>
 __global__ void __launch_bounds__(kThreads, 2) scatter_kernel(
     const T* __restrict__ source, T* __restrict__ out, const Map<Index> map, const Rates<Index> rates, Index first_pixel,
     Index work) {
@@ -272,7 +272,7 @@ void shift_gather(
         using Index = decltype(index);
         const int64_t work = out.numel() / pack;
         launch(
-            gather_kernel<T, decltype(pack)::value, Index, decltype(three_by_three)::value>, blocks_for(work), kThreads, 0,
+            gather_kernel<T, decltype(pack)::value, decltype(three_by_three)::value, Index>, blocks_for(work), kThreads, 0,
             stream, from, shift, to, Index(pixel_stride), Index(group_stride), Map<Index>(s, pack),
             Rates<Index>(rates, s, s.taps() * s.channels), Index(work));
       });
@@ -297,7 +297,7 @@ void shift_scatter(
         using Index = decltype(index);
         const int64_t work = out.numel() / s.taps() / pack;
         launch(
-            scatter_kernel<T, decltype(pack)::value, Index, decltype(three_by_three)::value>, blocks_for(work), kThreads, 0,
+            scatter_kernel<T, decltype(pack)::value, decltype(three_by_three)::value, Index>, blocks_for(work), kThreads, 0,
             stream, from, to, Map<Index>(s, pack), Rates<Index>(rates, s, s.groups * s.channels), Index(first_row * s.width),
             Index(work));
       });
