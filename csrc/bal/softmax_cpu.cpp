@@ -1,7 +1,7 @@
-// loss_map and loss_sum on the CPU: the rows of labels one by one, each in blocks of pixels (softmax_cpu.h).
+// loss_map and loss_sum on the CPU: the rows of labels one by one, each in blocks of pixels
+// (softmax_cpu.h).
 
-#include "softmax_cpu.h"
-#include "../common/op.h"
+#include "gradient_cpu.h"
 
 namespace segops::bal {
 namespace {
@@ -28,12 +28,13 @@ SEGOPS_INLINE void read_weights(const Problem<T>& p, int64_t image, int64_t y, T
 
 template <typename T>
 struct LossOutput {
-  T* coefficients;  // or null
-  T* loss;          // or null
-  double* totals;   // per label row: sum of losses, pixels not ignored
+  T* coefficients;        // or null
+  T* loss;                // or null
+  Gradient<T>* gradient;  // or null
+  double* totals;         // per label row: sum of losses, pixels not ignored
 };
 
-// The label rows of one strip, forward.
+// The label rows of one strip.
 template <typename T>
 SEGOPS_INLINE void loss_strip(const Problem<T>& p, int64_t item, const LossOutput<T>& out) {
   using V = Vec<T, kLanes<T>>;
@@ -45,92 +46,121 @@ SEGOPS_INLINE void loss_strip(const Problem<T>& p, int64_t item, const LossOutpu
   std::vector<T> block(s.classes * kBlock<T>), weights(padded), weight_row(s.weight_w + kWindow<T>),
       target_weights(padded, T(1));
   std::vector<Integer<T>> targets(padded, kIgnored);
+  const bool smoothed = p.smoothed, summed = out.gradient && s.resized();
+  std::optional<RowSums<T>> sums;
+  if (summed) sums.emplace(p, *out.gradient, item);
 
-  for (int64_t y = p.rows.first[begin]; y < p.rows.first[end]; ++y) {
-    reader.seek(p.rows.low[y]);
-    const int64_t row = (image * s.height + y) * s.width;
-    read_classes(p.labels, row, s.width, targets.data());
-    read_weights(p, image, y, weight_row.data(), weights.data());
-    if (p.class_weight)
-      for (int64_t x = 0; x < s.width; ++x) target_weights[x] = targets[x] < 0 ? T(0) : p.class_weight[targets[x]];
+  for (int64_t k = begin; k < end; ++k) {
+    for (int64_t y = p.rows.first[k]; y < p.rows.first[k + 1]; ++y) {
+      reader.seek(k);
+      const int64_t row = (image * s.height + y) * s.width;
+      read_classes(p.labels, row, s.width, targets.data());
+      read_weights(p, image, y, weight_row.data(), weights.data());
+      if (p.class_weight)
+        for (int64_t x = 0; x < s.width; ++x) target_weights[x] = targets[x] < 0 ? T(0) : p.class_weight[targets[x]];
 
-    typename V::type sum{};
-    typename I::type ignored{};
-    const auto softmax = [&](auto vector_count, int64_t x) __attribute__((always_inline)) {
-      constexpr int vectors = vector_count, pixels = vectors * kLanes<T>;
-      reader.template read<pixels>(y, x, block.data());
-      typename V::type max_logit[vectors], rest[vectors], at_target[vectors], smooth[vectors];
-      typename I::type target[vectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) {
-        max_logit[v] = V::load(&block[v * kLanes<T>]);
-        rest[v] = smooth[v] = typename V::type{};
-        at_target[v] = rest[v] - std::numeric_limits<T>::infinity();  // for pixels that have no target
-        target[v] = I::load(&targets[x + v * kLanes<T>]);
-      }
-      for (int64_t c = 1; c < s.classes; ++c) {
+      typename V::type sum{};
+      typename I::type ignored{};
+      const auto softmax = [&](auto vector_count, int64_t x) __attribute__((always_inline)) {
+        constexpr int vectors = vector_count, pixels = vectors * kLanes<T>;
+        reader.template read<pixels>(y, x, block.data());
+        typename V::type max_logit[vectors], rest[vectors], at_target[vectors], smooth[vectors];
+        typename I::type target[vectors];
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
-          const auto z = V::load(&block[c * pixels + v * kLanes<T>]);
-          max_logit[v] = z > max_logit[v] ? z : max_logit[v];
+          max_logit[v] = V::load(&block[v * kLanes<T>]);
+          rest[v] = smooth[v] = typename V::type{};
+          at_target[v] = rest[v] - std::numeric_limits<T>::infinity();  // for pixels that have no target
+          target[v] = I::load(&targets[x + v * kLanes<T>]);
         }
-      }
-      for (int64_t c = 0; c < s.classes; ++c) {
+        for (int64_t c = 1; c < s.classes; ++c) {
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) {
-          const auto z = V::load(&block[c * pixels + v * kLanes<T>]);
-          const auto e = exp(z - max_logit[v], T{});
-          rest[v] = target[v] == Integer<T>(c) ? rest[v] : rest[v] + e;
-          at_target[v] = target[v] == Integer<T>(c) ? z : at_target[v];
+          for (int v = 0; v < vectors; ++v) {
+            const auto z = V::load(&block[c * pixels + v * kLanes<T>]);
+            max_logit[v] = z > max_logit[v] ? z : max_logit[v];
+          }
         }
-      }
-      if (p.smoothed)
+        if (smoothed)
+          for (int64_t c = 0; c < s.classes; ++c) {
+            const T weight = p.class_weight ? p.class_weight[c] : T(1);
+            for (int v = 0; v < vectors; ++v)
+              smooth[v] += weight * (max_logit[v] - V::load(&block[c * pixels + v * kLanes<T>]));
+          }
+        // The exponentials take the place of the logits, for the gradient.
         for (int64_t c = 0; c < s.classes; ++c) {
-          const T weight = p.class_weight ? p.class_weight[c] : T(1);
-          for (int v = 0; v < vectors; ++v) smooth[v] += weight * (max_logit[v] - V::load(&block[c * pixels + v * kLanes<T>]));
-        }
-      T results[5][pixels];  // loss, then the coefficients
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) {
-        const int64_t at = x + v * kLanes<T>;
-        const auto total = rest[v] + exp(at_target[v] - max_logit[v], T{});
-        const auto log_total = log(total, T{});
-        const auto weight = V::load(&weights[at]), own = p.keep * V::load(&target_weights[at]);
-        const T smooth_weight = p.share * p.class_weight_sum;
-        auto loss = own * (log_total + (max_logit[v] - at_target[v]));
-        if (p.smoothed) loss += smooth_weight * log_total + p.share * smooth[v];
-        const typename V::type zero{}, nan = zero + std::numeric_limits<T>::quiet_NaN();
-        const typename V::type values[] = {
-            weight * loss, weight * (own + smooth_weight) / total,
-            weight * ((smooth_weight * (total - rest[v]) - own * rest[v]) / total), zero + weight * p.share};
-        V::store(results[1] + v * kLanes<T>, max_logit[v]);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          auto value = target[v] == Integer<T>(kIgnored) ? zero : values[i];
-          value = target[v] == Integer<T>(kWrong) ? nan : value;
-          V::store(results[i == 0 ? 0 : i + 1] + v * kLanes<T>, value);
+          for (int v = 0; v < vectors; ++v) {
+            T* place = &block[c * pixels + v * kLanes<T>];
+            const auto z = V::load(place);
+            const auto e = exp(z - max_logit[v], T{});
+            rest[v] = target[v] == Integer<T>(c) ? rest[v] : rest[v] + e;
+            at_target[v] = target[v] == Integer<T>(c) ? z : at_target[v];
+            if (out.gradient) V::store(place, e);
+          }
         }
-        sum += V::load(results[0] + v * kLanes<T>);
-        ignored -= target[v] == Integer<T>(kIgnored);  // a true lane is -1
+        T results[5][pixels];  // loss, then the coefficients
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+          const int64_t at = x + v * kLanes<T>;
+          const auto total = rest[v] + exp(at_target[v] - max_logit[v], T{});
+          const auto log_total = log(total, T{});
+          const auto weight = V::load(&weights[at]), own = p.keep * V::load(&target_weights[at]);
+          const T smooth_weight = p.share * p.class_weight_sum;
+          auto loss = own * (log_total + (max_logit[v] - at_target[v]));
+          if (smoothed) loss += smooth_weight * log_total + p.share * smooth[v];
+          const typename V::type zero{}, nan = zero + std::numeric_limits<T>::quiet_NaN();
+          const typename V::type values[] = {
+              weight * loss, weight * (own + smooth_weight) / total,
+              weight * ((smooth_weight * (total - rest[v]) - own * rest[v]) / total), zero + weight * p.share};
+          V::store(results[1] + v * kLanes<T>, max_logit[v]);
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; ++i) {
+            auto value = target[v] == Integer<T>(kIgnored) ? zero : values[i];
+            value = target[v] == Integer<T>(kWrong) ? nan : value;
+            V::store(results[i == 0 ? 0 : i + 1] + v * kLanes<T>, value);
+          }
+          sum += V::load(results[0] + v * kLanes<T>);
+          ignored -= target[v] == Integer<T>(kIgnored);  // a true lane is -1
+        }
+        const int64_t count = std::min<int64_t>(pixels, s.width - x);
+        if (out.loss) std::memcpy(out.loss + row + x, results[0], count * sizeof(T));
+        const int maps = out.coefficients ? smoothed ? 4 : 3 : 0;
+        for (int map = 0; map < maps; ++map)
+          std::memcpy(out.coefficients + map * s.pixels() + row + x, results[map + 1], count * sizeof(T));
+        if (!out.gradient) return;
+
+        const T low = 1 - p.rows.weight[y], high = p.rows.weight[y];
+        for (int64_t c = 0; c < s.classes; ++c) {
+          const T class_weight = p.class_weight ? p.class_weight[c] : T(1);
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; ++v) {
+            T* place = &block[c * pixels + v * kLanes<T>];
+            auto gradient = V::load(results[2] + v * kLanes<T>) * V::load(place);
+            gradient = target[v] == Integer<T>(c) ? V::load(results[3] + v * kLanes<T>) : gradient;
+            if (smoothed) gradient -= V::load(results[4] + v * kLanes<T>) * class_weight;
+            if (summed)
+              sums->add(c * padded + x + v * kLanes<T>, low * gradient, high * gradient);
+            else
+              V::store(place, gradient);
+          }
+        }
+        if (!summed) out.gradient->template store<pixels>(p, image, y, x, block.data());
+      };
+      int64_t x = 0;
+      for (; x + kBlock<T> <= s.width; x += kBlock<T>) softmax(constant<4>, x);
+      for (; x < s.width; x += kLanes<T>) softmax(constant<1>, x);
+      double losses = 0;
+      int64_t valid = x;  // lanes: those beyond the row are ignored
+      for (int i = 0; i < kLanes<T>; ++i) {
+        losses += double(sum[i]);
+        valid -= ignored[i];
       }
-      const int64_t count = std::min<int64_t>(pixels, s.width - x);
-      if (out.loss) std::memcpy(out.loss + row + x, results[0], count * sizeof(T));
-      const int maps = out.coefficients ? p.smoothed ? 4 : 3 : 0;
-      for (int map = 0; map < maps; ++map)
-        std::memcpy(out.coefficients + map * s.pixels() + row + x, results[map + 1], count * sizeof(T));
-    };
-    int64_t x = 0;
-    for (; x + kBlock<T> <= s.width; x += kBlock<T>) softmax(constant<4>, x);
-    for (; x < s.width; x += kLanes<T>) softmax(constant<1>, x);
-    double losses = 0;
-    int64_t valid = x;  // lanes: those beyond the row are ignored
-    for (int i = 0; i < kLanes<T>; ++i) {
-      losses += double(sum[i]);
-      valid -= ignored[i];
+      out.totals[2 * (image * s.height + y)] = losses;
+      out.totals[2 * (image * s.height + y) + 1] = double(valid);
     }
-    out.totals[2 * (image * s.height + y)] = losses;
-    out.totals[2 * (image * s.height + y) + 1] = double(valid);
+    if (summed) sums->finish(k);
   }
+  if (summed) sums->finish_strip();
 }
 
 #define SEGOPS_LOSS_STRIP(T)                                                                                      \
@@ -141,22 +171,28 @@ SEGOPS_LOSS_STRIP(float)
 SEGOPS_LOSS_STRIP(double)
 #undef SEGOPS_LOSS_STRIP
 
-// Calls use(sum of the losses, number of pixels not ignored), in the dtype that is computed in.
-template <typename Use>
-bool run(const LossInput& in, const std::optional<Tensor>& loss, const std::optional<Tensor>& coefficients, const Use& use) {
+// Calls deliver(sum of the losses, number of pixels not ignored), in the dtype that is computed in.
+// Returns whether a label was wrong.
+template <typename Deliver>
+bool run(
+    const LossInput& in, const std::optional<Tensor>& loss, const std::optional<Tensor>& coefficients,
+    const std::optional<Tensor>& grad, const Deliver& deliver) {
   bool wrong = false;
   dispatch<float, double>(in.logits, "bal_cross_entropy", [&](auto type) {
     using T = decltype(type);
     std::vector<double> row_totals(2 * in.s.images * in.s.height);
     const Problem<T> p(in, "bal_cross_entropy");
-    const LossOutput<T> out{data_of<T>(coefficients), data_of<T>(loss), row_totals.data()};
-    torch::stable::parallel_for(0, in.s.images * p.strips(), 1, [&](int64_t begin, int64_t end) {
+    std::optional<Gradient<T>> gradient;
+    if (grad) gradient.emplace(p, *grad);
+    const LossOutput<T> out{data_of<T>(coefficients), data_of<T>(loss), gradient ? &*gradient : nullptr, row_totals.data()};
+    torch::stable::parallel_for(0, p.items(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) loss_strip_multiversion(p, item, out);
     });
+    if (gradient) gradient->join(p);
     double totals[2] = {};
     for (size_t i = 0; i < row_totals.size(); ++i) totals[i % 2] += row_totals[i];
     wrong = totals[0] != totals[0];
-    use(T(totals[0]), T(totals[1]));
+    deliver(T(totals[0]), T(totals[1]));
   });
   return wrong;
 }
@@ -164,24 +200,17 @@ bool run(const LossInput& in, const std::optional<Tensor>& loss, const std::opti
 }  // namespace
 
 bool loss_map(const LossInput& in, const Tensor& loss, const std::optional<Tensor>& coefficients) {
-  return run(in, loss, coefficients, [](auto, auto) {});
+  return run(in, loss, coefficients, std::nullopt, [](auto, auto) {});
 }
 
 bool loss_sum(
     const LossInput& in, bool mean, const Tensor& loss, const Tensor& divisor, const std::optional<Tensor>& gradient) {
-  const auto deliver = [&](auto sum, auto valid) {
+  return run(in, std::nullopt, std::nullopt, gradient, [&](auto sum, auto valid) {
     using T = decltype(sum);
     const T by = mean ? std::max(valid, T(1)) : T(1);
     *data_of<T>(divisor) = by;
     *data_of<T>(loss) = sum / by;
-  };
-  if (!gradient) return run(in, std::nullopt, std::nullopt, deliver);
-  const Tensor coefficients = empty({in.maps(), in.s.images, in.s.height, in.s.width}, loss.scalar_type(), loss);
-  const bool wrong = run(in, std::nullopt, coefficients, deliver);
-  Tensor one = empty(sizes_of(in.labels), loss.scalar_type(), loss);
-  torch::stable::fill_(one, 1);
-  map_grad(in, one, coefficients, *gradient);
-  return wrong;
+  });
 }
 
 void scale(const Tensor& gradient, const Tensor& grad, const Tensor& divisor, const Tensor& out) {

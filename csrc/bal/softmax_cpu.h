@@ -82,6 +82,7 @@ struct Problem {
   }
   int64_t padded() const { return int64_t(columns.low.size()); }
   int64_t strips() const { return ceil_div(s.h, strip); }
+  int64_t items() const { return s.images * strips(); }
 };
 
 // The logits of one strip of one image, read a row of labels at a time.
