@@ -41,11 +41,11 @@ struct Coefficients {
     if (p.smoothed) scale(from + 3 * p.s.pixels(), &smoothing[at]);
   }
 
-  // The gradient for the logits z of class c at pixels at .. at + kLanes.
-  SEGOPS_INLINE auto gradient(
-      const Problem<T>& p, bool smoothed, typename Vec<T, kLanes<T>>::type z, int64_t c, int64_t at) const {
-    using V = Vec<T, kLanes<T>>;
-    const auto target_class = Vec<Integer<T>, kLanes<T>>::load(&classes[at]);
+  // The gradient for the logits z of class c at pixels at .. at + lanes.
+  template <int lanes>
+  SEGOPS_INLINE auto gradient(const Problem<T>& p, bool smoothed, typename Vec<T, lanes>::type z, int64_t c, int64_t at) const {
+    using V = Vec<T, lanes>;
+    const auto target_class = Vec<Integer<T>, lanes>::load(&classes[at]);
     auto result = V::load(&grad_scale[at]) * exp(z - V::load(&max_logit[at]), T{});
     result = target_class == Integer<T>(c) ? V::load(&target_grad[at]) : result;
     if (smoothed) result -= V::load(&smoothing[at]) * (p.class_weight ? p.class_weight[c] : T(1));
@@ -54,9 +54,10 @@ struct Coefficients {
 };
 
 // The rows of the logits' gradient in one strip.
-template <typename T>
+template <typename T, int bytes>
 SEGOPS_INLINE void grad_strip(const Problem<T>& p, const GradInput<T>& in, int64_t item, Gradient<T>& gradient) {
-  using V = Vec<T, kLanes<T>>;
+  constexpr int lanes = kLanes<T, bytes>;
+  using V = Vec<T, lanes>;
   const LossShape& s = p.s;
   const int64_t image = item / p.strips(), begin = item % p.strips() * p.strip, end = std::min(begin + p.strip, s.h);
   const int64_t padded = p.padded();
@@ -69,32 +70,32 @@ SEGOPS_INLINE void grad_strip(const Problem<T>& p, const GradInput<T>& in, int64
     for (int64_t y = begin; y < end; ++y) {
       coefficients.read(p, in, image, y, 0);
       const auto softmax = [&](auto vectors, int64_t x) __attribute__((always_inline)) {
-        constexpr int pixels = vectors * kLanes<T>;
-        reader.template read<pixels>(y, x, block.data());
+        constexpr int pixels = vectors * lanes;
+        reader.template read<lanes, vectors>(y, x, block.data());
         for (int64_t c = 0; c < s.classes; ++c) {
           T* z = &block[c * pixels];
 #pragma GCC unroll 4
-          for (int v = 0; v < pixels; v += kLanes<T>)
-            V::store(z + v, coefficients.gradient(p, smoothed, V::load(z + v), c, x + v));
+          for (int v = 0; v < pixels; v += lanes)
+            V::store(z + v, coefficients.template gradient<lanes>(p, smoothed, V::load(z + v), c, x + v));
         }
         gradient.template store<pixels>(p, image, y, x, block.data());
       };
       int64_t x = 0;
-      for (; x + kBlock<T> <= s.width; x += kBlock<T>) softmax(constant<4>, x);
-      for (; x < s.width; x += kLanes<T>) softmax(constant<1>, x);
+      for (; x + 4 * lanes <= s.width; x += 4 * lanes) softmax(constant<4>, x);
+      for (; x < s.width; x += lanes) softmax(constant<1>, x);
     }
     return;
   }
 
   Coefficients<T> coefficients(p, kRows);
-  RowSums<T> sums(p, gradient, item);
+  RowSums<T> sums(p, &gradient, item);
   for (int64_t k = begin; k < end; ++k) {
     for (int64_t from = p.rows.first[k]; from < p.rows.first[k + 1]; from += kRows) {
       const int64_t rows = std::min(kRows, p.rows.first[k + 1] - from);
       reader.seek(k);
       for (int64_t r = 0; r < rows; ++r) coefficients.read(p, in, image, from + r, r * padded);
       const T* high = &p.rows.weight[from];
-      for (int64_t x = 0; x < s.width; x += 2 * kLanes<T>) {
+      for (int64_t x = 0; x < s.width; x += 2 * lanes) {
         for (int64_t c = 0; c < s.classes; ++c) {
           const int64_t at = c * padded + x;
           const T *upper = reader.expanded(0) + at, *lower = reader.expanded(1) + at;
@@ -104,30 +105,30 @@ SEGOPS_INLINE void grad_strip(const Problem<T>& p, const GradInput<T>& in, int64
           for (int64_t r = 0; r < rows; ++r) {
 #pragma GCC unroll 2
             for (int v = 0; v < 2; ++v) {
-              const int64_t i = v * kLanes<T>;
+              const int64_t i = v * lanes;
               const auto z = V::load(upper + i) * (1 - high[r]) + V::load(lower + i) * high[r];
-              const auto grad = coefficients.gradient(p, smoothed, z, c, r * padded + x + i);
+              const auto grad = coefficients.template gradient<lanes>(p, smoothed, z, c, r * padded + x + i);
               sum[v] += (1 - high[r]) * grad;
               next_sum[v] += high[r] * grad;
             }
           }
 #pragma GCC unroll 2
-          for (int v = 0; v < 2; ++v) sums.add(at + v * kLanes<T>, sum[v], next_sum[v]);
+          for (int v = 0; v < 2; ++v) sums.add(at + v * lanes, sum[v], next_sum[v]);
         }
       }
     }
-    sums.finish(k);
+    sums.template finish<lanes>(k);
   }
-  sums.finish_strip();
+  sums.template finish_strip<lanes>();
 }
 
-#define SEGOPS_GRAD_STRIP(T)                                                              \
-  SEGOPS_MULTIVERSION void grad_strip_multiversion(                                       \
-      const Problem<T>& p, const GradInput<T>& in, int64_t item, Gradient<T>& gradient) { \
-    grad_strip(p, in, item, gradient);                                                    \
+#define SEGOPS_GRAD_STRIP(target, bytes, T)                                                                        \
+  target void write_grad_strip(const Problem<T>& p, const GradInput<T>& in, int64_t item, Gradient<T>& gradient) { \
+    grad_strip<T, bytes>(p, in, item, gradient);                                                                   \
   }
-SEGOPS_GRAD_STRIP(float)
-SEGOPS_GRAD_STRIP(double)
+#define SEGOPS_GRAD_STRIP_OF_ALL(target, bytes) SEGOPS_GRAD_STRIP(target, bytes, float) SEGOPS_GRAD_STRIP(target, bytes, double)
+SEGOPS_WIDTHS(SEGOPS_GRAD_STRIP_OF_ALL)
+#undef SEGOPS_GRAD_STRIP_OF_ALL
 #undef SEGOPS_GRAD_STRIP
 
 }  // namespace
@@ -139,7 +140,7 @@ void map_grad(const LossInput& in, const Tensor& grad, const Tensor& coefficient
     const GradInput<T> from{data_of<const T>(grad), data_of<const T>(coefficients)};
     Gradient<T> gradient(p, out);
     torch::stable::parallel_for(0, p.items(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item) grad_strip_multiversion(p, from, item, gradient);
+      for (int64_t item = begin; item < end; ++item) write_grad_strip(p, from, item, gradient);
     });
     gradient.join(p);
   });

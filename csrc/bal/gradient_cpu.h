@@ -66,12 +66,14 @@ struct Gradient {
   }
 };
 
-// What one strip adds up for rows k and k + 1 of the logits, still at the columns of the labels.
+// What one strip adds up for rows k and k + 1 of the logits, still at the columns of the labels;
+// empty where there is no gradient, or nothing is resized.
 template <typename T>
 class RowSums {
  public:
-  RowSums(const Problem<T>& p, Gradient<T>& gradient, int64_t item) : p_(p), gradient_(gradient), item_(item) {
-    for (auto& row : rows_) row.resize(p.s.classes * p.padded() + gradient.windows.size);
+  RowSums(const Problem<T>& p, Gradient<T>* gradient, int64_t item) : p_(p), gradient_(gradient), item_(item) {
+    if (gradient && p.s.resized())
+      for (auto& row : rows_) row.resize(p.s.classes * p.padded() + gradient->windows.size);
   }
 
   // Adds what a label row gives to both rows, (classes, padded), from number `at` on.
@@ -84,38 +86,43 @@ class RowSums {
   }
 
   // Row k is complete: k + 1 takes its place.
+  template <int lanes>
   SEGOPS_INLINE void finish(int64_t k) {
-    const View<T>& out = gradient_.out;
-    resize_back(out.at(item_ / p_.strips(), 0, k, 0), out.channel, out.pixel);
+    const View<T>& out = gradient_->out;
+    resize_back<lanes>(out.at(item_ / p_.strips(), 0, k, 0), out.channel, out.pixel);
     std::swap(rows_[0], rows_[1]);
     std::fill(rows_[1].begin(), rows_[1].end(), T(0));
   }
-  SEGOPS_INLINE void finish_strip() { resize_back(gradient_.shared.data() + item_ * p_.s.classes * p_.s.w, p_.s.w, 1); }
+  template <int lanes>
+  SEGOPS_INLINE void finish_strip() {
+    resize_back<lanes>(gradient_->shared.data() + item_ * p_.s.classes * p_.s.w, p_.s.w, 1);
+  }
 
  private:
+  template <int lanes>
   SEGOPS_INLINE void resize_back(T* out, int64_t class_stride, int64_t stride) const {
-    using V = Vec<T, kLanes<T>>;
-    const Windows<T>& windows = gradient_.windows;
+    using V = Vec<T, lanes>;
+    const Windows<T>& windows = gradient_->windows;
     const int64_t* first = p_.columns.first.data();
     const T* sums = rows_[0].data();
     for (int64_t c = 0; c < p_.s.classes; ++c, sums += p_.padded()) {
       for (int64_t j = 0; j < p_.s.w; ++j) {
         typename V::type sum{};
         const auto add = [&](const T* from, const T* weights) __attribute__((always_inline)) {
-          for (int64_t x = 0; x < windows.size; x += kLanes<T>) {
+          for (int64_t x = 0; x < windows.size; x += lanes) {
             const auto weight = V::load(weights + x), part = V::load(from + x) * weight;
             sum += weight != 0 ? part : typename V::type{};  // what is beyond may be NaN
           }
         };
         if (j > 0) add(sums + first[j - 1], &windows.high[j * windows.size]);
         add(sums + first[j], &windows.low[j * windows.size]);
-        out[c * class_stride + j * stride] = sum_lanes<T, kLanes<T>>(sum);
+        out[c * class_stride + j * stride] = sum_lanes<T, lanes>(sum);
       }
     }
   }
 
   const Problem<T>& p_;
-  Gradient<T>& gradient_;
+  Gradient<T>* gradient_;
   const int64_t item_;
   std::vector<T> rows_[2];
 };

@@ -35,10 +35,11 @@ struct LossOutput {
 };
 
 // The label rows of one strip.
-template <typename T>
+template <typename T, int bytes>
 SEGOPS_INLINE void loss_strip(const Problem<T>& p, int64_t item, const LossOutput<T>& out) {
-  using V = Vec<T, kLanes<T>>;
-  using I = Vec<Integer<T>, kLanes<T>>;
+  constexpr int lanes = kLanes<T, bytes>;
+  using V = Vec<T, lanes>;
+  using I = Vec<Integer<T>, lanes>;
   const LossShape& s = p.s;
   const int64_t image = item / p.strips(), begin = item % p.strips() * p.strip, end = std::min(begin + p.strip, s.h);
   const int64_t padded = p.padded();
@@ -47,8 +48,7 @@ SEGOPS_INLINE void loss_strip(const Problem<T>& p, int64_t item, const LossOutpu
       target_weights(padded, T(1));
   std::vector<Integer<T>> targets(padded, kIgnored);
   const bool smoothed = p.smoothed, summed = out.gradient && s.resized();
-  std::optional<RowSums<T>> sums;
-  if (summed) sums.emplace(p, *out.gradient, item);
+  RowSums<T> sums(p, out.gradient, item);
 
   for (int64_t k = begin; k < end; ++k) {
     for (int64_t y = p.rows.first[k]; y < p.rows.first[k + 1]; ++y) {
@@ -62,35 +62,34 @@ SEGOPS_INLINE void loss_strip(const Problem<T>& p, int64_t item, const LossOutpu
       typename V::type sum{};
       typename I::type ignored{};
       const auto softmax = [&](auto vector_count, int64_t x) __attribute__((always_inline)) {
-        constexpr int vectors = vector_count, pixels = vectors * kLanes<T>;
-        reader.template read<pixels>(y, x, block.data());
+        constexpr int vectors = vector_count, pixels = vectors * lanes;
+        reader.template read<lanes, vectors>(y, x, block.data());
         typename V::type max_logit[vectors], rest[vectors], at_target[vectors], smooth[vectors];
         typename I::type target[vectors];
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
-          max_logit[v] = V::load(&block[v * kLanes<T>]);
+          max_logit[v] = V::load(&block[v * lanes]);
           rest[v] = smooth[v] = typename V::type{};
           at_target[v] = rest[v] - std::numeric_limits<T>::infinity();  // for pixels that have no target
-          target[v] = I::load(&targets[x + v * kLanes<T>]);
+          target[v] = I::load(&targets[x + v * lanes]);
         }
         for (int64_t c = 1; c < s.classes; ++c) {
 #pragma GCC unroll 4
           for (int v = 0; v < vectors; ++v) {
-            const auto z = V::load(&block[c * pixels + v * kLanes<T>]);
+            const auto z = V::load(&block[c * pixels + v * lanes]);
             max_logit[v] = z > max_logit[v] ? z : max_logit[v];
           }
         }
         if (smoothed)
           for (int64_t c = 0; c < s.classes; ++c) {
             const T weight = p.class_weight ? p.class_weight[c] : T(1);
-            for (int v = 0; v < vectors; ++v)
-              smooth[v] += weight * (max_logit[v] - V::load(&block[c * pixels + v * kLanes<T>]));
+            for (int v = 0; v < vectors; ++v) smooth[v] += weight * (max_logit[v] - V::load(&block[c * pixels + v * lanes]));
           }
         // The exponentials take the place of the logits, for the gradient.
         for (int64_t c = 0; c < s.classes; ++c) {
 #pragma GCC unroll 4
           for (int v = 0; v < vectors; ++v) {
-            T* place = &block[c * pixels + v * kLanes<T>];
+            T* place = &block[c * pixels + v * lanes];
             const auto z = V::load(place);
             const auto e = exp(z - max_logit[v], T{});
             rest[v] = target[v] == Integer<T>(c) ? rest[v] : rest[v] + e;
@@ -101,7 +100,7 @@ SEGOPS_INLINE void loss_strip(const Problem<T>& p, int64_t item, const LossOutpu
         T results[5][pixels];  // loss, then the coefficients
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
-          const int64_t at = x + v * kLanes<T>;
+          const int64_t at = x + v * lanes;
           const auto total = rest[v] + exp(at_target[v] - max_logit[v], T{});
           const auto log_total = log(total, T{});
           const auto weight = V::load(&weights[at]), own = p.keep * V::load(&target_weights[at]);
@@ -112,14 +111,14 @@ SEGOPS_INLINE void loss_strip(const Problem<T>& p, int64_t item, const LossOutpu
           const typename V::type values[] = {
               weight * loss, weight * (own + smooth_weight) / total,
               weight * ((smooth_weight * (total - rest[v]) - own * rest[v]) / total), zero + weight * p.share};
-          V::store(results[1] + v * kLanes<T>, max_logit[v]);
+          V::store(results[1] + v * lanes, max_logit[v]);
 #pragma GCC unroll 4
           for (int i = 0; i < 4; ++i) {
             auto value = target[v] == Integer<T>(kIgnored) ? zero : values[i];
             value = target[v] == Integer<T>(kWrong) ? nan : value;
-            V::store(results[i == 0 ? 0 : i + 1] + v * kLanes<T>, value);
+            V::store(results[i == 0 ? 0 : i + 1] + v * lanes, value);
           }
-          sum += V::load(results[0] + v * kLanes<T>);
+          sum += V::load(results[0] + v * lanes);
           ignored -= target[v] == Integer<T>(kIgnored);  // a true lane is -1
         }
         const int64_t count = std::min<int64_t>(pixels, s.width - x);
@@ -134,12 +133,12 @@ SEGOPS_INLINE void loss_strip(const Problem<T>& p, int64_t item, const LossOutpu
           const T class_weight = p.class_weight ? p.class_weight[c] : T(1);
 #pragma GCC unroll 4
           for (int v = 0; v < vectors; ++v) {
-            T* place = &block[c * pixels + v * kLanes<T>];
-            auto gradient = V::load(results[2] + v * kLanes<T>) * V::load(place);
-            gradient = target[v] == Integer<T>(c) ? V::load(results[3] + v * kLanes<T>) : gradient;
-            if (smoothed) gradient -= V::load(results[4] + v * kLanes<T>) * class_weight;
+            T* place = &block[c * pixels + v * lanes];
+            auto gradient = V::load(results[2] + v * lanes) * V::load(place);
+            gradient = target[v] == Integer<T>(c) ? V::load(results[3] + v * lanes) : gradient;
+            if (smoothed) gradient -= V::load(results[4] + v * lanes) * class_weight;
             if (summed)
-              sums->add(c * padded + x + v * kLanes<T>, low * gradient, high * gradient);
+              sums.add(c * padded + x + v * lanes, low * gradient, high * gradient);
             else
               V::store(place, gradient);
           }
@@ -147,28 +146,29 @@ SEGOPS_INLINE void loss_strip(const Problem<T>& p, int64_t item, const LossOutpu
         if (!summed) out.gradient->template store<pixels>(p, image, y, x, block.data());
       };
       int64_t x = 0;
-      for (; x + kBlock<T> <= s.width; x += kBlock<T>) softmax(constant<4>, x);
-      for (; x < s.width; x += kLanes<T>) softmax(constant<1>, x);
+      for (; x + 4 * lanes <= s.width; x += 4 * lanes) softmax(constant<4>, x);
+      for (; x < s.width; x += lanes) softmax(constant<1>, x);
       double losses = 0;
       int64_t valid = x;  // lanes: those beyond the row are ignored
-      for (int i = 0; i < kLanes<T>; ++i) {
+      for (int i = 0; i < lanes; ++i) {
         losses += double(sum[i]);
         valid -= ignored[i];
       }
       out.totals[2 * (image * s.height + y)] = losses;
       out.totals[2 * (image * s.height + y) + 1] = double(valid);
     }
-    if (summed) sums->finish(k);
+    if (summed) sums.template finish<lanes>(k);
   }
-  if (summed) sums->finish_strip();
+  if (summed) sums.template finish_strip<lanes>();
 }
 
-#define SEGOPS_LOSS_STRIP(T)                                                                                      \
-  SEGOPS_MULTIVERSION void loss_strip_multiversion(const Problem<T>& p, int64_t item, const LossOutput<T>& out) { \
-    loss_strip(p, item, out);                                                                                     \
+#define SEGOPS_LOSS_STRIP(target, bytes, T)                                                   \
+  target void write_loss_strip(const Problem<T>& p, int64_t item, const LossOutput<T>& out) { \
+    loss_strip<T, bytes>(p, item, out);                                                       \
   }
-SEGOPS_LOSS_STRIP(float)
-SEGOPS_LOSS_STRIP(double)
+#define SEGOPS_LOSS_STRIP_OF_ALL(target, bytes) SEGOPS_LOSS_STRIP(target, bytes, float) SEGOPS_LOSS_STRIP(target, bytes, double)
+SEGOPS_WIDTHS(SEGOPS_LOSS_STRIP_OF_ALL)
+#undef SEGOPS_LOSS_STRIP_OF_ALL
 #undef SEGOPS_LOSS_STRIP
 
 // Calls deliver(sum of the losses, number of pixels not ignored), in the dtype that is computed in.
@@ -186,7 +186,7 @@ bool run(
     if (grad) gradient.emplace(p, *grad);
     const LossOutput<T> out{data_of<T>(coefficients), data_of<T>(loss), gradient ? &*gradient : nullptr, row_totals.data()};
     torch::stable::parallel_for(0, p.items(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item) loss_strip_multiversion(p, item, out);
+      for (int64_t item = begin; item < end; ++item) write_loss_strip(p, item, out);
     });
     if (gradient) gradient->join(p);
     double totals[2] = {};

@@ -15,7 +15,7 @@
 namespace segops::bal {
 
 template <typename T>
-constexpr int kBlock = 4 * kLanes<T>;  // pixels of a softmax, but for the last of a row
+constexpr int kBlock = 4 * kLanes<T>;  // pixels that a softmax takes at once, at most
 template <typename T>
 constexpr int kWindow = 32 / sizeof(T);  // lanes that AVX2 can pick from
 
@@ -69,7 +69,7 @@ struct Problem {
         share(T(in.label_smoothing / double(s.classes))),
         class_weight_sum(T(s.classes)),
         rows(s.h, s.height, s.height),
-        columns(s.w, s.width, round_up(s.width, kBlock<T>)),
+        columns(s.w, s.width, round_up(s.width, kBlock<T>) + kLanes<T>),
         weight_rows(std::max<int64_t>(s.weight_h, 1), s.height, s.height),
         weight_columns(std::max<int64_t>(s.weight_w, 1), s.width, round_up(s.width, kBlock<T>)),
         strip(s.resized() ? std::max<int64_t>(1, 32 * s.h / s.height) : 8) {
@@ -80,6 +80,8 @@ struct Problem {
       class_weight_sum = T(sum);
     }
   }
+  // Between rows of two classes: whole blocks, and an odd number of cache lines. At a power of two all
+  // classes would meet in a few sets of a cache.
   int64_t padded() const { return int64_t(columns.low.size()); }
   int64_t strips() const { return ceil_div(s.h, strip); }
   int64_t items() const { return s.images * strips(); }
@@ -107,17 +109,19 @@ class Reader {
     if (expanded_row_[1] != next) expand(next, 1);
   }
 
-  // block (classes, pixels) = the logits of label row y from x on; beyond the row, finite numbers.
-  template <int pixels>
+  // block (classes, vectors * lanes) = the logits of label row y from x on; beyond the row, finite
+  // numbers.
+  template <int lanes, int vectors>
   SEGOPS_INLINE void read(int64_t y, int64_t x, T* block) const {
-    using V = Vec<T, kLanes<T>>;
+    constexpr int pixels = vectors * lanes;
+    using V = Vec<T, lanes>;
     if (resized_) {
       const T high = p_.rows.weight[y], low = 1 - high;
       const int64_t step = p_.padded();
       const T *a = expanded_[0].data() + x, *b = expanded_[1].data() + x;
       for (int64_t c = 0; c < p_.s.classes; ++c, a += step, b += step, block += pixels) {
 #pragma GCC unroll 4
-        for (int v = 0; v < pixels; v += kLanes<T>) V::store(block + v, V::load(a + v) * low + V::load(b + v) * high);
+        for (int v = 0; v < pixels; v += lanes) V::store(block + v, V::load(a + v) * low + V::load(b + v) * high);
       }
       return;
     }
