@@ -4,6 +4,7 @@ import importlib
 import inspect
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -483,6 +484,48 @@ def test_a_loss_scale_comes_before_gradients_are_rounded(target):
     exact = 2**16 * torch.sigmoid(torch.tensor(-12.0, dtype=torch.float64)) / 4  # a quarter of the pixels for each logit
     for value, expected in zip(grad[0].cpu(), (-exact, exact), strict=True):
         assert ((value.double() / expected - 1).abs() < 1e-3).all()
+
+
+# Where a sum's loss and gradient come from one pass, and a map's from two.
+ONE_PASS = [
+    # Several strips of logit rows, each shared by two; along y by 15, more label rows than a block of the map's gradient.
+    Case((2, 3, 9, 5), (140, 70), label_smoothing=0.1, class_weight=True, channels_last=True),
+    # One row of logits, which has no next; one column.
+    Case((1, 4, 1, 3), (40, 64), pixel_weight=(7, 9)),
+    Case((1, 4, 3, 1), (40, 65)),
+    # To fewer pixels: strips end at rows that no label lies next to.
+    Case((1, 3, 80, 9), (45, 20), class_weight=True),
+    Case((1, 1, 9, 40), (8, 7), label_smoothing=0.1),
+    # Not resized, whole blocks and one pixel more; more rows than a strip.
+    Case((1, 5, 17, 64), (17, 64), label_smoothing=0.1, pixel_weight=(17, 64)),
+    Case((2, 5, 9, 65), (9, 65), class_weight=True, channels_last=True),
+]
+
+
+@fast_targets
+@pytest.mark.parametrize("case", ONE_PASS, ids=str)
+def test_a_sum_is_that_of_its_map(target, case):
+    dtype, bound = (torch.float64, 1e-12) if runs(target, torch.float64) else (torch.float32, 1e-5)
+    logits = case.logits(dtype, target[0])
+    found = output_and_gradient(replace(case, reduction="sum").op, logits)
+    expected = output_and_gradient(lambda z: replace(case, reduction="none").op(z).sum(), logits)
+    for value, truth in zip(found, expected, strict=True):
+        assert relative_error(value, truth) <= bound
+
+
+@fast_targets
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_nan_logits_of_ignored_pixels_reach_nothing_else(target, reduction):
+    labels = draw_labels(2, 5, 6, 33).to(target[0])
+    logits, ignored = torch.randn(2, 5, 6, 33, device=target[0]), (labels == 255)[:, None].expand(2, 5, 6, 33)
+    (loss, grad), (expected, expected_grad) = (
+        output_and_gradient(
+            lambda z: segops.upsample_cross_entropy(z, labels, reduction=reduction),
+            logits.masked_fill(ignored, there).requires_grad_(),
+        )
+        for there in (torch.nan, 0)
+    )
+    assert torch.equal(loss, expected) and torch.equal(grad[~ignored], expected_grad[~ignored])
 
 
 SMALL = st.integers(1, 9)
