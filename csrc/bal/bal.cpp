@@ -144,11 +144,11 @@ Tensor edge(
   return downsample == 1 ? map : upsampled(map, labels);
 }
 
-// The loss; with `gradient`, what that needs: the coefficients of a map of losses, or the gradient of
-// their sum; and the divisor.
+// The loss; what the gradient goes by, "nothing", "coefficients" or, of a sum, "gradient"; and the
+// divisor.
 std::tuple<Tensor, Tensor, Tensor> cross_entropy(
     Tensor logits, Tensor labels, std::optional<Tensor> pixel_weight, std::optional<Tensor> class_weight,
-    double label_smoothing, int64_t ignore_index, std::string reduction, bool gradient) {
+    double label_smoothing, int64_t ignore_index, std::string reduction, std::string saves) {
   const LossInput in = loss_input(logits, labels, pixel_weight, class_weight, label_smoothing, ignore_index);
   const LossShape& s = in.s;
   STD_TORCH_CHECK(
@@ -157,16 +157,20 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(
   const bool per_pixel = reduction == "none";
   Tensor loss = empty(per_pixel ? Sizes{s.images, s.height, s.width} : Sizes{}, dtype, logits);
   Tensor divisor = empty(per_pixel ? Sizes{0} : Sizes{}, dtype, logits);
-  Tensor saved = !gradient   ? empty({0}, dtype, logits)
-                 : per_pixel ? empty({in.maps(), s.images, s.height, s.width}, dtype, logits)
-                             : empty_map(sizes_of(logits), dtype, logits, is_channels_last(logits));
+  const bool by_maps = saves == "coefficients", by_gradient = saves == "gradient" && !per_pixel;
+  STD_TORCH_CHECK(by_maps || by_gradient || saves == "nothing", "bal_cross_entropy: cannot save '", saves, "'");
+  Tensor saved = by_maps       ? empty({in.maps(), s.images, s.height, s.width}, dtype, logits)
+                 : by_gradient ? empty_map(sizes_of(logits), dtype, logits, is_channels_last(logits))
+                               : empty({0}, dtype, logits);
   if (s.images == 0) {
     torch::stable::fill_(divisor, 1);
     torch::stable::fill_(loss, 0);
     return {loss, saved, divisor};
   }
-  const std::optional<Tensor> wanted = gradient ? std::optional(saved) : std::nullopt;
-  const bool wrong = per_pixel ? loss_map(in, loss, wanted) : loss_sum(in, reduction == "mean", loss, divisor, wanted);
+  const auto coefficients = by_maps ? std::optional(saved) : std::nullopt;
+  const auto gradient = by_gradient ? std::optional(saved) : std::nullopt;
+  const bool wrong =
+      per_pixel ? loss_map(in, loss, coefficients) : loss_sum(in, reduction == "mean", loss, divisor, coefficients, gradient);
   check_labels(in.labels, s.classes, ignore_index, wrong);
   return {loss, saved, divisor};
 }
@@ -176,38 +180,39 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(
 std::tuple<Tensor, Tensor, Tensor> boundary_loss(
     Tensor logits, Tensor labels, std::optional<Tensor> class_weight, std::string kernel, int64_t kernel_size, double sigma,
     double beta, int64_t downsample, std::optional<std::string> normalize, double label_smoothing, int64_t ignore_index,
-    std::string reduction, bool gradient) {
+    std::string reduction, std::string saves) {
   check_loss(logits, labels, std::nullopt, class_weight);
   labels = packed(labels);
   const EdgeSettings settings{kernel, kernel_size, sigma, beta, downsample, normalize};
   const Tensor edge = small_edge(labels, logits.size(1), settings, ignore_index);
-  return cross_entropy(logits, labels, edge, class_weight, label_smoothing, ignore_index, reduction, gradient);
+  return cross_entropy(logits, labels, edge, class_weight, label_smoothing, ignore_index, reduction, saves);
 }
 
-// The gradient of a map of losses.
+// The gradient by coefficients.
 Tensor cross_entropy_map_grad(
-    Tensor grad, Tensor logits, Tensor labels, std::optional<Tensor> class_weight, Tensor coefficients, double label_smoothing,
-    int64_t ignore_index) {
+    Tensor grad, Tensor logits, Tensor labels, std::optional<Tensor> class_weight, Tensor coefficients, Tensor divisor,
+    double label_smoothing, int64_t ignore_index) {
   const LossInput in = loss_input(logits, labels, std::nullopt, class_weight, label_smoothing, ignore_index);
   const LossShape& s = in.s;
   const ScalarType dtype = wide(logits.scalar_type());
   STD_TORCH_CHECK(
       sizes_of(coefficients) == (Sizes{in.maps(), s.images, s.height, s.width}) && coefficients.is_contiguous() &&
-          coefficients.scalar_type() == dtype && sizes_of(grad) == sizes_of(labels),
+          coefficients.scalar_type() == dtype && divisor.scalar_type() == dtype &&
+          (grad.dim() == 0 ? divisor.numel() == 1 : sizes_of(grad) == sizes_of(labels)),
       "bal_cross_entropy_map_grad: needs what bal_cross_entropy saved of these logits and labels, and a gradient of its loss");
-  check_devices("bal_cross_entropy_map_grad", logits, {&grad, &coefficients});
+  check_devices("bal_cross_entropy_map_grad", logits, {&grad, &coefficients, &divisor});
   const Sizes sizes = sizes_of(logits);
   const bool channels_last = is_channels_last(logits);
   Tensor out = empty_map(sizes, logits.scalar_type(), logits, channels_last);
   if (s.images == 0) return out;
   const bool narrowed = kOnCpu && logits.scalar_type() != dtype;
   const Tensor written = narrowed ? empty_map(sizes, dtype, logits, channels_last) : out;
-  map_grad(in, packed(converted(grad, dtype)), coefficients, written);
+  map_grad(in, packed(converted(grad, dtype)), divisor, coefficients, written);
   if (narrowed) copy(written, out);
   return out;
 }
 
-// The gradient of their sum or mean: what cross_entropy saved, times grad / divisor.
+// The gradient that was saved, times grad / divisor.
 Tensor cross_entropy_grad(Tensor grad, Tensor saved, Tensor divisor, ScalarType dtype) {
   STD_TORCH_CHECK(
       saved.dim() == 4 && grad.numel() == 1 && divisor.numel() == 1 && saved.scalar_type() == wide(dtype) &&
@@ -223,7 +228,7 @@ Tensor cross_entropy_grad(Tensor grad, Tensor saved, Tensor divisor, ScalarType 
 }  // namespace
 
 #define SEGOPS_EDGE_SETTINGS "str kernel, int kernel_size, float sigma, float beta, int downsample, str? normalize"
-#define SEGOPS_LOSS_SETTINGS "float label_smoothing, int ignore_index, str reduction, bool gradient"
+#define SEGOPS_LOSS_SETTINGS "float label_smoothing, int ignore_index, str reduction, str saves"
 
 SEGOPS_OPS(op) {
   op("bal_edge(Tensor labels, SymInt num_classes, " SEGOPS_EDGE_SETTINGS ", int ignore_index) -> Tensor", TORCH_BOX(&edge));
@@ -235,8 +240,8 @@ SEGOPS_OPS(op) {
      TORCH_BOX(&boundary_loss));
   op("bal_cross_entropy_grad(Tensor grad, Tensor saved, Tensor divisor, ScalarType dtype) -> Tensor",
      TORCH_BOX(&cross_entropy_grad));
-  op("bal_cross_entropy_map_grad(Tensor grad, Tensor logits, Tensor labels, Tensor? class_weight, Tensor coefficients, float "
-     "label_smoothing, int ignore_index) -> Tensor",
+  op("bal_cross_entropy_map_grad(Tensor grad, Tensor logits, Tensor labels, Tensor? class_weight, Tensor coefficients, Tensor "
+     "divisor, float label_smoothing, int ignore_index) -> Tensor",
      TORCH_BOX(&cross_entropy_map_grad));
 }
 

@@ -26,19 +26,20 @@
 //                                   `rest`, as the two cancel where z_t is by far the largest
 //                     smoothing   = w s / classes
 //
-// Of a map of losses, the gradient that comes in is known later: it is made in a second pass.
+// The gradient of a sum is known but for a factor: it is made in the same pass as the loss. Of a map
+// of losses, what comes in is known later; and logits of the labels' size are as large as their
+// gradient, so that reading them twice moves less than keeping that. Then two passes share maps.
 //
 //   loss_map      loss, and what the gradient needs of each pixel: maps of max_logit (on CUDA times
 //                 log2 e), grad_scale, target_grad and, with s > 0, smoothing, one after the other;
 //                 all but max_logit are 0 where ignored, NaN where wrong
-//   map_grad      the gradient for the logits of sum(grad * loss)
-//
-// The gradient of a sum is known but for a factor: it is made in the same pass.
-//
 //   loss_sum      the sum of the losses over divisor, which for the mean is max(1, number of pixels
-//                 not ignored), else 1; and the gradient of the sum for the logits, not divided: in
-//                 float16 one of a mean would vanish before a loss scale comes in
+//                 not ignored), else 1; and either the same maps or the gradient of the sum for the
+//                 logits, not divided: in float16 one of a mean would vanish before a loss scale
+//                 comes in
 //   scale         gradient * grad / divisor
+//   map_grad      from the maps, the gradient for the logits of sum(grad * loss), or where grad is
+//                 one number, of that times the sum over divisor
 #pragma once
 
 #include "../common/resize.h"
@@ -166,8 +167,10 @@ bool count_edges(const Tensor& labels, const Tensor& out, int64_t classes, int64
 void blur(const Tensor& edges, const BlurKernel& kernel, double beta, const Tensor& scratch);
 void normalise(const Tensor& edges, const Tensor& by, bool mean, double beta);
 bool loss_map(const LossInput& in, const Tensor& loss, const std::optional<Tensor>& coefficients);
-void map_grad(const LossInput& in, const Tensor& grad, const Tensor& coefficients, const Tensor& out);
-bool loss_sum(const LossInput& in, bool mean, const Tensor& loss, const Tensor& divisor, const std::optional<Tensor>& gradient);
+bool loss_sum(
+    const LossInput& in, bool mean, const Tensor& loss, const Tensor& divisor, const std::optional<Tensor>& coefficients,
+    const std::optional<Tensor>& gradient);
+void map_grad(const LossInput& in, const Tensor& grad, const Tensor& divisor, const Tensor& coefficients, const Tensor& out);
 // gradient and out lie in memory alike.
 void scale(const Tensor& gradient, const Tensor& grad, const Tensor& divisor, const Tensor& out);
 

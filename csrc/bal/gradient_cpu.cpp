@@ -1,4 +1,4 @@
-// map_grad on the CPU: the gradient of a map of losses, from the coefficients that loss_map saved.
+// map_grad on the CPU: the gradient from the coefficients of pixels.
 
 #include "gradient_cpu.h"
 
@@ -10,6 +10,7 @@ constexpr int64_t kRows = 8;  // label rows that a gradient is summed over befor
 template <typename T>
 struct GradInput {
   const T* grad;
+  int64_t grad_stride;  // 0 for one number
   const T* coefficients;
 };
 
@@ -30,11 +31,11 @@ struct Coefficients {
   SEGOPS_INLINE void read(const Problem<T>& p, const GradInput<T>& in, int64_t image, int64_t y, int64_t at) {
     const int64_t row = (image * p.s.height + y) * p.s.width;
     read_classes(p.labels, row, p.s.width, &classes[at]);
-    const T *from = in.coefficients + row, *grad = in.grad + row;
+    const T *from = in.coefficients + row, *grad = in.grad + row * in.grad_stride;
     std::copy(from, from + p.s.width, &max_logit[at]);
     // Not a product with 0 where ignored: what comes in there, NaN perhaps, goes nowhere.
     const auto scale = [&](const T* map, T* __restrict out) __attribute__((always_inline)) {
-      for (int64_t x = 0; x < p.s.width; ++x) out[x] = classes[at + x] == kIgnored ? T(0) : grad[x] * map[x];
+      for (int64_t x = 0; x < p.s.width; ++x) out[x] = classes[at + x] == kIgnored ? T(0) : grad[x * in.grad_stride] * map[x];
     };
     scale(from + p.s.pixels(), &grad_scale[at]);
     scale(from + 2 * p.s.pixels(), &target_grad[at]);
@@ -133,11 +134,14 @@ SEGOPS_WIDTHS(SEGOPS_GRAD_STRIP_OF_ALL)
 
 }  // namespace
 
-void map_grad(const LossInput& in, const Tensor& grad, const Tensor& coefficients, const Tensor& out) {
+void map_grad(const LossInput& in, const Tensor& grad, const Tensor& divisor, const Tensor& coefficients, const Tensor& out) {
   dispatch<float, double>(in.logits, "bal_cross_entropy_map_grad", [&](auto type) {
     using T = decltype(type);
     const Problem<T> p(in, "bal_cross_entropy_map_grad");
-    const GradInput<T> from{data_of<const T>(grad), data_of<const T>(coefficients)};
+    const T *grads = data_of<const T>(grad), *maps = data_of<const T>(coefficients);
+    const bool per_pixel = grad.dim() > 0;
+    const T whole = per_pixel ? T(0) : *grads / *data_of<const T>(divisor);
+    const GradInput<T> from{per_pixel ? grads : &whole, per_pixel, maps};
     Gradient<T> gradient(p, out);
     torch::stable::parallel_for(0, p.items(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) write_grad_strip(p, from, item, gradient);

@@ -112,7 +112,8 @@ struct Problem {
 struct Maps {
   float* loss;          // of each pixel
   float* coefficients;  // written, or read where grad comes in
-  const float* grad;    // of each pixel's loss
+  const float* grad;    // of each pixel's loss, or of the sum over
+  const float* divisor;
 };
 
 // ---- softmax of a pixel -------------------------------------------------------------------------
@@ -191,7 +192,7 @@ __device__ inline Pixel read_coefficients(const Problem<T, Index>& p, const Maps
   smoothing = 0;
   const int label = p.labels.at(at);
   if (label == kIgnored) return {0, 0, 0, label};  // what comes in there, NaN perhaps, goes nowhere
-  const float grad = maps.grad[at];
+  const float grad = maps.divisor ? *maps.grad / *maps.divisor : maps.grad[at];
   if (p.smoothed) smoothing = grad * maps.coefficients[3 * p.pixels + at];
   return {maps.coefficients[at], grad * maps.coefficients[p.pixels + at], grad * maps.coefficients[2 * p.pixels + at], label};
 }
@@ -774,18 +775,21 @@ void run(const LossInput& in, const Maps& maps, const std::optional<Tensor>& gra
 }  // namespace
 
 bool loss_map(const LossInput& in, const Tensor& loss, const std::optional<Tensor>& coefficients) {
-  run<false>(in, {data_of<float>(loss), data_of<float>(coefficients), nullptr}, {}, {});
+  run<false>(in, {data_of<float>(loss), data_of<float>(coefficients)}, {}, {});
   return false;
-}
-
-void map_grad(const LossInput& in, const Tensor& grad, const Tensor& coefficients, const Tensor& out) {
-  run<true>(in, {nullptr, data_of<float>(coefficients), data_of<const float>(grad)}, out, {});
 }
 
 bool loss_sum(
-    const LossInput& in, bool mean, const Tensor& loss, const Tensor& divisor, const std::optional<Tensor>& gradient) {
-  run<false>(in, {}, gradient, Sum{mean, data_of<float>(divisor), data_of<float>(loss)});
+    const LossInput& in, bool mean, const Tensor& loss, const Tensor& divisor, const std::optional<Tensor>& coefficients,
+    const std::optional<Tensor>& gradient) {
+  const Sum sum{mean, data_of<float>(divisor), data_of<float>(loss)};
+  run<false>(in, {nullptr, data_of<float>(coefficients)}, gradient, sum);
   return false;
+}
+
+void map_grad(const LossInput& in, const Tensor& grad, const Tensor& divisor, const Tensor& coefficients, const Tensor& out) {
+  const float* divide_by = grad.dim() == 0 ? data_of<const float>(divisor) : nullptr;
+  run<true>(in, {nullptr, data_of<float>(coefficients), data_of<const float>(grad), divide_by}, out, {});
 }
 
 void scale(const Tensor& gradient, const Tensor& grad, const Tensor& divisor, const Tensor& out) {

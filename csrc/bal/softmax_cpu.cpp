@@ -204,8 +204,9 @@ bool loss_map(const LossInput& in, const Tensor& loss, const std::optional<Tenso
 }
 
 bool loss_sum(
-    const LossInput& in, bool mean, const Tensor& loss, const Tensor& divisor, const std::optional<Tensor>& gradient) {
-  return run(in, std::nullopt, std::nullopt, gradient, [&](auto sum, auto valid) {
+    const LossInput& in, bool mean, const Tensor& loss, const Tensor& divisor, const std::optional<Tensor>& coefficients,
+    const std::optional<Tensor>& gradient) {
+  return run(in, std::nullopt, coefficients, gradient, [&](auto sum, auto valid) {
     using T = decltype(sum);
     const T by = mean ? std::max(valid, T(1)) : T(1);
     *data_of<T>(divisor) = by;

@@ -495,7 +495,7 @@ ONE_PASS = [
     Case((1, 4, 3, 1), (40, 65)),
     # To fewer pixels: strips end at rows that no label lies next to.
     Case((1, 3, 80, 9), (45, 20), class_weight=True),
-    Case((1, 1, 9, 40), (8, 7), label_smoothing=0.1),
+    Case((1, 2, 9, 40), (8, 7), label_smoothing=0.1),
     # Not resized, whole blocks and one pixel more; more rows than a strip.
     Case((1, 5, 17, 64), (17, 64), label_smoothing=0.1, pixel_weight=(17, 64)),
     Case((2, 5, 9, 65), (9, 65), class_weight=True, channels_last=True),
@@ -957,7 +957,7 @@ def test_settings_far_beyond_the_map(target):
 def test_ops_refuse_what_does_not_fit():
     """By themselves: Python may not have checked it."""
     ops, logits, labels = torch.ops.segops, torch.zeros(2, 3, 4, 5), torch.zeros(2, 8, 9, dtype=torch.int64)
-    settings, loss = ("gaussian", 3, 1.0, 0.5, 2, None), (0.0, 255, "mean", True)
+    settings, loss = ("gaussian", 3, 1.0, 0.5, 2, None), (0.0, 255, "mean", "gradient")
     for call, message in (
         (lambda: ops.bal_edge(labels, 3, "box", 3, 1.0, 0.5, 2, None, 255), "bal_edge: needs .* a kernel"),
         (lambda: ops.bal_edge(labels, 3, "linear", 2, 1.0, 0.5, 2, None, 255), "bal_edge: needs an odd kernel_size"),
@@ -965,12 +965,12 @@ def test_ops_refuse_what_does_not_fit():
         (lambda: ops.bal_edge(labels, 3, "linear", 3, 1.0, 0.5, 2, "sum", 255), "bal_edge: needs .* a normalize"),
         (lambda: ops.bal_edge(labels, 2**40, *settings, 255), "bal_edge: needs .* 2\\^31 - 1 classes"),
         (lambda: ops.bal_edge(labels[0], 3, *settings, 255), "bal_edge: needs labels"),
-        (lambda: ops.bal_cross_entropy(logits, labels, None, None, 0.0, 255, "batchmean", True), "no reduction 'batchmean'"),
+        (lambda: ops.bal_cross_entropy(logits, labels, None, None, 0.0, 255, "batchmean", "nothing"), "no reduction 'batchmean'"),
         (lambda: ops.bal_cross_entropy(logits, labels[:1], None, None, *loss), "must have one batch"),
         (lambda: ops.bal_cross_entropy(logits, labels, None, torch.ones(1, 3), *loss), "class_weight must be"),
         (lambda: ops.bal_boundary_loss(logits[0], labels, None, *settings, *loss), "needs logits"),
         (lambda: ops.bal_cross_entropy_grad(torch.ones(()), torch.ones(3), torch.ones(()), torch.float32), "needs what bal_cross"),
-        (lambda: ops.bal_cross_entropy_map_grad(torch.ones(2, 8, 9), logits, labels, None, torch.ones(3), 0.0, 255), "needs what"),
+        (lambda: ops.bal_cross_entropy_map_grad(torch.ones(2, 8, 9), logits, labels, None, torch.ones(3), torch.ones(()), 0.0, 255), "needs what"),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match=message):
             call()

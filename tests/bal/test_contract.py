@@ -76,16 +76,17 @@ def opcheck_of(dtype, reduction, memory_format=torch.contiguous_format):
         for normalize in (None, "max", "mean"):
             yield ops.bal_edge, (labels, 5, "gaussian", 5, 2.0, 0.5, 2, normalize, 255)
         settings = 0.1, 255, reduction
-        yield ops.bal_cross_entropy, (logits.detach(), labels, *weights, *settings, False)
-        yield ops.bal_cross_entropy, (logits, labels, *weights, *settings, True)
-        with torch.no_grad():
-            loss, saved, divisor = ops.bal_cross_entropy(logits, labels, *weights, *settings, True)
-        grad = torch.rand_like(loss)
-        if reduction == "none":
-            yield ops.bal_cross_entropy_map_grad, (grad, logits.detach(), labels, weights[1], saved, 0.1, 255)
-        else:
-            yield ops.bal_cross_entropy_grad, (grad, saved, divisor, logits.dtype)
-        settings = "linear", 3, 1.0, 0.5, 2, "mean", 0.0, 255, reduction, True
+        yield ops.bal_cross_entropy, (logits.detach(), labels, *weights, *settings, "nothing")
+        for saves in ("coefficients", *([] if reduction == "none" else ["gradient"])):
+            yield ops.bal_cross_entropy, (logits, labels, *weights, *settings, saves)
+            with torch.no_grad():
+                loss, saved, divisor = ops.bal_cross_entropy(logits, labels, *weights, *settings, saves)
+            grad = torch.rand_like(loss)
+            if saves == "gradient":
+                yield ops.bal_cross_entropy_grad, (grad, saved, divisor, logits.dtype)
+            else:
+                yield ops.bal_cross_entropy_map_grad, (grad, logits.detach(), labels, weights[1], saved, divisor, 0.1, 255)
+        settings = "linear", 3, 1.0, 0.5, 2, "mean", 0.0, 255, reduction, saves
         yield ops.bal_boundary_loss, (logits, labels, weights[1], *settings)
 
     return arguments

@@ -28,8 +28,9 @@ def upsample_cross_entropy(
     Equals ``F.interpolate(logits, (H, W), mode="bilinear", align_corners=False)``, where sizes
     differ, then softmax cross entropy per pixel, times ``pixel_weight`` where given, 0 at ignored
     pixels. Forward and backward allocate nothing of (N, C, H, W), unless the logits have that size.
-    Where the logits require a gradient, forward makes it too, and keeps it in float32. For "none"
-    backward makes it, from three maps of (N, H, W), four with label smoothing.
+    Where the logits require a gradient, forward makes it too, and keeps it in float32. For "none",
+    and of logits of the labels' size, backward makes it, from three maps of (N, H, W), four with
+    label smoothing.
 
     Args:
         logits: (N, C, h, w), any strides; float32, bfloat16, float16, or float64 (CPU and reference
@@ -73,8 +74,8 @@ def upsample_cross_entropy(
         check_weight_size(pixel_weight, labels)
         classes = classes_of(labels, logits.shape[1], ignore_index)
         return reference.upsample_cross_entropy(logits, classes, pixel_weight, class_weight, settings)
-    wanted = torch.is_grad_enabled() and logits.requires_grad
-    return cross_entropy(logits, labels, pixel_weight, class_weight, *settings.arguments(), wanted, backend=backend)[0]
+    saves = _what_to_save(logits, labels, reduction)
+    return cross_entropy(logits, labels, pixel_weight, class_weight, *settings.arguments(), saves, backend=backend)[0]
 
 
 def boundary_aware_loss(
@@ -116,8 +117,8 @@ def boundary_aware_loss(
         classes = classes_of(labels, logits.shape[1], ignore_index)
         edge = reference.gaussian_edge(classes, logits.shape[1], of_edge)
         return reference.upsample_cross_entropy(logits, classes, edge, class_weight, settings)
-    wanted = torch.is_grad_enabled() and logits.requires_grad
-    return boundary_loss(logits, labels, class_weight, *of_edge.arguments(), *settings.arguments(), wanted, backend=backend)[0]
+    saves = _what_to_save(logits, labels, reduction)
+    return boundary_loss(logits, labels, class_weight, *of_edge.arguments(), *settings.arguments(), saves, backend=backend)[0]
 
 
 def _float32(*_):
@@ -194,26 +195,35 @@ def _check_device(name, tensor, logits):
         raise ValueError(f"{name} must be on logits' device {logits.device}; got {tensor.device}")
 
 
-# The loss that the reduction asks for; what the gradient needs, if it is wanted: the coefficients
-# of a map of losses, or the gradient of their sum; and what that is to be divided by: bal.h.
+# The loss that the reduction asks for; what the gradient goes by; and the divisor: bal.h.
 
 
-def _empty_loss(logits, labels, label_smoothing, reduction, gradient):
+def _what_to_save(logits, labels, reduction):
+    """For the gradient: "nothing", the "coefficients" of the pixels, or the "gradient" itself."""
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        return "nothing"
+    # What is traced must not depend on sizes; either is right.
+    of_one_size = not torch.compiler.is_compiling() and logits.shape[2:] == labels.shape[1:]
+    return "coefficients" if reduction == "none" or of_one_size else "gradient"
+
+
+def _empty_loss(logits, labels, label_smoothing, reduction, saves):
     options = {"dtype": torch.promote_types(logits.dtype, torch.float32), "device": logits.device}
-    if reduction == "none":
+    shape, divisors = (labels.shape, 0) if reduction == "none" else ((), ())
+    if saves == "gradient":
+        saved = torch.empty(logits.shape, **options, memory_format=memory_format(logits))
+    else:
         maps = 4 if label_smoothing > 0 else 3
-        saved = torch.empty((maps, *labels.shape) if gradient else 0, **options)
-        return torch.empty(labels.shape, **options), saved, torch.empty(0, **options)
-    saved = torch.empty(logits.shape, **options, memory_format=memory_format(logits)) if gradient else torch.empty(0, **options)
-    return torch.empty((), **options), saved, torch.empty((), **options)
+        saved = torch.empty((maps, *labels.shape) if saves == "coefficients" else 0, **options)
+    return torch.empty(shape, **options), saved, torch.empty(divisors, **options)
 
 
-def _setup_context(ctx, out, logits, labels, class_weight, label_smoothing, ignore_index, reduction, gradient):
+def _setup_context(ctx, out, logits, labels, class_weight, label_smoothing, ignore_index, saves):
     _, saved, divisor = out
-    if not gradient:
+    if saves == "nothing":
         ctx.settings = None
-    elif reduction == "none":
-        ctx.save_for_backward(logits, labels, class_weight, saved)
+    elif saves == "coefficients":
+        ctx.save_for_backward(logits, labels, class_weight, saved, divisor)
         ctx.settings = cross_entropy_map_grad, label_smoothing, ignore_index
     else:
         ctx.save_for_backward(saved, divisor)
@@ -229,7 +239,7 @@ def _backward(ctx, needed, grad):
 
 @library.op(
     "bal_cross_entropy(Tensor logits, Tensor labels, Tensor? pixel_weight, Tensor? class_weight, "
-    f"{LossSettings.SCHEMA}, bool gradient) -> (Tensor, Tensor, Tensor)"
+    f"{LossSettings.SCHEMA}, str saves) -> (Tensor, Tensor, Tensor)"
 )
 class cross_entropy:
     empty, setup_context, backward = _empty_loss, _setup_context, _backward
@@ -239,7 +249,7 @@ class cross_entropy:
 # export traces.
 @library.op(
     "bal_boundary_loss(Tensor logits, Tensor labels, Tensor? class_weight, "
-    f"{EdgeSettings.SCHEMA}, {LossSettings.SCHEMA}, bool gradient) -> (Tensor, Tensor, Tensor)"
+    f"{EdgeSettings.SCHEMA}, {LossSettings.SCHEMA}, str saves) -> (Tensor, Tensor, Tensor)"
 )
 class boundary_loss:
     empty, setup_context, backward = _empty_loss, _setup_context, _backward
@@ -255,7 +265,7 @@ class cross_entropy_grad:
 
 @library.op(
     "bal_cross_entropy_map_grad(Tensor grad, Tensor logits, Tensor labels, Tensor? class_weight, Tensor coefficients, "
-    "float label_smoothing, int ignore_index) -> Tensor"
+    "Tensor divisor, float label_smoothing, int ignore_index) -> Tensor"
 )
 class cross_entropy_map_grad:
     def empty(logits):

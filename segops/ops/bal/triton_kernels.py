@@ -517,45 +517,45 @@ def _weights(weights):
     return None if weights is None else weights.float().contiguous()
 
 
-def bal_cross_entropy(logits, labels, pixel_weight, class_weight, label_smoothing, ignore_index, reduction, gradient):
-    loss, saved, divisor = cross_entropy.empty(logits, labels, label_smoothing, reduction, gradient)
+def bal_cross_entropy(logits, labels, pixel_weight, class_weight, label_smoothing, ignore_index, reduction, saves):
+    loss, saved, divisor = cross_entropy.empty(logits, labels, label_smoothing, reduction, saves)
     check_weight_size(pixel_weight, labels)
     if not labels.numel():
         return loss.zero_(), saved, divisor.fill_(1)
     raise_on_wrong_label(labels, logits.shape[1], ignore_index)
     logits, labels, class_weight = _logits(logits), labels.contiguous(), _weights(class_weight)
-    coefficients = None
-    if gradient:
-        maps = 4 if label_smoothing > 0 else 3
-        coefficients = saved if reduction == "none" else saved.new_empty((maps, *labels.shape))
+    coefficients = saved if saves == "coefficients" else None
+    if saves == "gradient":
+        coefficients = saved.new_empty((4 if label_smoothing > 0 else 3, *labels.shape))
     total, count = _run_softmax_loss(
         logits, labels, _weights(pixel_weight), class_weight, coefficients, loss if reduction == "none" else None,
         label_smoothing, ignore_index,
     )  # fmt: skip
     if reduction == "none":
         return loss, saved, divisor
-    if gradient:
+    if saves == "gradient":
         _run_softmax_grad(None, logits, labels, class_weight, coefficients, saved, ignore_index)
     divisor.copy_(count.clamp(min=1)) if reduction == "mean" else divisor.fill_(1)
     return total / divisor, saved, divisor
 
 
 def bal_boundary_loss(logits, labels, class_weight, *settings):
-    *of_edge, label_smoothing, ignore_index, reduction, gradient = settings
+    *of_edge, label_smoothing, ignore_index, reduction, saves = settings
     edge = _small_edge(labels, logits.shape[1], *of_edge, ignore_index)
-    return bal_cross_entropy(logits, labels, edge, class_weight, label_smoothing, ignore_index, reduction, gradient)
+    return bal_cross_entropy(logits, labels, edge, class_weight, label_smoothing, ignore_index, reduction, saves)
 
 
 def bal_cross_entropy_grad(grad, saved, divisor, dtype):
     return (saved * (grad / divisor)).to(dtype)
 
 
-def bal_cross_entropy_map_grad(grad, logits, labels, class_weight, coefficients, label_smoothing, ignore_index):
+def bal_cross_entropy_map_grad(grad, logits, labels, class_weight, coefficients, divisor, label_smoothing, ignore_index):
     out, wide = cross_entropy_map_grad.empty(logits), _logits(logits)
     if not out.numel():
         return out
     written = out if out.dtype == wide.dtype else torch.empty_like(out, dtype=wide.dtype)
-    _run_softmax_grad(
-        grad.float().contiguous(), wide, labels.contiguous(), _weights(class_weight), coefficients, written, ignore_index
-    )
+    grad = grad.float()
+    if not grad.dim():
+        grad = (grad / divisor).expand(labels.shape)
+    _run_softmax_grad(grad.contiguous(), wide, labels.contiguous(), _weights(class_weight), coefficients, written, ignore_index)
     return out.copy_(written) if written is not out else out
