@@ -11,6 +11,8 @@ try:
 except ImportError as error:
     raise ImportError("the benchmarks need pytest-benchmark: pip install 'segops[bench]'") from error
 
+from segops.__main__ import MISTAKES, one_line
+
 from . import measure, overhead, report, sass
 from .suites import OPS
 
@@ -67,4 +69,7 @@ def run(options):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     add_arguments(parser)
-    run(parser.parse_args())
+    try:
+        run(parser.parse_args())
+    except MISTAKES as error:
+        raise SystemExit(f"python -m benchmarks: {one_line(error)}") from error

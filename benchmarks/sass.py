@@ -5,12 +5,12 @@
 A loop is the code from a backward branch's target to the branch, if the one leads to the other
 without leaving it: not a trap that jumps to itself, nor what was moved behind the rest and returns.
 It is innermost if it holds no other loop's branch. Its instructions are all but NOPs, branched over
-or not. Its units of work are its exponentials (MUFU.EX2) if it has any, in the loss one for each
-label pixel and class; else its global loads of the widest kind: one of 128 bits is a tap of eight
-bfloat16 channels. In flight are its global loads before the first instruction that reads a register
+or not. Its units of work are its global loads of the widest kind, of which one of 128 bits is a tap
+of eight bfloat16 channels; without any, its loads from shared memory of the widest kind: in the
+loss, one for each label pixel and class. In flight are its global loads before the first instruction that reads a register
 which one of them wrote. Of several innermost loops the main one, which comes first, has the most
-exponentials, then global loads, then instructions. Instructions per class are those per exponential
-of all innermost loops that have any, added up: of a loss, both of its passes.
+exponentials, then global loads, then instructions. Instructions per class are those per unit of all
+innermost loops that have exponentials, added up: of a loss, both of its passes.
 
 A 64-bit division is a call of nvcc's subroutine for quotients or remainders; a 32-bit one is the
 reciprocal of an integer, also where that is the short way of a 64-bit one. Doubles and divisions
@@ -38,14 +38,14 @@ from .report import write_csv
 
 ARCHITECTURE = "sm_90"  # that the limits are for
 # The largest values of columns, but for AT_LEAST the smallest, by what is searched for in the names
-# of kernels. The last argument of a template is the type that numbers elements: `int` has 32 bits.
+# of kernels. The last argument of a template is the type that numbers elements: `long` has 64 bits.
 GENERAL = {
-    "": {"local": 0, "doubles_in_loops": 0},
-    r"\bint>$": {"divisions_64": 0},
+    "": {"local": 0, "doubles": 0},
+    r"^(?!.*\blong>$)": {"divisions_64": 0},
 }
 # Every kernel has a line here. 64 registers let four blocks of 256 threads share a multiprocessor,
 # 80 three, 128 two.
-PAC = {"in_flight": 8, "narrowest_store": 128}
+PAC = {"in_flight": 8, "loop_load": 128, "narrowest_store": 128}
 LIMITS = {
     r"^argmax::best_kernel<": {"registers": 64},
     r"^argmax::best_kernel<.*\bint>$": {"per_unit": 12, "in_flight": 8},
@@ -60,23 +60,24 @@ LIMITS = {
     r"^bal::pixels_kernel<": {"registers": 64},
     r"^bal::pixels_kernel<.*\bint>$": {"in_flight": 8, "per_class": 45},
     r"^bal::scale_kernel<": {"registers": 64},
-    r"^bal::scale_kernel<.*, [48]>$": {"narrowest_store": 16},
+    r"^bal::scale_kernel<.*, [48]>$": {"widest_store": 128},
     r"^pac::gather_kernel<": {"registers": 64},
-    r"^pac::gather_kernel<(__half|__nv_bfloat16), 8, .*\bint>$": {"per_unit": 36, "narrowest_store": 128},
+    r"^pac::gather_kernel<(__half|__nv_bfloat16), 8, .*\bint>$": {"per_unit": 36, "loop_load": 128, "narrowest_store": 128},
     r"^pac::gather_kernel<(__half|__nv_bfloat16), 8, true, int>$": PAC,
     r"^pac::scatter_kernel<": {"registers": 128},
     r"^pac::scatter_kernel<.*\bint>$": {"divisions_in_loops": 0},
-    r"^pac::scatter_kernel<(__half|__nv_bfloat16), 8, .*\bint>$": {"per_unit": 40, "narrowest_store": 128},
+    r"^pac::scatter_kernel<(__half|__nv_bfloat16), 8, .*\bint>$": {"per_unit": 40, "loop_load": 128, "narrowest_store": 128},
     r"^pac::scatter_kernel<(__half|__nv_bfloat16), 8, true, int>$": PAC,
     r"^pac::transpose_kernel<": {"registers": 64},
     r"^pag::(gather_kernel|scatter_windows)<": {"registers": 64},
     r"^pag::scatter_elements<": {"registers": 96},
     r"^pag::scatter_elements<.*\bint>$": {"registers": 64},
     r"^pag::(concat|sum)_kernel<": {"registers": 80},
+    r"^pag::(concat|sum)_kernel<.*\bint>$": {"per_unit": 56, "in_flight": 4},
 }
-AT_LEAST = {"in_flight", "narrowest_store"}
+AT_LEAST = {"in_flight", "loop_load", "narrowest_store", "widest_store"}
 COLUMNS = (  # of the tables; the other files have more
-    "kernel arch registers shared local store_widths doubles doubles_in_loops divisions_64 divisions_32 divisions_in_loops "
+    "kernel arch registers shared local all_load_widths store_widths doubles doubles_in_loops divisions_64 divisions_32 divisions_in_loops "
     "loop instructions units per_unit per_class load_widths in_flight"
 ).split()
 
@@ -192,15 +193,17 @@ def count(instructions, pattern):
 
 def loop_figures(body):
     loads = [each for each in body if each.name in LOADS]
-    exponentials = count(body, r"MUFU\.EX2\b")
-    units = exponentials or sum(load.bits == max(each.bits for each in loads) for load in loads)
+    working = loads or [each for each in body if each.name == "LDS"]
+    widest = max((each.bits for each in working), default=None)
+    units = sum(each.bits == widest for each in working)
     instructions = sum(each.name != "NOP" for each in body)
     return {
         "loop": f"{body[0].address:04x}-{body[-1].address:04x}",
         "instructions": instructions,
         "units": units,
         "per_unit": round(instructions / units, 2) if units else None,
-        "exponentials": exponentials,
+        "exponentials": count(body, r"MUFU\.EX2\b"),
+        "loop_load": widest,
         "loads": len(loads),
         "load_widths": widths(loads),
         "in_flight": in_flight(body),
@@ -211,8 +214,10 @@ def kernel_figures(code):
     inside = [code[place] for place in {place for first, last in loops(code) for place in range(first, last + 1)}]
     stores = [each for each in code if each.name in STORES]
     return {
+        "all_load_widths": widths(each for each in code if each.name in LOADS),
         "store_widths": widths(stores),
         "narrowest_store": min((each.bits for each in stores), default=None),
+        "widest_store": max((each.bits for each in stores), default=None),
         "doubles": count(code, DOUBLE),
         "doubles_in_loops": count(inside, DOUBLE),
         "divisions_64": count(code, DIVISION_64),
@@ -227,10 +232,12 @@ def run_tool(name, *arguments, folder=None):
     brought = [str(Path(triton.origin).parent / "backends" / "nvidia" / "bin")] if triton else []
     tool = shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *brought]))
     if tool is None:
-        raise RuntimeError(f"there is no {name}: neither on PATH, as CUDA's toolkit has it, nor in Triton (pip install triton)")
+        raise FileNotFoundError(
+            f"there is no {name}: neither on PATH, as CUDA's toolkit has it, nor in Triton (pip install triton)"
+        )
     done = subprocess.run([tool, *arguments], cwd=folder, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{name} {' '.join(map(str, arguments))} failed: {(done.stderr or done.stdout).strip()}")
+        raise OSError(f"{name} {' '.join(map(str, arguments))} failed: {(done.stderr or done.stdout).strip()}")
     return done.stdout
 
 
@@ -268,6 +275,8 @@ def kernels(cubin):
 
 def rows(library, architecture="all"):
     """A dictionary for each innermost loop of each kernel, and for each kernel without a loop."""
+    if not re.fullmatch(r"all|sm_\d+[af]?", architecture):
+        raise ValueError(f"-k must be an architecture, such as {ARCHITECTURE}; got {architecture!r}")
     with tempfile.TemporaryDirectory() as folder:
         run_tool("cuobjdump", "-xelf", architecture, Path(library).resolve(), folder=folder)
         found = [each for cubin in Path(folder).glob("*.cubin") for each in kernels(cubin)]
@@ -307,7 +316,11 @@ def render(environment, rows, verdict):
 
 def run(folder, name, architecture="all"):
     """Reads the built library; writes sass-NAME.json, .csv, .md to the folder, returns the tables."""
-    found, built, here = rows(library_path("cuda"), architecture), build_info()["cuda"], measure.environment(measure.DEVICE)
+    try:
+        library = library_path("cuda")
+    except RuntimeError as error:
+        raise FileNotFoundError(str(error)) from error
+    found, built, here = rows(library, architecture), build_info()["cuda"], measure.environment(measure.DEVICE)
     environment = {
         **built,
         "architectures": " ".join(built["architectures"]),

@@ -3,12 +3,16 @@
 import json
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from benchmarks import sass
 from benchmarks.suites import OPS
 from segops.backend import build_info
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def parse(lines):
@@ -129,8 +133,10 @@ def test_figures_of_a_loop():
     figures = sass.loop_figures(parse(body))
     assert figures["loop"] == "0000-0050" and figures["load_widths"] == "2 x 128, 1 x 32, 1 x 8"
     assert [figures[key] for key in ("instructions", "units", "per_unit", "in_flight")] == [5, 2, 2.5, 4]
-    assert sass.loop_figures(parse(f"{LOAD}\nMUFU.EX2 R0, R0\nMUFU.EX2 R1, R1\nMUFU.RCP R2, R2"))["units"] == 2
-    assert sass.loop_figures(parse("LDS R0, [R1]"))["per_unit"] is None
+    assert figures["loop_load"] == 128
+    shared = sass.loop_figures(parse("LDS.128 R4, [R1]\nLDS.128 R8, [R1+0x10]\nLDS R0, [R2]\nMUFU.EX2 R4, R4"))
+    assert [shared[key] for key in ("units", "per_unit", "exponentials", "loop_load", "loads")] == [2, 2, 1, 128, 0]
+    assert sass.loop_figures(parse("MUFU.EX2 R0, R0"))["per_unit"] is None
 
 
 def test_figures_of_a_kernel():
@@ -161,8 +167,10 @@ def test_figures_of_a_kernel():
         DADD R6, R6, R6
     """)
     assert sass.kernel_figures(code) == {
+        "all_load_widths": "",
         "store_widths": "1 x 128, 1 x 8",
         "narrowest_store": 8,
+        "widest_store": 128,
         "doubles": 4,
         "doubles_in_loops": 3,
         "divisions_64": 2,
@@ -280,12 +288,21 @@ def test_names():
 
 
 def test_errors(tmp_path, monkeypatch):
-    with pytest.raises(RuntimeError, match=r"cuobjdump -xelf all .* failed: "):
+    with pytest.raises(OSError, match=r"cuobjdump -xelf all .* failed: "):
         sass.rows(__file__)
+    with pytest.raises(ValueError, match="-k must be an architecture, such as sm_90"):
+        sass.rows(__file__, "sm_9.")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sass.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match="there is no cuobjdump: neither on PATH"):
+    with pytest.raises(FileNotFoundError, match="there is no cuobjdump: neither on PATH"):
         sass.rows(__file__)
+
+
+def test_mistakes_are_said_in_a_line():
+    for arguments, said in ((["sass", "-k", "90"], "-k must be an architecture"), (["sass", "pac"], "OP must be one of")):
+        done = subprocess.run([sys.executable, "-m", "benchmarks", *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith("python -m benchmarks: ") and said in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 def test_built_kernels_keep_the_limits(tmp_path):
