@@ -251,13 +251,11 @@ def calls(case, kind, functions):
 
 
 def floor(case, kind):
-    """Milliseconds to read labels and logits, for each pass, and to write the gradient, at the measured bandwidth, plus the
-    N * C * H * W exponentials of each pass at the measured rate."""
+    """Milliseconds to read labels and logits once and, with the backward pass, to write the gradient, at the measured bandwidth,
+    plus N * C * H * W exponentials at the measured rate: one pass makes loss and gradient."""
     logits, labels = arguments(case)
-    passes = 1 if kind == "forward" else 2
-    moved = passes * (labels.nbytes + logits.nbytes) + (passes - 1) * logits.nbytes
-    exponentials = passes * case.shape[1] * labels.numel()
-    return (moved / measure.copy_rate(DEVICE) + exponentials / measure.exponential_rate(DEVICE)) * 1e3
+    moved = labels.nbytes + logits.nbytes * (1 if kind == "forward" else 2)
+    return (moved / measure.copy_rate(DEVICE) + case.shape[1] * labels.numel() / measure.exponential_rate(DEVICE)) * 1e3
 
 
 def resized_cross_entropy(logits, labels):

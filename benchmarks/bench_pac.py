@@ -84,10 +84,16 @@ HEADLINE = measure.Headline([CUDA_CASES[0], CUDA_CASES[7]] if DEVICE == "cuda" e
 
 
 def implementations(case):
-    """{name: function} of the segops backends to time."""
-    return measure.on_backends(
+    """{name: function} of the segops backends to time; where a GPU has PyTorch's convolutions run, for which the bound is an
+    estimate, also of the kernels."""
+    found = measure.on_backends(
         lambda input, weight: segops.pyramid_atrous_conv2d(input, weight, rates=case.rates, merge=case.merge)
     )
+    if DEVICE == "cuda" and max(case.shape[1], case.channels) < op.channels_that_pay("cuda", len(case.rates)):
+        found["segops kernels"] = lambda input, weight: op.pac(
+            input, weight, None, case.rates, case.merge, backend=select("pyramid_atrous_conv2d", input)
+        )
+    return found
 
 
 def plain(case):
@@ -155,14 +161,15 @@ def calls(case, kind, functions):
 
 def floor(case, kind):
     """Milliseconds that the products cost at the machine's measured rate; on a GPU also one write and one read of the planes,
-    which a CPU keeps in cache."""
+    which a CPU keeps in cache, and in the backward pass one more, and a read, for two products."""
     n, c_in, h, w = case.shape
     flops = 2 * n * h * w * c_in * case.channels * 9
     milliseconds = flops / measure.product_rate(DEVICE, case.dtype, case.tf32) * 1e3
+    milliseconds *= 1 if kind == "forward" else 3
     if DEVICE == "cuda":
-        planes = 2 * n * h * w * 9 * min(c_in, case.channels) * torch.empty((), dtype=case.dtype).element_size()
-        milliseconds += planes / measure.copy_rate(DEVICE) * 1e3
-    return (1 if kind == "forward" else 3) * milliseconds
+        planes = n * h * w * 9 * min(c_in, case.channels) * torch.empty((), dtype=case.dtype).element_size()
+        milliseconds += (2 if kind == "forward" else 5) * planes / measure.copy_rate(DEVICE) * 1e3
+    return milliseconds
 
 
 def call(channels):

@@ -324,10 +324,10 @@ def ncu_table(path):
 
 
 def short_name(kernel):
-    """A kernel's name without its arguments and namespaces."""
+    """A kernel's name without its arguments and namespaces, but for the op's."""
     kernel = re.sub(r"\((anonymous namespace|bool|int|unsigned int|long)\)|<unnamed>", "", kernel)
     kernel = re.sub(r"^void\s+|\(.*$", "", kernel)
-    return re.sub(r"\bsegops::(\w*::)*|\b(at|native|cutlass|detail)::|(?<![\w>])::", "", kernel)
+    return re.sub(r"\bsegops::|\b(at|native|cutlass|detail)::|(?<![\w>])::", "", kernel)
 
 
 TABLES = {"smoke": smoke_table, "headline": headline_table, "compiled": headline_table, "train": train_table}

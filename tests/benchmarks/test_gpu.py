@@ -326,8 +326,11 @@ def test_findings(line, expected):
 @pytest.mark.parametrize(
     "name, expected",
     [
-        ("void segops::bal::(anonymous namespace)::loss_kernel<float, 8>(float const*, long)", "loss_kernel<float, 8>"),
-        ("void segops::bal::<unnamed>::blur_x_kernel(const float *)", "blur_x_kernel"),
+        (
+            "void segops::bal::(anonymous namespace)::cells_kernel<float, int>(float const*, long)",
+            "bal::cells_kernel<float, int>",
+        ),
+        ("void segops::bal::<unnamed>::blur_x_kernel<int>(const float *)", "bal::blur_x_kernel<int>"),
         ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTN", "nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTN"),
         (
             "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>, std::array<char*, 1ul> >(int)",

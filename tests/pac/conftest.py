@@ -16,9 +16,9 @@ from ..contract import results
 @pytest.fixture(scope="module", autouse=True)
 def kernels_run_on_a_gpu_too():
     """Where so few channels do not pay."""
-    on_a_cpu = partial(op._channels_that_pay, "cpu")
+    on_a_cpu = partial(op.channels_that_pay, "cpu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(op, "_channels_that_pay", lambda device_type, rates: on_a_cpu(rates))
+        patch.setattr(op, "channels_that_pay", lambda device_type, rates: on_a_cpu(rates))
         yield
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import segops
 from segops.ops.pac import op, reference
-from segops.ops.pac.op import _channels_that_pay  # as it is: conftest.py has kernels run everywhere
+from segops.ops.pac.op import channels_that_pay  # as it is: conftest.py has kernels run everywhere
 
 from ..accuracy import relative_error
 from ..contract import assert_same, gradients, names_of, results
@@ -52,9 +52,9 @@ def test_cases_run_the_kernels():
 def test_channels_that_pay():
     """Fewer the more rates there are; on a GPU more than 64 and less than 256 at the paper's five."""
     for device in ("cpu", "cuda"):
-        bounds = [_channels_that_pay(device, rates) for rates in range(2, 65)]
+        bounds = [channels_that_pay(device, rates) for rates in range(2, 65)]
         assert bounds == sorted(bounds, reverse=True) and bounds[-1] >= 2
-    assert 64 < _channels_that_pay("cuda", 5) <= 256
+    assert 64 < channels_that_pay("cuda", 5) <= 256
 
 
 def matters(target, dtype, case):

@@ -107,16 +107,16 @@ def _pays(weight, rates):
     """
     if not 2 <= len(rates) <= MAX_RATES or 0 in weight.shape:
         return False
-    return max(weight.shape[:2]) >= _channels_that_pay(weight.device.type, len(rates))
+    return max(weight.shape[:2]) >= channels_that_pay(weight.device.type, len(rates))
 
 
-def _channels_that_pay(device_type, rates):
+def channels_that_pay(device_type, rates):
     """The least channels, of whichever of input and output has more.
 
     On a CPU they are where the two about broke even on two cores (with fewer than 16 a backward
     pass may lose 10 %).
 
-    On CUDA they are an estimate that no GPU has confirmed yet: of a forward pass over a large map
+    On a GPU they are an estimate that no GPU has confirmed yet: of a forward pass over a large map
     in bfloat16, at 800 TFLOP/s, 3 TB/s from memory and 5.5 TB/s from the L2 cache. For R rates,
     with M channels on the wider side, each tap of a pixel costs, for each channel of the narrower,
 
@@ -127,7 +127,7 @@ def _channels_that_pay(device_type, rates):
     which is the same at M = 116 + 240 / R. A backward pass, of twice the products, gains earlier;
     so does a small map, for which launches of 5 us count: 3 against 2 R - 1.
     """
-    if device_type == "cuda":
+    if device_type != "cpu":
         return 116 + 240 // rates
     return 2 if rates >= 4 else 64 // (rates - 1)
 
