@@ -1,9 +1,10 @@
-// argmax.h on CUDA: a thread per logit position finds its largest class; then a thread owns a column
-// of pixels of a cell between four positions, up to eight rows of it. Where the corners disagree, it
-// reads their logits once for all of these pixels, which share the means between left and right.
+// argmax.h on CUDA: a thread per logit position finds its largest class; then a thread owns a
+// column of pixels of a cell between four positions, up to eight rows of it. Where the corners
+// disagree, it reads their logits once for all of these pixels, which share the means between left
+// and right.
 //
-// Threads of a warp own neighbouring columns, so that they write whole stretches of a row. (Pairs of
-// classes would be 16 bytes, but every other row of an odd width is not aligned to them.)
+// Threads of a warp own neighbouring columns, so that they write whole stretches of a row. (Pairs
+// of classes would be 16 bytes, but every other row of an odd width is not aligned to them.)
 
 #include "argmax.h"
 
@@ -28,9 +29,9 @@ struct Largest {
   }
 };
 
-// One axis of the resize, in integers, which are exact. Cell c is what lies between sources c - 1 and c: there
-// are in + 1 cells, of which the first and the last lie half outside of the map, where the source
-// at its border is all that counts. A cell holds at most ceil(out / in) outputs.
+// One axis of the resize, in integers, which are exact. Cell c is what lies between sources c - 1
+// and c: there are in + 1 cells, of which the first and the last lie half outside of the map, where
+// the source at its border is all that counts. A cell holds at most ceil(out / in) outputs.
 template <typename Index>
 struct Axis {
   Index in, out;
@@ -114,8 +115,8 @@ __global__ void __launch_bounds__(kThreads) upsample_kernel(
     return;
   }
 
-  // A logit that weighs nothing is not looked at: zero times infinity is no number. Those below weigh
-  // nothing in the first row of a cell alone, or in all.
+  // A logit that weighs nothing is not looked at: zero times infinity is no number. Those below
+  // weigh nothing in the first row of a cell alone, or in all.
   const float wx = columns.weight(column, rest);
   float wy[R];
   rows.cell(y, rest);

@@ -26,8 +26,8 @@
 //                                   `rest`, as the two cancel where z_t is by far the largest
 //                     smoothing   = w s / classes
 //
-// The gradient of a sum is known but for a factor: it is made in the same pass as the loss. Of a map
-// of losses, what comes in is known later; and logits of the labels' size are as large as their
+// The gradient of a sum is known but for a factor: it is made in the same pass as the loss. Of a
+// map of losses, what comes in is known later; and logits of the labels' size are as large as their
 // gradient, so that reading them twice moves less than keeping that. Then two passes share maps.
 //
 //   loss_map      loss, and what the gradient needs of each pixel: maps of max_logit (on CUDA times
@@ -160,8 +160,8 @@ struct LossInput {
 };
 
 // What a device implements. Losses, coefficients and gradients have the dtype that is computed in,
-// but for what `map_grad` writes on CUDA and what `scale` writes: these have the logits'. Results say
-// whether a label was wrong: the CPU knows, a GPU would have to be waited for.
+// but for what `map_grad` writes on CUDA and what `scale` writes: these have the logits'. Results
+// say whether a label was wrong: the CPU knows, a GPU would have to be waited for.
 bool count_edges(const Tensor& labels, const Tensor& out, int64_t classes, int64_t ignore_index, double beta);
 // edges is overwritten; scratch is for 2 * edges.numel() + 4 * kernel.size float32.
 void blur(const Tensor& edges, const BlurKernel& kernel, double beta, const Tensor& scratch);

@@ -12,14 +12,15 @@
 //
 // A second kernel adds the partial sums of the tiles that meet at a logit, in a fixed order: no
 // atomics. A tile has (rows + 1) x (columns + 1) of them for each class: a third more than logits
-// where labels are eight times as large, and few beside the upsampled logits from a ratio of two on.
+// where labels are eight times as large, and few beside the upsampled logits from a ratio of two
+// on.
 //
 // For a map of losses, 1 writes the coefficients of the pixels to memory, and a later launch, which
 // reads them, does 2. Logits of the labels' size need no cells: a thread per pixel does both.
 //
-// Logarithms and powers are those of two. What a softmax subtracts before it exponentiates, `shift`,
-// is the greatest logit times log2 e, rounded; the rounding does not matter, since everything is
-// computed relative to it, with one rounding more.
+// Logarithms and powers are those of two. What a softmax subtracts before it exponentiates,
+// `shift`, is the greatest logit times log2 e, rounded; the rounding does not matter, since
+// everything is computed relative to it, with one rounding more.
 
 #include "../common/cuda.h"
 #include "../common/op.h"

@@ -80,8 +80,8 @@ struct Problem {
       class_weight_sum = T(sum);
     }
   }
-  // Between rows of two classes: whole blocks, and an odd number of cache lines. At a power of two all
-  // classes would meet in a few sets of a cache.
+  // Between rows of two classes: whole blocks, and an odd number of cache lines. At a power of two
+  // all classes would meet in a few sets of a cache.
   int64_t padded() const { return int64_t(columns.low.size()); }
   int64_t strips() const { return ceil_div(s.h, strip); }
   int64_t items() const { return s.images * strips(); }

@@ -87,7 +87,8 @@ __device__ inline void wait_for_copies() {
 #endif
 }
 
-// 2^x to about 2 units in the last place, in one instruction; 0 where it is below the normal numbers.
+// 2^x to about 2 units in the last place, in one instruction; 0 where it is below the normal
+// numbers.
 __device__ inline float fast_exp2(float x) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
@@ -126,7 +127,8 @@ struct Divisor {
   explicit Divisor(int64_t by) : divisor(uint32_t(by)) {
     STD_TORCH_CHECK(by > 0 && by <= INT32_MAX, "segops: cannot divide by ", by);
     while ((int64_t(1) << (shift - 31)) < by) ++shift;
-    // At most 1 / divisor too large, and exact below 2^31. (By one it is 2^31 + 1: shifted, the rest vanishes.)
+    // At most 1 / divisor too large, and exact below 2^31. (By one it is 2^31 + 1: shifted, the
+    // rest vanishes.)
     multiplier = uint32_t((uint64_t(1) << shift) / divisor + 1);
   }
   // n / divisor for n >= 0; 64 bits are divided.

@@ -13,8 +13,8 @@
 //             pooled, but copied or added; without kernel_size they have no offsets.
 //   scatter   out = 0, and each value of `pooled` added where its offset says. The derivative of
 //             pool, and unpooling.
-//   gather    out = for each window of a kernel the element where its offset says. The derivative of
-//             scatter.
+//   gather    out = for each window of a kernel the element where its offset says. The derivative
+//             of scatter.
 //
 // Maps are (N, C, H, W) with any strides, but 1 along x or, with channels_last, along the channels.
 // The offsets of a map are (N, C, h, w) in the same order without gaps; those of several maps

@@ -6,11 +6,11 @@
 // first. Threads are numbered in memory's order, and three divisions, which are multiplications,
 // say where one is: a row has too few packs for blocks of its own.
 //
-// One launch pools all maps. Side by side, each has blocks of its own, and maps of out's size, which
-// are most of what is moved, are plain copies. Scatter goes by windows in the same way, each reading
-// its maximum once and writing all of its elements; where windows overlap, or are of another width,
-// it goes by elements, each summing over the windows that hold it. No atomics: every output is
-// written once.
+// One launch pools all maps. Side by side, each has blocks of its own, and maps of out's size,
+// which are most of what is moved, are plain copies. Scatter goes by windows in the same way, each
+// reading its maximum once and writing all of its elements; where windows overlap, or are of
+// another width, it goes by elements, each summing over the windows that hold it. No atomics: every
+// output is written once.
 
 #include "../common/cuda.h"
 #include "pag.h"
@@ -22,8 +22,8 @@ namespace {
 
 constexpr int kMaxMaps = 32;
 constexpr int kCopies = 4;  // packs that a thread copies
-// Blocks of pooling kernels that a multiprocessor has registers for, at least. (Left to itself, nvcc
-// spills one of them to make room for another block.)
+// Blocks of pooling kernels that a multiprocessor has registers for, at least. (Left to itself,
+// nvcc spills one of them to make room for another block.)
 constexpr int kBlocks = 3;
 
 bool aligned(const void* memory, int64_t bytes) {
@@ -140,7 +140,8 @@ struct Largest {
 
 // The elements of a window, or of V windows that are neighbours along the channels. ROWS * COLUMNS
 // packs are loaded before any is compared; behind the last row or column it comes again, which
-// changes nothing. More than one row at once must hold all columns, or the order were not row-major.
+// changes nothing. More than one row at once must hold all columns, or the order were not
+// row-major.
 template <typename T, int V, int ROWS, int COLUMNS, typename Index>
 __device__ inline void take_window(const T* from, Index row, Index pixel, int rows, int columns, int width, Largest<V>& best) {
 #pragma unroll 1
@@ -424,7 +425,8 @@ __global__ void __launch_bounds__(kThreads)
   *reinterpret_cast<Pack<T, V>*>(s.pooled.at(p.n, p.c, p.y, p.x)) = values;
 }
 
-// The stride that goes through these axes, the innermost first, as if they were one; -1 if none does.
+// The stride that goes through these axes, the innermost first, as if they were one; -1 if none
+// does.
 int64_t joint_stride(const Tensor& map, std::initializer_list<int> dims) {
   int64_t stride = -1, next = -1;
   for (const int dim : dims) {

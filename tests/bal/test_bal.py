@@ -331,7 +331,7 @@ def test_blur_factors_are_made_once_and_where_they_are_used():
 CASES = [
     # By a whole number, as 65 -> 513.
     Case((2, 21, 5, 9), (33, 65)),
-    # By fractions; weights of another size again, which are resized too; channels that lie side by side.
+    # By fractions; weights of another size again, resized too; channels that lie side by side.
     Case((2, 19, 7, 9), (30, 41), pixel_weight=(8, 11), channels_last=True, label_dtype=torch.uint8),
     # Not resized: the softmax reads logits where they lie.
     Case((2, 21, 13, 16), (13, 16), pixel_weight=(4, 4), reduction="none", label_dtype=torch.uint8),
@@ -343,20 +343,20 @@ CASES = [
     # To fewer pixels, along one axis and both: logits that no pixel lies next to get no gradient.
     Case((1, 4, 4, 13), (11, 6), channels_last=True, class_weight=True),
     Case((2, 4, 12, 13), (5, 6), label_smoothing=0.1, reduction="none", ignore_index=-100),
-    # One class: the loss is 0. More classes than a block of the gradient takes, and nothing but smoothing.
+    # One class: the loss is 0. More classes than a block takes, and nothing but smoothing.
     Case((1, 1, 3, 4), (9, 10), pixel_weight=(9, 10), reduction="sum"),
     Case((1, 70, 5, 4), (15, 16), class_weight=True, label_smoothing=0.1, channels_last=True, reduction="none"),
     Case((1, 150, 4, 5), (9, 17), label_smoothing=1.0, class_weight=True, reduction="sum"),
-    # Columns of labels, of one and of more than a block of a GPU has threads, that a logit is summed over.
+    # Columns of labels, of one and of more than a block has threads, that a logit is summed over.
     Case((2, 2, 9, 3), (40, 1), label_smoothing=1.0, reduction="sum", label_dtype=torch.int32, ignore_index=-1),
     Case((1, 9, 2, 2), (3, 700), reduction="sum"),
 ]
-# What the tiles of the CUDA kernels have to be right about: cells between logits, label pixels, classes.
+# What the tiles of the CUDA kernels have to be right about: cells, label pixels, classes.
 TILES = [
-    # Cells in more than one tile along both axes, few of whose indices take 32 bits; many, which take 64.
+    # Cells in more than one tile along both axes: few, whose indices take 32 bits; many: 64.
     Case((1, 2, 10, 40), (40, 66), pixel_weight=(20, 33), reduction="sum"),
     Case((1, 3, 9, 40), (70, 330), label_smoothing=0.1, class_weight=True),
-    # Cells of more label pixels than a tile, along both axes and along one; from one logit there is one cell.
+    # Cells of more label pixels than a tile, along both axes and along one; of one logit, one cell.
     Case((2, 3, 1, 1), (70, 300), pixel_weight=(9, 30)),
     Case((1, 5, 2, 2), (9, 700), label_smoothing=0.1),
     Case((1, 2, 1, 40), (300, 43), channels_last=True),
@@ -488,7 +488,7 @@ def test_a_loss_scale_comes_before_gradients_are_rounded(target):
 
 # Where a sum's loss and gradient come from one pass, and a map's from two.
 ONE_PASS = [
-    # Several strips of logit rows, each shared by two; along y by 15, more label rows than a block of the map's gradient.
+    # Several strips of logit rows, each shared by two; along y by 15: more label rows than a block.
     Case((2, 3, 9, 5), (140, 70), label_smoothing=0.1, class_weight=True, channels_last=True),
     # One row of logits, which has no next; one column.
     Case((1, 4, 1, 3), (40, 64), pixel_weight=(7, 9)),

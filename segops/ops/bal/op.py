@@ -28,9 +28,9 @@ def upsample_cross_entropy(
     Equals ``F.interpolate(logits, (H, W), mode="bilinear", align_corners=False)``, where sizes
     differ, then softmax cross entropy per pixel, times ``pixel_weight`` where given, 0 at ignored
     pixels. Forward and backward allocate nothing of (N, C, H, W), unless the logits have that size.
-    Where the logits require a gradient, forward makes it too, and keeps it in float32. For "none",
-    and of logits of the labels' size, backward makes it, from three maps of (N, H, W), four with
-    label smoothing.
+    Where the logits require a gradient, forward makes it too, and keeps it in the result's dtype.
+    For "none", and of logits of the labels' size (unless compiled), backward makes it, from three
+    maps of (N, H, W), four with label smoothing.
 
     Args:
         logits: (N, C, h, w), any strides; float32, bfloat16, float16, or float64 (CPU and reference
