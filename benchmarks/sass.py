@@ -58,7 +58,7 @@ LIMITS = {
     r"^bal::count_edges_kernel<": {"registers": 88},
     r"^bal::count_edges_kernel<.*\bint>$": {"registers": 64, "in_flight": 8},
     r"^bal::pixels_kernel<": {"registers": 64},
-    r"^bal::pixels_kernel<.*\bint>$": {"in_flight": 8, "per_class": 45},
+    r"^bal::pixels_kernel<.*\bint>$": {"in_flight": 8, "per_class": 50},
     r"^bal::scale_kernel<": {"registers": 64},
     r"^bal::scale_kernel<.*, [48]>$": {"widest_store": 128},
     r"^pac::gather_kernel<": {"registers": 64},

@@ -213,15 +213,16 @@ Tensor cross_entropy_map_grad(
 }
 
 // The gradient that was saved, times grad / divisor.
-Tensor cross_entropy_grad(Tensor grad, Tensor saved, Tensor divisor, ScalarType dtype) {
+Tensor cross_entropy_grad(Tensor grad, Tensor logits, Tensor saved, Tensor divisor) {
+  const ScalarType dtype = wide(logits.scalar_type());
   STD_TORCH_CHECK(
-      saved.dim() == 4 && grad.numel() == 1 && divisor.numel() == 1 && saved.scalar_type() == wide(dtype) &&
-          divisor.scalar_type() == wide(dtype),
-      "bal_cross_entropy_grad: needs what bal_cross_entropy saved, with gradient, and a gradient of its loss");
-  check_devices("bal_cross_entropy_grad", saved, {&grad, &divisor});
-  const bool channels_last = is_channels_last(saved);
-  const Tensor out = empty_map(sizes_of(saved), dtype, saved, channels_last);
-  if (out.numel() > 0) scale(dense(saved, channels_last), converted(grad, wide(dtype)), divisor, out);
+      logits.dim() == 4 && sizes_of(saved) == sizes_of(logits) && grad.numel() == 1 && divisor.numel() == 1 &&
+          saved.scalar_type() == dtype && divisor.scalar_type() == dtype,
+      "bal_cross_entropy_grad: needs what bal_cross_entropy saved of these logits, and a gradient of its loss");
+  check_devices("bal_cross_entropy_grad", logits, {&grad, &saved, &divisor});
+  const bool channels_last = is_channels_last(logits);
+  const Tensor out = empty_map(sizes_of(logits), logits.scalar_type(), logits, channels_last);
+  if (out.numel() > 0) scale(dense(saved, channels_last), converted(grad, dtype), divisor, out);
   return out;
 }
 
@@ -238,7 +239,7 @@ SEGOPS_OPS(op) {
   op("bal_boundary_loss(Tensor logits, Tensor labels, Tensor? class_weight, " SEGOPS_EDGE_SETTINGS ", " SEGOPS_LOSS_SETTINGS
      ") -> (Tensor, Tensor, Tensor)",
      TORCH_BOX(&boundary_loss));
-  op("bal_cross_entropy_grad(Tensor grad, Tensor saved, Tensor divisor, ScalarType dtype) -> Tensor",
+  op("bal_cross_entropy_grad(Tensor grad, Tensor logits, Tensor saved, Tensor divisor) -> Tensor",
      TORCH_BOX(&cross_entropy_grad));
   op("bal_cross_entropy_map_grad(Tensor grad, Tensor logits, Tensor labels, Tensor? class_weight, Tensor coefficients, Tensor "
      "divisor, float label_smoothing, int ignore_index) -> Tensor",

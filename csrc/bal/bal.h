@@ -30,9 +30,9 @@
 // map of losses, what comes in is known later; and logits of the labels' size are as large as their
 // gradient, so that reading them twice moves less than keeping that. Then two passes share maps.
 //
-//   loss_map      loss, and what the gradient needs of each pixel: maps of max_logit (on CUDA times
-//                 log2 e), grad_scale, target_grad and, with s > 0, smoothing, one after the other;
-//                 all but max_logit are 0 where ignored, NaN where wrong
+//   loss_map      loss, and what the gradient needs of each pixel: maps of max_logit, grad_scale,
+//                 target_grad and, with s > 0, smoothing, one after the other; all but max_logit
+//                 are 0 where ignored, NaN where wrong
 //   loss_sum      the sum of the losses over divisor, which for the mean is max(1, number of pixels
 //                 not ignored), else 1; and either the same maps or the gradient of the sum for the
 //                 logits, not divided: in float16 one of a mean would vanish before a loss scale

@@ -12,15 +12,15 @@
 //
 // A second kernel adds the partial sums of the tiles that meet at a logit, in a fixed order: no
 // atomics. A tile has (rows + 1) x (columns + 1) of them for each class: a third more than logits
-// where labels are eight times as large, and few beside the upsampled logits from a ratio of two
-// on.
+// where labels are eight times as large, and few beside the upsampled logits where these are twice
+// as large along both axes.
 //
 // For a map of losses, 1 writes the coefficients of the pixels to memory, and a later launch, which
 // reads them, does 2. Logits of the labels' size need no cells: a thread per pixel does both.
 //
-// Logarithms and powers are those of two. What a softmax subtracts before it exponentiates,
-// `shift`, is the greatest logit times log2 e, rounded; the rounding does not matter, since
-// everything is computed relative to it, with one rounding more.
+// Logarithms and powers are those of two. What a softmax subtracts before it exponentiates, `shift`,
+// is the greatest logit. Both passes compute a logit alike, to the bit: how large it may be, its
+// power is then the one that the total has.
 
 #include "../common/cuda.h"
 #include "../common/op.h"
@@ -48,8 +48,8 @@ constexpr int kLoads = 8;  // logits that a thread per pixel loads at once
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
-// The least float, which may mask a class, has to be one also when it is multiplied by log2 e; and
-// between infinities nothing can be interpolated.
+// Logits are subtracted from each other: the least float, which may mask a class, and minus infinity
+// have to leave a number.
 __device__ inline float bounded(float logit) {
   return logit < -0x1p126f ? -0x1p126f : logit;
 }
@@ -129,7 +129,7 @@ struct alignas(16) Pixel {
   // Of logit z of class c, but for the smoothing. Where it is ignored, z may be anything: the power
   // is a number, and grad_scale 0.
   __device__ float gradient(float z, int c) const {
-    const float other = grad_scale * fminf(fast_exp2(fmaf(kLog2E, z, -shift)), FLT_MAX);
+    const float other = grad_scale * fminf(fast_exp2(kLog2E * (z - shift)), FLT_MAX);
     return label == c ? target_grad : other;
   }
 };
@@ -144,18 +144,20 @@ struct Softmax {
     float greatest = z[0];
 #pragma unroll
     for (int v = 1; v < V; ++v) greatest = fmaxf(greatest, z[v]);
-    const float next = fmaxf(shift, kLog2E * greatest);
-    rest *= fast_exp2(shift - next);
+    const float next = fmaxf(shift, greatest);
+    rest *= fast_exp2(kLog2E * (shift - next));
     shift = next;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      const float power = fast_exp2(fmaf(kLog2E, z[v], -shift));
+      const float power = fast_exp2(kLog2E * (z[v] - shift));
       if (v != target) rest += power;
     }
   }
-  __device__ void add_smooth(float z, float class_weight) { smooth = fmaf(class_weight, fmaf(-kLog2E, z, shift), smooth); }
+  __device__ void add_smooth(float z, float class_weight) { smooth = fmaf(class_weight, kLog2E * (shift - z), smooth); }
   // After the shift was another one, for the classes so far, whose weights add up to this.
-  __device__ void follow(float previous_shift, float class_weights) { smooth += class_weights * (shift - previous_shift); }
+  __device__ void follow(float previous_shift, float class_weights) {
+    smooth = fmaf(kLog2E * class_weights, shift - previous_shift, smooth);
+  }
 
   // The loss. The pixel, of which label and target are known, gets its coefficients. All classes
   // weigh class_weights.
@@ -167,7 +169,7 @@ struct Softmax {
       return smoothing = nothing;
     }
     const float own = p.keep * p.class_weight.at(pixel.label), others = p.share * class_weights;
-    const float from_target = fmaf(-kLog2E, pixel.target_grad, shift), target = fast_exp2(-from_target);
+    const float from_target = kLog2E * (shift - pixel.target_grad), target = fast_exp2(-from_target);
     const float total = rest + target, log_total = log2f(total);
     // The more certain the target, the less may be lost beside it.
     const float of_target = rest < target ? kLog2E * log1pf(__fdividef(rest, target)) : log_total + from_target;
@@ -380,6 +382,18 @@ struct Tiles {
 // Of a cell: upper left, upper right, lower left, lower right. Logits, or sums for them.
 using Corners = Pack<float, 4>;
 
+// The logit at a position between corners. Both passes must compute the same.
+__device__ inline float left_of(const Corners& z, float lower) {
+  return fmaf(lower, z.value[2] - z.value[0], z.value[0]);
+}
+__device__ inline float right_of(const Corners& z, float lower) {
+  return fmaf(lower, z.value[3] - z.value[1], z.value[1]);
+}
+__device__ inline float between(const Corners& z, float right, float lower) {
+  const float left = left_of(z, lower);
+  return fmaf(right, right_of(z, lower) - left, left);
+}
+
 // Adds a row of label pixels, value(x) of begin <= x < end, that lies at `weight` between the
 // upper and the lower corners.
 template <typename Value>
@@ -515,13 +529,8 @@ struct Tile {
     for (int i = threadIdx.x; i < strip.height * width; i += kThreads) {
       const int row = i / width, x = i - row * width;
       const float right = tables.weight_x[x], lower = tables.weight_y[strip.begin + row];
-      const float lower_right = right * lower, lower_left = lower - lower_right;
-      const float upper_right = right - lower_right, upper_left = 1 - right - lower_left;
       const Corners* cell = corners + tables.cell[x];
-      const auto logit = [&](int c) {
-        const Corners z = cell[c * kStride];
-        return upper_left * z.value[0] + upper_right * z.value[1] + lower_left * z.value[2] + lower_right * z.value[3];
-      };
+      const auto logit = [&](int c) { return between(cell[c * kStride], right, lower); };
       Pixel pixel;
       Softmax softmax;
       if (first_class == 0) {
@@ -586,8 +595,7 @@ struct Tile {
       Corners sums{};
       for (int row = 0; row < strip.height; ++row) {
         const float lower = tables.weight_y[strip.begin + row];
-        const float left = z.value[0] + lower * (z.value[2] - z.value[0]);
-        const float slope = z.value[1] + lower * (z.value[3] - z.value[1]) - left;
+        const float left = left_of(z, lower), slope = right_of(z, lower) - left;
         add_row(sums, lower, tables.weight_x, begin, end, [&](int x) {
           const Pixel pixel = pixels[row * width + x];  // one load of all of it
           return pixel.gradient(fmaf(tables.weight_x[x], slope, left), first_class + c);
@@ -748,8 +756,8 @@ void run(const LossInput& in, const Maps& maps, const std::optional<Tensor>& gra
   Losses* losses = sum ? static_cast<Losses*>(block_losses.mutable_data_ptr()) : nullptr;
   const Totals totals = sum ? Totals{losses, int(blocks), sum->mean, sum->divisor, sum->loss} : Totals{};
   const int64_t elements = std::max(
-      {extent(in.logits) + kThreads, in.maps() * s.pixels(), count, positions(s.h, s.height), positions(s.w, s.width),
-       positions(s.weight_h, s.height), positions(s.weight_w, s.width)});
+      {extent(in.logits) + kThreads, gradient ? gradient->numel() : 0, in.maps() * s.pixels(), count, positions(s.h, s.height),
+       positions(s.w, s.width), positions(s.weight_h, s.height), positions(s.weight_w, s.width)});
   with_index(elements, [&](auto index) {
     using Index = decltype(index);
     const Tiles<Index> tiles(s);

@@ -639,6 +639,40 @@ def test_extreme_logits(implementation, name, label_smoothing):
         torch.testing.assert_close(value, truth.float(), rtol=1e-3, atol=2e-2)
 
 
+@fast_targets
+@pytest.mark.parametrize("scale", [1e2, 1e4, 1e8, 1e30])
+@pytest.mark.parametrize("size", [(8, 8), (19, 17)])
+def test_large_logits(target, scale, size):
+    """A softmax and its gradient take the same logit for the greatest, and subtract it before anything is rounded."""
+    labels = draw_labels(2, 5, *size).to(target[0])
+    logits = scale * (2 * torch.rand(2, 5, 8, 8, generator=torch.Generator().manual_seed(0)) - 1).to(target[0]).requires_grad_()
+    found = output_and_gradient(lambda z: segops.upsample_cross_entropy(z, labels), logits)
+    exact = output_and_gradient(lambda z: plain_mean(z, labels), logits.detach().double().requires_grad_())
+    for value, truth in zip(found, exact, strict=True):
+        assert relative_error(value, truth) <= 1e-5
+    alike = torch.full_like(logits, -scale, requires_grad=True)
+    loss, grad = output_and_gradient(lambda z: segops.upsample_cross_entropy(z, labels), alike)
+    torch.testing.assert_close(loss, torch.full_like(loss, 5).log())
+    torch.testing.assert_close(
+        grad, output_and_gradient(lambda z: plain_mean(z, labels), torch.zeros_like(alike, requires_grad=True))[1]
+    )
+
+
+def plain_mean(logits, labels):
+    return F.cross_entropy(F.interpolate(logits, labels.shape[1:], mode="bilinear"), labels, ignore_index=255)
+
+
+@fast_targets
+@pytest.mark.parametrize("size", [(8, 8), (19, 17)])
+def test_a_penalty_on_the_gradient_is_refused(target, size):
+    """Although what comes in at the loss depends on nothing: the gradient depends on the logits."""
+    logits = torch.randn(2, 5, 8, 8, device=target[0], requires_grad=True)
+    loss = segops.upsample_cross_entropy(logits, draw_labels(2, 5, *size).to(target[0]))
+    (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward not supported"):
+        (loss + grad.square().sum()).backward()
+
+
 def test_a_class_ruled_out(implementation):
     """Logits of -inf, where they are not the label's: as in F.cross_entropy, a finite loss and no gradient there."""
     device, _ = implementation
@@ -969,7 +1003,7 @@ def test_ops_refuse_what_does_not_fit():
         (lambda: ops.bal_cross_entropy(logits, labels[:1], None, None, *loss), "must have one batch"),
         (lambda: ops.bal_cross_entropy(logits, labels, None, torch.ones(1, 3), *loss), "class_weight must be"),
         (lambda: ops.bal_boundary_loss(logits[0], labels, None, *settings, *loss), "needs logits"),
-        (lambda: ops.bal_cross_entropy_grad(torch.ones(()), torch.ones(3), torch.ones(()), torch.float32), "needs what bal_cross"),
+        (lambda: ops.bal_cross_entropy_grad(torch.ones(()), logits, torch.ones(3), torch.ones(())), "needs what bal_cross"),
         (lambda: ops.bal_cross_entropy_map_grad(torch.ones(2, 8, 9), logits, labels, None, torch.ones(3), torch.ones(()), 0.0, 255), "needs what"),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match=message):

@@ -83,7 +83,7 @@ def opcheck_of(dtype, reduction, memory_format=torch.contiguous_format):
                 loss, saved, divisor = ops.bal_cross_entropy(logits, labels, *weights, *settings, saves)
             grad = torch.rand_like(loss)
             if saves == "gradient":
-                yield ops.bal_cross_entropy_grad, (grad, saved, divisor, logits.dtype)
+                yield ops.bal_cross_entropy_grad, (grad, logits.detach(), saved, divisor)
             else:
                 yield ops.bal_cross_entropy_map_grad, (grad, logits.detach(), labels, weights[1], saved, divisor, 0.1, 255)
         settings = "linear", 3, 1.0, 0.5, 2, "mean", 0.0, 255, reduction, saves

@@ -226,13 +226,16 @@ def _setup_context(ctx, out, logits, labels, class_weight, label_smoothing, igno
         ctx.save_for_backward(logits, labels, class_weight, saved, divisor)
         ctx.settings = cross_entropy_map_grad, label_smoothing, ignore_index
     else:
-        ctx.save_for_backward(saved, divisor)
-        ctx.settings = cross_entropy_grad, logits.dtype
+        ctx.save_for_backward(logits, saved, divisor)  # the logits: what is made of them must know
+        ctx.settings = (cross_entropy_grad,)
 
 
 def _backward(ctx, needed, grad):
     if ctx.settings is None:
-        raise RuntimeError("segops.upsample_cross_entropy: the loss was computed without a gradient")
+        raise RuntimeError(
+            "segops.upsample_cross_entropy: the loss has no gradient, as it was computed, or exported, where none was wanted "
+            "(under torch.no_grad, or of logits that do not require one)"
+        )
     op, *settings = ctx.settings
     return (op(grad, *ctx.saved_tensors, *settings, backend=ctx.backend),)
 
@@ -255,12 +258,13 @@ class boundary_loss:
     empty, setup_context, backward = _empty_loss, _setup_context, _backward
 
 
-@library.op("bal_cross_entropy_grad(Tensor grad, Tensor saved, Tensor divisor, ScalarType dtype) -> Tensor")
-class cross_entropy_grad:
-    def empty(saved, dtype):
-        return torch.empty(saved.shape, dtype=dtype, device=saved.device, memory_format=memory_format(saved))
+def _empty_gradient(logits):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device, memory_format=memory_format(logits))
 
-    backward = library.no_double_backward("upsample_cross_entropy")
+
+@library.op("bal_cross_entropy_grad(Tensor grad, Tensor logits, Tensor saved, Tensor divisor) -> Tensor")
+class cross_entropy_grad:
+    empty, backward = _empty_gradient, library.no_double_backward("upsample_cross_entropy")
 
 
 @library.op(
@@ -268,7 +272,4 @@ class cross_entropy_grad:
     "Tensor divisor, float label_smoothing, int ignore_index) -> Tensor"
 )
 class cross_entropy_map_grad:
-    def empty(logits):
-        return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device, memory_format=memory_format(logits))
-
-    backward = library.no_double_backward("upsample_cross_entropy")
+    empty, backward = _empty_gradient, library.no_double_backward("upsample_cross_entropy")

@@ -545,8 +545,8 @@ def bal_boundary_loss(logits, labels, class_weight, *settings):
     return bal_cross_entropy(logits, labels, edge, class_weight, label_smoothing, ignore_index, reduction, saves)
 
 
-def bal_cross_entropy_grad(grad, saved, divisor, dtype):
-    return (saved * (grad / divisor)).to(dtype)
+def bal_cross_entropy_grad(grad, logits, saved, divisor):
+    return (saved * (grad / divisor)).to(logits.dtype)
 
 
 def bal_cross_entropy_map_grad(grad, logits, labels, class_weight, coefficients, divisor, label_smoothing, ignore_index):

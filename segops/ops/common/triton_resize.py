@@ -39,4 +39,4 @@ def offset_in_cell(i, low, size_in, size_out):
 @triton.jit
 def weight_of(offset, size_out):
     """That of the source after `low`, if there is one."""
-    return tl.maximum(offset, 0).to(tl.float32) * (0.5 / size_out)
+    return tl.div_rn(tl.maximum(offset, 0).to(tl.float32), 2.0 * size_out)
