@@ -36,6 +36,13 @@ class CurrentStream {
   cudaStream_t stream_;
 };
 
+// The major number of that of the tensor's GPU.
+inline int compute_capability(const Tensor& tensor) {
+  int major = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, tensor.get_device_index()));
+  return major;
+}
+
 // Calls the kernel with `arguments`; `shared` is the bytes that dynamic_shared() points to.
 template <typename... Parameters, typename... Arguments>
 void launch(

@@ -25,12 +25,10 @@
 namespace segops::pac {
 namespace {
 
-#ifdef SEGOPS_EMULATION  // whose maps are small, and whose products are the CPU's
+#ifdef SEGOPS_EMULATION  // whose maps are small
 constexpr int64_t kWorkspace = 64 << 10, kLargestWorkspace = 256 << 10;
-constexpr bool kMultipliesInto32 = false;
 #else
 constexpr int64_t kWorkspace = kOnCpu ? 4 << 20 : 256 << 20, kLargestWorkspace = kOnCpu ? 32 << 20 : 1 << 30;
-constexpr bool kMultipliesInto32 = !kOnCpu;  // factors in half precision, without rounding the product to it
 #endif
 
 // A map (N, H, W, G, C) without gaps: G groups of C channels.
@@ -267,8 +265,10 @@ class Products {
   void add(const Tensor& a, const Tensor& b) {
     const int64_t rows = a.size(0), m = a.size(1), n = b.size(1);
     const ScalarType dtype = a.scalar_type(), sums = rows == rows_ ? dtype : wide(dtype);
+    bool into_sums = false;
+    if constexpr (!kOnCpu) into_sums = multiplies_into_32(a);
     const auto product = [&](int64_t first, int64_t count, ScalarType sums) {
-      Tensor out = empty({m, n}, kMultipliesInto32 ? sums : dtype, a);
+      Tensor out = empty({m, n}, into_sums ? sums : dtype, a);
       multiply(reinterpret(a, {m, count}, {1, m}, first * m), reinterpret(b, {count, n}, {n, 1}, first * n), out);
       return converted(out, sums);
     };

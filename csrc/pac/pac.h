@@ -46,8 +46,11 @@ void shift_scatter(
     const Tensor& source, const Tensor& out, int64_t first_row, const std::vector<int64_t>& kernel_size,
     const std::vector<int64_t>& rates, int64_t sign);
 
-// What a GPU implements beside: to (images, columns, rows) = from (images, rows, columns), both
-// contiguous, of elements of two or four bytes.
+// What a GPU implements beside.
+//   transpose:          to (images, columns, rows) = from (images, rows, columns), both contiguous,
+//                       of elements of two or four bytes
+//   multiplies_into_32: whether PyTorch's products of such factors come in float32, not rounded
+bool multiplies_into_32(const Tensor& factor);
 void transpose(const Tensor& from, const Tensor& to, int64_t images, int64_t rows, int64_t columns);
 
 }  // namespace segops::pac

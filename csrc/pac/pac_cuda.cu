@@ -305,6 +305,10 @@ void shift_scatter(
   });
 }
 
+bool multiplies_into_32(const Tensor& factor) {
+  return compute_capability(factor) >= 8;
+}
+
 void transpose(const Tensor& from, const Tensor& to, int64_t images, int64_t rows, int64_t columns) {
   if (to.numel() == 0) return;
   const CurrentStream stream(to);
