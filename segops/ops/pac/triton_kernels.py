@@ -200,6 +200,7 @@ def _convolve(source, weight, bias, rates, sign, out):
 
     images = min(n, max(1, WORKSPACE // (least * plane)))
     block = min(channels, max(least, WORKSPACE // (images * plane) // 16 * 16))
+    block = min(block, -(-channels // -(-channels // block) // 16) * 16)  # as many blocks, of even size
     for c in range(0, channels, block):
         flat = weight[c : c + block].permute(2, 3, 0, 1).flatten(0, 2)
         b = None if bias is None else bias[c : c + block]
