@@ -127,7 +127,7 @@ def channels_that_pay(device_type, rates):
     which is the same at M = 116 + 240 / R. A backward pass, of twice the products, gains earlier;
     so does a small map, for which launches of 5 us count: 3 against 2 R - 1.
     """
-    if device_type != "cpu":
+    if device_type in ("cuda", "xpu"):
         return 116 + 240 // rates
     return 2 if rates >= 4 else 64 // (rates - 1)
 
