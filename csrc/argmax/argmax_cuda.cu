@@ -161,7 +161,8 @@ void upsample(const Tensor& logits, const Tensor& best, const Tensor& out) {
   const int64_t chunk = rows > 4 ? 8 : rows > 2 ? 4 : 2, chunks = ceil_div(rows, chunk);
   const int64_t positions = best.numel(), work = s.images * (s.h + 1) * chunks * s.width;
   const int64_t elements = std::max(
-      {extent(logits), out.numel(), work, Axis<int64_t>::largest(s.h, s.height), Axis<int64_t>::largest(s.w, s.width)});
+      {extent(logits), positions, out.numel(), work, Axis<int64_t>::largest(s.h, s.height),
+       Axis<int64_t>::largest(s.w, s.width)});
   dispatch_cuda(logits, "upsample_argmax", [&](auto type) {
     using T = decltype(type);
     with_index(elements, [&](auto index) {
