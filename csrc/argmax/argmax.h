@@ -12,7 +12,7 @@
 // in full; `best` is memory for what is between.
 #pragma once
 
-#include "../common/resize.h"
+#include "../common/tensor.h"
 
 namespace segops::argmax {
 

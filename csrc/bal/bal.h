@@ -42,7 +42,7 @@
 //                 one number, of that times the sum over divisor
 #pragma once
 
-#include "../common/resize.h"
+#include "../common/tensor.h"
 
 #include <cmath>
 
@@ -74,25 +74,6 @@ struct Labels {
     return static_cast<const uint8_t*>(data)[i];
   }
   SEGOPS_HOST_DEVICE int at(int64_t i) const { return class_of(value(i), classes, ignore_index); }
-};
-
-// The taps of one output of an antialiased resize: source[first + k], k < count, weighs
-// triangle(k), over their sum.
-struct Antialias {
-  double scale, start;  // source pixels per output, and from the output's centre to the first tap's
-  int64_t first, count;
-
-  Antialias(int64_t i, int64_t in, int64_t out) : scale(double(in) / double(out)) {
-    const double centre = (double(i) + 0.5) * scale;
-    const int64_t begin = int64_t(centre - scale + 0.5), end = int64_t(centre + scale + 0.5);
-    first = begin > 0 ? begin : 0;
-    count = (end < in ? end : in) - first;
-    start = double(first) + 0.5 - centre;
-  }
-  double triangle(int64_t k) const {
-    const double distance = fabs(start + double(k)) / scale;
-    return distance < 1 ? 1 - distance : 0;
-  }
 };
 
 // What the blur multiplies with, of rank two: u1 v1^T + u2 v2^T.

@@ -21,6 +21,25 @@ SEGOPS_INLINE void count_row(const int32_t* row, const int32_t* lower, int64_t w
   out[width - 1] = count(row[width - 1], row[width - 1], lower[width - 1]);
 }
 
+// The taps of one output of an antialiased resize: source[first + k], k < count, weighs
+// triangle(k), over their sum.
+struct Antialias {
+  double scale, start;  // source pixels per output, and from the output's centre to the first tap's
+  int64_t first, count;
+
+  Antialias(int64_t i, int64_t in, int64_t out) : scale(double(in) / double(out)) {
+    const double centre = (double(i) + 0.5) * scale;
+    const int64_t begin = int64_t(centre - scale + 0.5), end = int64_t(centre + scale + 0.5);
+    first = begin > 0 ? begin : 0;
+    count = (end < in ? end : in) - first;
+    start = double(first) + 0.5 - centre;
+  }
+  double triangle(int64_t k) const {
+    const double distance = fabs(start + double(k)) / scale;
+    return distance < 1 ? 1 - distance : 0;
+  }
+};
+
 // One axis of an antialiased resize: output i sums weight[offset[i] + k] * in[first[i] + k].
 struct Taps {
   std::vector<int64_t> first, offset;

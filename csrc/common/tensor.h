@@ -24,7 +24,7 @@ namespace segops {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-SEGOPS_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) {
+inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 inline int64_t round_up(int64_t count, int64_t multiple) {
