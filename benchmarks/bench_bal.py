@@ -252,7 +252,7 @@ def calls(case, kind, functions):
 
 def floor(case, kind):
     """Milliseconds to read labels and logits once and, with the backward pass, to write the gradient, at the measured bandwidth,
-    plus N * C * H * W exponentials at the measured rate: one pass makes loss and gradient."""
+    plus N * C * H * W exponentials at PyTorch's measured rate, which kernels may beat: one pass makes loss and gradient."""
     logits, labels = arguments(case)
     moved = labels.nbytes + logits.nbytes * (1 if kind == "forward" else 2)
     return (moved / measure.copy_rate(DEVICE) + case.shape[1] * labels.numel() / measure.exponential_rate(DEVICE)) * 1e3

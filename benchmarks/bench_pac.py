@@ -83,6 +83,14 @@ CASES = CUDA_CASES if DEVICE == "cuda" else [
 HEADLINE = measure.Headline([CUDA_CASES[0], CUDA_CASES[7]] if DEVICE == "cuda" else [Case((1, 16, 9, 9), 8)], slow=True)
 
 
+def run_kernels(input, weight, bias, rates, merge):
+    """As the public function, but for the convolutions that it leaves maps of few channels to."""
+    backend = select("pyramid_atrous_conv2d", input)
+    if backend == "reference":
+        return reference.pyramid_atrous_conv2d(input, weight, bias, rates, merge)
+    return op.pac(input, weight, bias, rates, merge, backend=backend)
+
+
 def implementations(case):
     """{name: function} of the segops backends to time; where a GPU has PyTorch's convolutions run, for which the bound is an
     estimate, also of the kernels."""
@@ -90,9 +98,7 @@ def implementations(case):
         lambda input, weight: segops.pyramid_atrous_conv2d(input, weight, rates=case.rates, merge=case.merge)
     )
     if DEVICE == "cuda" and max(case.shape[1], case.channels) < op.channels_that_pay("cuda", len(case.rates)):
-        found["segops kernels"] = lambda input, weight: op.pac(
-            input, weight, None, case.rates, case.merge, backend=select("pyramid_atrous_conv2d", input)
-        )
+        found["segops kernels"] = lambda input, weight: run_kernels(input, weight, None, case.rates, case.merge)
     return found
 
 
@@ -194,14 +200,7 @@ def pac_trial(widening, merge, setup):
     c_in, c_out = (c, 2 * c) if widening else (2 * c, c)
     bias = torch.linspace(-1, 1, c_out).to(setup.dtype).requires_grad_()
     tensors = [setup.map(n, c_in, h, w), setup.map(c_out, c_in, 3, 3, scale=(9 * c_in) ** -0.5), bias]
-
-    def run(*tensors):  # the op itself: on a GPU the public function leaves so few channels to convolutions
-        backend = select("pyramid_atrous_conv2d", tensors[0])
-        if backend == "reference":
-            return reference.pyramid_atrous_conv2d(*tensors, RATES, merge)
-        return op.pac(*tensors, RATES, merge, backend=backend)
-
-    return trials.error(run, tensors)
+    return trials.error(lambda *tensors: run_kernels(*tensors, RATES, merge), tensors)
 
 
 TRIALS = {
