@@ -82,9 +82,10 @@ def version_line(command):
 
 
 def sources(suffix):
-    """The files of every op itself, and those of its kernels for a device."""
-    ops = (path for path in Path("csrc").glob("*/*.cpp") if path.stem == path.parent.name)
-    return sorted(path.as_posix() for path in (*ops, *Path("csrc").glob(f"*/*{suffix}")))
+    """The files of all kernels for a device, and of the ops that have some."""
+    kernels = list(Path("csrc").glob(f"*/*{suffix}"))
+    ops = {path.with_name(f"{path.parent.name}.cpp") for path in kernels}
+    return sorted(path.as_posix() for path in (*ops, *kernels))
 
 
 def without_python(extension):

@@ -13,7 +13,7 @@ import torch
 
 import segops
 
-from .backend import ORDER, automatic, build_info, requested, untried, why_not
+from .backend import ORDER, automatic, build_info, implementation, requested, untried, why_not
 from .text import printable
 
 
@@ -54,7 +54,9 @@ def info():
         chosen = automatic(kind, index, torch.float32) if requested() == "auto" else requested()
         print(label)
         for op in ops():
-            print(f"    {op}: {chosen}" + (f" CANNOT RUN: {reasons[chosen]}" if reasons[chosen] else ""))
+            runs = implementation(op, chosen, kind)
+            lacking = "" if runs == chosen else f" (it has no kernels for {chosen!r} on {kind} yet)"
+            print(f"    {op}: {runs}{lacking}" + (f" CANNOT RUN: {reasons[chosen]}" if reasons[chosen] else ""))
         for name in ORDER:
             available = "available, never tried on such a GPU" if untried(name, kind) else "available"
             print(f"    {name:<10} {reasons[name] or available}")

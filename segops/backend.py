@@ -241,6 +241,21 @@ def automatic(device_type, device_index, dtype):
     return next(name for name in tried if why_not(name, device_type, device_index, dtype) is None)
 
 
+_ONLY_ON_CPU = set()
+
+
+def only_on_cpu(*ops):
+    """Declares public functions whose only kernels are native ones on the CPU: elsewhere their
+    reference runs, under any name that can run at all."""
+    _ONLY_ON_CPU.update(ops)
+
+
+def implementation(op, chosen, device_type):
+    """What runs of an op on the backend that was chosen."""
+    has_kernels = op not in _ONLY_ON_CPU or (chosen == "native" and device_type == "cpu")
+    return chosen if has_kernels else "reference"
+
+
 _SELECTED = {}  # what can run stays the same for as long as the process lives
 
 
@@ -249,13 +264,17 @@ def select(op, tensor):
     cannot."""
     if torch.compiler.is_compiling():
         return _select(op, tensor.device, tensor.dtype)
-    question = _requested, tensor.device, tensor.dtype
+    question = _requested, op, tensor.device, tensor.dtype
     if question not in _SELECTED:
-        _SELECTED[question] = _select(op, *question[1:])
+        _SELECTED[question] = _select(*question[1:])
     return _SELECTED[question]
 
 
 def _select(op, device, dtype):
+    return implementation(op, _choose(op, device, dtype), device.type)
+
+
+def _choose(op, device, dtype):
     if _requested == "auto":
         return automatic(device.type, device.index, dtype)
     reason = why_not(_requested, device.type, device.index, dtype)

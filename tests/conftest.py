@@ -13,7 +13,7 @@ import pytest
 
 import segops
 
-from .targets import REFERENCE, TARGETS
+from .targets import ON_CPU, REFERENCE, TARGETS, only_on_cpu
 
 # Bounds are those of float32, which TF32 products miss by far.
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -40,7 +40,21 @@ def fresh_start():
         yield
 
 
-def pytest_collection_modifyitems(items):
+def runs_a_reference_once_more(item):
+    """Whether it is about kernels, or a target, that an op which is only on the CPU does not have."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    target = parameters.get("target", parameters.get("implementation"))
+    lacks = item.get_closest_marker("triton") or (target is not None and target not in ON_CPU)
+    return lacks and only_on_cpu(item.path.parent.name)
+
+
+def pytest_collection_modifyitems(config, items):
+    runs, deselected = [], []
+    for item in items:
+        (deselected if runs_a_reference_once_more(item) else runs).append(item)
+    if deselected:
+        items[:] = runs
+        config.hook.pytest_deselected(items=deselected)
     if not torch.cuda.is_available():
         for item in items:
             if "cuda" in item.keywords:

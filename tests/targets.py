@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 
+from segops.ops.common import library
+
 from . import emulation
 
 EMULATED_OPS = emulation.register()
@@ -34,6 +36,7 @@ FAST = [*COMPILED, GPU[1]]
 # All of them but the reference. The interpreter serves where there is no GPU.
 TARGETS = FAST if torch.cuda.is_available() else [*FAST, pytest.param(INTERPRETED, id="interpreted-triton")]
 REFERENCE = pytest.param(("cpu", "reference"), id="reference")
+ON_CPU = [("cpu", "native"), ("cpu", "reference")]
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the compiled kernels")
 
 fast_targets = pytest.mark.parametrize("target", FAST, indirect=True)
@@ -52,7 +55,12 @@ DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 def runs(target, dtype):
     """Whether this implementation takes the dtype: float64 is for C++ on the CPU and for the reference."""
-    return dtype != torch.float64 or target in (("cpu", "native"), ("cpu", "reference"))
+    return dtype != torch.float64 or target in ON_CPU
+
+
+def only_on_cpu(op):
+    """Whether an op, by the name of its folder, is declared to have kernels for the CPU alone: elsewhere its reference runs."""
+    return any(each.only_on_cpu for each in library._DECLARED if each.module.startswith(f"segops.ops.{op}."))
 
 
 def matrix(targets, *axes, when):

@@ -1,5 +1,6 @@
 """Selection of the backend, and the command line that reports it."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import torch
 import segops
 from segops import library_path
 from segops.__main__ import info
-from segops.backend import _runs_on, _select, build_info, requested, select, why_not
+from segops.backend import _runs_on, _select, build_info, implementation, only_on_cpu, requested, select, why_not
 from segops.ops.common import library
 
 
@@ -75,6 +76,26 @@ def test_auto_takes_the_first_that_can_run():
     if not torch.cuda.is_available() and torch.version.cuda:
         assert why_not("native", "cuda", 0, torch.float32) == "no CUDA device is visible"
     assert "float64" in why_not("native", "cuda", 0, torch.float64)
+
+
+def test_an_op_that_is_only_on_the_cpu(monkeypatch):
+    """Elsewhere its reference runs, but a backend that cannot run is refused all the same."""
+    monkeypatch.setattr(sys.modules["segops.backend"], "_ONLY_ON_CPU", set())
+    only_on_cpu("new", "newer")
+    for name in ("new", "newer", "old"):
+        assert implementation(name, "native", "cpu") == "native" and implementation(name, "reference", "cuda") == "reference"
+    for chosen, device in (("triton", "cpu"), ("triton", "cuda"), ("native", "cuda")):
+        assert implementation("new", chosen, device) == implementation("newer", chosen, device) == "reference"
+        assert implementation("old", chosen, device) == chosen
+    monkeypatch.setattr(sys.modules["segops.backend"], "TRITON_INTERPRET", True)
+    pytest.importorskip("triton")
+    with segops.backend("triton"):
+        assert (_select("new", torch.device("cpu"), torch.float32), _select("old", torch.device("cpu"), torch.float32)) == (
+            "reference",
+            "triton",
+        )
+        with pytest.raises(RuntimeError, match=r"segops\.new: backend 'triton' cannot run on cpu with torch\.float64"):
+            _select("new", torch.device("cpu"), torch.float64)
 
 
 @pytest.fixture
@@ -173,6 +194,11 @@ def test_info_command():
         assert text in shown.stdout
     forced = python("-m", "segops", "info", SEGOPS_BACKEND="triton", TRITON_INTERPRET=None, CUDA_VISIBLE_DEVICES="")
     assert "pyramid_atrous_conv2d: triton CANNOT RUN: " in forced.stdout
+    lacking = "dense_crf: reference (it has no kernels for 'triton' on cpu yet)"
+    assert f"{lacking} CANNOT RUN: " in forced.stdout and "dense_crf: native\n" in shown.stdout
+    if importlib.util.find_spec("triton"):
+        interpreted = python("-m", "segops", "info", SEGOPS_BACKEND="triton", TRITON_INTERPRET="1")
+        assert f"{lacking}\n" in interpreted.stdout and "pyramid_atrous_conv2d: triton\n" in interpreted.stdout
 
 
 # An editable installation would find this checkout's binaries for a copy.
@@ -227,7 +253,7 @@ def test_why_a_library_does_not_load(tmp_path):
     """What the loader says, not that it did not load."""
     in_a_copy(tmp_path)
     (tmp_path / "segops" / "libsegops_cpu.so").write_bytes(
-        b"no library\0" + b"\0".join(map(str.encode, library.schemas())) + b"\0"
+        b"no library\0" + b"\0".join(map(str.encode, library.schemas("cpu"))) + b"\0"
     )
     shown = in_a_copy(tmp_path, "libsegops_cpu.so")
     assert shown.returncode == 0, shown.stderr
@@ -260,11 +286,19 @@ def test_a_copy_that_is_loaded_already_must_be_of_these_files(tmp_path):
 def test_schemas_are_the_libraries_own():
     """Python's texts, by which it defines the ops where there is no library, say the same."""
     assert isinstance(build_info()["cpu"], dict)
-    ours = [schema for schema in library.schemas() if not schema.startswith("test_")]
+    ours = [schema for schema in library.schemas("cpu") if not schema.startswith("test_")]
     assert len(ours) >= 10
     for schema in ours:
         name = schema.partition("(")[0]
         assert str(getattr(torch.ops.segops, name).default._schema) == f"segops::{torch._C.parse_schema(schema)}"
+
+
+@pytest.mark.skipif(isinstance(build_info()["cuda"], str), reason="needs the CUDA library")
+def test_the_cuda_library_has_the_ops_that_are_not_only_on_the_cpu():
+    for schema in library.schemas("cpu"):
+        name = schema.partition("(")[0]
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"segops::{name}", "CUDA")
+        assert name.startswith("test_") or has_kernel == (schema in library.schemas("cuda")), name
 
 
 def test_library_path():

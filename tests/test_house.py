@@ -8,9 +8,13 @@ import pytest
 
 import segops
 from benchmarks import suites
+from segops.__main__ import ops
+from segops.backend import implementation
+from segops.ops.common import library
 
 from . import OPS
 from .contract import contract_of
+from .targets import only_on_cpu
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"segops": ROOT / "segops", "segops.models": ROOT / "models", "segops.benchmarks": ROOT / "benchmarks"}
@@ -63,14 +67,23 @@ def test_an_op_imports_no_other(op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_is_one_name_on_every_floor(op):
-    csrc = ROOT / "csrc" / op
+    csrc, package = ROOT / "csrc" / op, ROOT / "segops" / "ops" / op
     assert all((csrc / f"{op}{end}").is_file() for end in (".h", ".cpp"))
-    assert all([*csrc.glob(f"*{end}")] for end in ("_cpu.cpp", "_cuda.cu"))
-    assert (ROOT / "segops" / "ops" / op / "reference.py").is_file()
-    assert (ROOT / "segops" / "ops" / op / "triton_kernels.py").is_file()
+    assert any(csrc.glob("*_cpu.cpp")) and (package / "reference.py").is_file()
+    assert any(csrc.glob("*_cuda.cu")) == (package / "triton_kernels.py").is_file() == (not only_on_cpu(op))
     assert (ROOT / "tests" / op / f"test_{op}.py").is_file()
     assert (ROOT / "benchmarks" / f"bench_{op}.py").is_file()
     assert contract_of(op).USES
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_is_only_on_the_cpu_in_all_its_parts(op):
+    """What is declared of the ops, and of the public functions that call them."""
+    declared = {each.only_on_cpu for each in library._DECLARED if each.module.startswith(f"segops.ops.{op}.")}
+    functions = [name for name in ops() if getattr(segops, name).__module__.startswith(f"segops.ops.{op}.")]
+    runs = {implementation(name, chosen, "cuda") for name in functions for chosen in ("native", "triton")}
+    assert declared == {only_on_cpu(op)} and runs == ({"reference"} if only_on_cpu(op) else {"native", "triton"})
+    assert {implementation(name, "native", "cpu") for name in functions} == {"native"}
 
 
 def test_models_use_public_names():

@@ -44,6 +44,12 @@ class total:
         return tuple(grad * ctx.factor if need else None for need in needed)
 
 
+@library.op("test_double(Tensor input) -> Tensor", only_on_cpu=True)
+class double:
+    def empty(input):
+        return torch.empty_like(input)
+
+
 COMPUTE = {
     "test_weigh": lambda input, weight, factor: (input * weight * factor, torch.zeros_like(input, dtype=torch.uint8)),
     "test_weigh_grad": lambda grad, weight, factor: grad * weight * factor,
@@ -90,6 +96,13 @@ def test_the_tensors_of_a_list_are_differentiated(run, wanted):
     assert [each.grad.tolist() if each.requires_grad else None for each in maps] == [
         [2.0] * 3 if each else None for each in wanted
     ]
+
+
+def test_what_is_only_on_the_cpu_is_no_op_of_other_backends():
+    assert hasattr(torch.ops.segops, "test_double") and hasattr(torch.ops.segops_toy, "test_total")
+    assert not hasattr(torch.ops.segops_toy, "test_double") and not hasattr(torch.ops.segops_triton, "test_double")
+    assert double.schema in library.schemas("cpu") and total.schema in library.schemas("cuda")
+    assert double.schema not in library.schemas("cuda")
 
 
 def test_what_has_no_derivative_says_so():

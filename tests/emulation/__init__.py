@@ -135,9 +135,9 @@ def why_not(device_type, device_index, dtype):
 
 def register():
     """Makes segops know the backend, and returns its ops. They are built when one is first used."""
-    sources = [path for path in (ROOT / "csrc").glob("*/*.cpp") if path.stem == path.parent.name]
-    sources = sorted([*sources, *(ROOT / "csrc").glob("*/*_cuda.cu")])
-    ops = Library("emulated", sources, library.schemas())
+    kernels = list((ROOT / "csrc").glob("*/*_cuda.cu"))
+    sources = sorted({*kernels, *(path.with_name(f"{path.parent.name}.cpp") for path in kernels)})
+    ops = Library("emulated", sources, library.schemas("cuda"))
     library.implement("emulated", "segops_emulated_twice", lambda name, _: lambda *arguments: getattr(ops, name)(*arguments))
     REASONS["emulated"] = why_not
     return ops

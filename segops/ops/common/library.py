@@ -34,7 +34,7 @@ _DECLARED = []
 _BACKENDS = {}  # as the arguments of _Op.implement
 
 
-def op(schema):
+def op(schema, only_on_cpu=False):
     """Declares an op by a class of plain functions, which take those of the schema's arguments that
     they name:
 
@@ -47,7 +47,8 @@ def op(schema):
                                         ran
 
     Without backward, what requires a gradient is to be detached first. The class becomes a function
-    of the arguments and of `backend`, by keyword.
+    of the arguments and of `backend`, by keyword. `only_on_cpu` says that it has no CUDA and Triton
+    kernels yet.
 
     Raises:
         TypeError: functions, or arguments of theirs, that are none of these; a schema that has
@@ -57,6 +58,7 @@ def op(schema):
 
     def declare(functions):
         declared = _Op(schema, functions)
+        declared.only_on_cpu = only_on_cpu
         for arguments in _BACKENDS.values():
             declared.implement(*arguments)
         _DECLARED.append(declared)
@@ -73,16 +75,16 @@ def implement(backend, namespace, find=None):
         declared.implement(*_BACKENDS[backend])
 
 
-def schemas():
-    """Of all ops that were declared."""
-    return [declared.schema for declared in _DECLARED]
+def schemas(device):
+    """Of all ops that were declared to have kernels on this type of device."""
+    return [declared.schema for declared in _DECLARED if device == "cpu" or not declared.only_on_cpu]
 
 
 def start():
     """Loads the libraries, and has the ops that were declared run on the backends of segops."""
-    load_library("cpu", schemas())
+    load_library("cpu", schemas("cpu"))
     implement("native", "segops")
-    load_library("cuda", schemas())  # which implements what is defined
+    load_library("cuda", schemas("cuda"))  # which implements what is defined
     implement("triton", "segops_triton", _find_triton)
 
 
@@ -121,6 +123,8 @@ class _Op:
         return self._runs[backend](*arguments)
 
     def implement(self, backend, library, find):
+        if self.only_on_cpu and backend != "native":
+            return
         ops = getattr(torch.ops, library.ns)
         if not hasattr(ops, self.name):
             library.define(self.schema)
