@@ -155,10 +155,11 @@ class Contract:
         for name in given:
             if name in metafunc.fixturenames:
                 metafunc.parametrize(name, given[name].values(), ids=given[name])
-        if "in_the_reference" in metafunc.fixturenames:
-            slow = {True: pytest.mark.thorough, False: ()}
-            uses = [pytest.param(use, id=name, marks=slow[use.slow_reference]) for name, use in self.USES.items()]
-            metafunc.parametrize("in_the_reference", uses)
+        slow = {True: pytest.mark.thorough, False: ()}
+        for name, uses in (("in_the_reference", self.USES), ("differentiable_in_the_reference", differentiable)):
+            if name in metafunc.fixturenames:
+                marked = [pytest.param(use, id=each, marks=slow[use.slow_reference]) for each, use in uses.items()]
+                metafunc.parametrize(name, marked)
         if "error" in metafunc.fixturenames:
             metafunc.parametrize("call, error, message", self.ERRORS)
 
@@ -302,8 +303,9 @@ class Contract:
             dual = weighed(*(forward_ad.make_dual(*pair) for pair in zip(plain, tangents, strict=True)))
             assert_same([by_jvp, forward_ad.unpack_dual(dual).tangent], [along, along], exact=False)
 
-    def test_transforms_in_compiled_code(self, differentiable):
+    def test_transforms_in_compiled_code(self, differentiable_in_the_reference):
         """A derivative that the op does not have must not come out as 0."""
+        differentiable = differentiable_in_the_reference
         tensors = differentiable.draw(differentiable.sizes[0], torch.float32, "cpu")
         at = [i for i, each in enumerate(tensors) if each.requires_grad]
         plain, tangents = tuple(tensors[i].detach() for i in at), tuple(like(tensors[i]).detach() for i in at)
