@@ -7,6 +7,8 @@
     segops.partial_attention_gate   encoder maps max-pooled to the decoder's size and merged
     segops.max_pool2d_with_offsets  max pooling that remembers where in a byte; and its unpooling
     segops.upsample_argmax          class indices from logits at any resolution
+    segops.dense_crf                logits refined by the image: mean field in a dense CRF
+    segops.permutohedral_filter     high-dimensional Gaussian filters, such as the bilateral one
     segops.nn                       the same as modules
     segops.models                   networks that use them (needs timm: pip install segops[models])
     segops.backend                  choose between native (C++, CUDA), triton and reference kernels
@@ -26,6 +28,8 @@ from .ops.bal.edge import gaussian_edge as gaussian_edge
 from .ops.bal.op import boundary_aware_loss as boundary_aware_loss
 from .ops.bal.op import upsample_cross_entropy as upsample_cross_entropy
 from .ops.common import library
+from .ops.crf.op import dense_crf as dense_crf
+from .ops.crf.op import permutohedral_filter as permutohedral_filter
 from .ops.pac.op import pyramid_atrous_conv2d as pyramid_atrous_conv2d
 from .ops.pag.op import max_pool2d_with_offsets as max_pool2d_with_offsets
 from .ops.pag.op import max_unpool2d_with_offsets as max_unpool2d_with_offsets

@@ -6,7 +6,8 @@ import torch
 
 from .ops.bal.edge import EdgeSettings
 from .ops.bal.op import LossSettings, boundary_aware_loss, check_class_weight, upsample_cross_entropy
-from .ops.common.checks import check_merge
+from .ops.common.checks import check_int, check_merge
+from .ops.crf.op import CRFSettings, check_number_weight, dense_crf
 from .ops.pac.op import Settings, pyramid_atrous_conv2d
 from .ops.pag.op import partial_attention_gate
 
@@ -183,3 +184,85 @@ class PartialAttentionGate(torch.nn.Module):
 
     def extra_repr(self):
         return f"merge={self.merge!r}"
+
+
+class CRF(torch.nn.Module):
+    """The dense CRF as a layer that trains: CRF-RNN.
+
+    Zheng et al., "Conditional Random Fields as Recurrent Neural Networks", arXiv:1502.03240:
+    `segops.dense_crf` with the kernels' weights and the compatibility as parameters, (C, C) each.
+    Defaults are the values of the authors' network as sadeepj/crfasrnn_pytorch has them; its
+    weights load through `segops.models.checkpoints`.
+
+    Args:
+        num_classes: C, the logits' channels.
+        iterations: of mean field in training mode, default 5.
+        test_iterations: in eval mode, default 10.
+        spatial_weight: number w; the parameter `spatial_weight` starts as w times the identity;
+            default 3.0.
+        spatial_sigma: in pixels, default 3.0.
+        bilateral_weight: the same for the parameter `bilateral_weight`, default 5.0.
+        bilateral_sigma: (pixels, intensity levels), default (160.0, 3.0), of images of 0 to 255.
+        normalization: "after" (default) or "symmetric".
+        align_corners: of the logits' resize, default False.
+        device, dtype: of the parameters, default PyTorch's.
+
+    The parameter `compatibility` starts as the identity, and is added: it is -mu of the paper.
+
+    Shape: logits (N, C, h, w), images (N, K, H, W) -> (N, C, H, W) log-probabilities.
+
+    Raises:
+        ValueError, TypeError: as the function, at construction for what is known there.
+
+    Example:
+        >>> crf = segops.nn.CRF(21)
+        >>> logits, images = torch.randn(2, 21, 33, 33), torch.randint(0, 256, (2, 3, 65, 65))
+        >>> log_q = crf(logits, images.to(torch.uint8))  # any loss of logits takes it
+    """
+
+    def __init__(
+        self,
+        num_classes,
+        iterations=5,
+        test_iterations=10,
+        spatial_weight=3.0,
+        spatial_sigma=3.0,
+        bilateral_weight=5.0,
+        bilateral_sigma=(160.0, 3.0),
+        normalization="after",
+        *,
+        align_corners=False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        check_int("num_classes", num_classes, lowest=1)
+        check_int("test_iterations", test_iterations, lowest=0)
+        CRFSettings(iterations, spatial_sigma, bilateral_sigma, normalization)
+        self.iterations, self.test_iterations = iterations, test_iterations
+        self.settings = {
+            "spatial_sigma": spatial_sigma,
+            "bilateral_sigma": tuple(bilateral_sigma),
+            "normalization": normalization,
+            "align_corners": align_corners,
+        }
+        identity = torch.eye(num_classes, device=device, dtype=dtype)
+        for name, weight in (("spatial_weight", spatial_weight), ("bilateral_weight", bilateral_weight)):
+            check_number_weight(name, weight)
+            self.register_parameter(name, torch.nn.Parameter(identity * weight))
+        self.compatibility = torch.nn.Parameter(identity)
+
+    def forward(self, logits, images):
+        return dense_crf(
+            logits,
+            images,
+            iterations=self.iterations if self.training else self.test_iterations,
+            spatial_weight=self.spatial_weight,
+            bilateral_weight=self.bilateral_weight,
+            compatibility=self.compatibility,
+            **self.settings,
+        )
+
+    def extra_repr(self):
+        settings = {"iterations": self.iterations, "test_iterations": self.test_iterations, **self.settings}
+        return ", ".join([str(len(self.compatibility)), *(f"{name}={value!r}" for name, value in settings.items())])

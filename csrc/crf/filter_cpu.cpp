@@ -1,0 +1,218 @@
+// The permutohedral filter on the CPU: a lattice per image, for all channels, block by block.
+
+#include "../common/cpu.h"
+#include "blocks_cpu.h"
+
+#include <numeric>
+
+namespace segops::crf {
+namespace {
+
+constexpr int64_t kAcross = 3;  // axes whose runs lead from cell to cell
+
+// The filter of ones has blocks of one lane.
+template <typename F>
+SEGOPS_INLINE void with_these_lanes(const Block& block, const F& fn) {
+  if (block.lanes == 1)
+    fn(constant<1>);
+  else
+    with_lanes(block, fn);
+}
+
+// Positions begin .. end of a block of the result, from z (vertices, lanes).
+template <typename T>
+struct Slice {
+  const Lattice<T>& lattice;
+  Block block;
+  const T *z, *scale;
+  T beyond;  // where a position has no simplex
+  T* out;    // (channels of the block, positions)
+  int64_t channels;
+};
+
+template <typename T, int bytes>
+SEGOPS_INLINE void slice_positions(const Slice<T>& s, int64_t begin, int64_t end) {
+  with_these_lanes(s.block, [&](auto lanes) __attribute__((always_inline)) {
+    T row[lanes];
+    for (int64_t p = begin; p < end; ++p) {
+      if (s.lattice.index[p * s.lattice.corners()] < 0)
+        std::fill_n(row, int(lanes), s.beyond);
+      else
+        (slice<T, lanes, bytes>(s.lattice, s.z, p) * s.scale[p]).store(row);
+      for (int64_t c = 0; c < s.channels; ++c) s.out[c * s.lattice.positions + p] = row[c];
+    }
+  });
+}
+
+// Vertices begin .. end of a block.
+template <typename T>
+struct Splat {
+  const Lattice<T>& lattice;
+  Block block;
+  const T *shares, *x;
+  T* z;
+};
+
+template <typename T, int bytes>
+SEGOPS_INLINE void splat_vertices(const Splat<T>& s, int64_t begin, int64_t end) {
+  with_these_lanes(s.block, [&](auto lanes) __attribute__((always_inline)) {
+    splat<T, lanes, bytes>(s.lattice, s.shares, s.x, s.z, begin, end);
+  });
+}
+
+// Entries begin .. end of runs, whole ones.
+template <typename T>
+struct Blur {
+  const int32_t* runs;
+  Block block;
+  T* z;
+};
+
+template <typename T, int bytes>
+SEGOPS_INLINE void blur_entries(const Blur<T>& b, int64_t begin, int64_t end) {
+  with_these_lanes(
+      b.block, [&](auto lanes) __attribute__((always_inline)) { blur<T, lanes, bytes>(b.runs + begin, end - begin, b.z); });
+}
+
+#define SEGOPS_LATTICE(target, bytes, T)                             \
+  target void run(const Splat<T>& job, int64_t begin, int64_t end) { \
+    splat_vertices<T, bytes>(job, begin, end);                       \
+  }                                                                  \
+  target void run(const Blur<T>& job, int64_t begin, int64_t end) {  \
+    blur_entries<T, bytes>(job, begin, end);                         \
+  }                                                                  \
+  target void run(const Slice<T>& job, int64_t begin, int64_t end) { \
+    slice_positions<T, bytes>(job, begin, end);                      \
+  }
+#define SEGOPS_LATTICE_OF_ALL(target, bytes) SEGOPS_LATTICE(target, bytes, float) SEGOPS_LATTICE(target, bytes, double)
+SEGOPS_WIDTHS(SEGOPS_LATTICE_OF_ALL)
+#undef SEGOPS_LATTICE_OF_ALL
+#undef SEGOPS_LATTICE
+
+// The first entry from `at` on that begins a run.
+inline int64_t next_run(const int32_t* runs, int64_t at, int64_t size) {
+  while (at < size && runs[at] >= 0) ++at;
+  return at;
+}
+
+// Blurs along axes whose runs leave their cells: axis by axis, a part of the runs by each thread.
+template <typename T>
+void blur_across_cells(const Lattice<T>& lattice, const Block& block, bool adjoint, T* z) {
+  const int64_t axes = std::min(lattice.corners(), kAcross);
+  for (int64_t i = 0; i < axes; ++i) {
+    const int64_t axis = adjoint ? axes - 1 - i : i, size = lattice.sizes[axis];
+    const int32_t* runs = lattice.runs + std::accumulate(lattice.sizes, lattice.sizes + axis, int64_t(0));
+    torch::stable::parallel_for(0, size, kGrain, [&](int64_t begin, int64_t end) {
+      begin = next_run(runs, begin, size);
+      end = next_run(runs, end, size);
+      run(Blur<T>{runs, block, z}, begin, end);
+    });
+  }
+}
+
+// Blurs along the others: all axes in a group of cells, then the next group.
+template <typename T>
+void blur_within_cells(const Lattice<T>& lattice, const Block& block, bool adjoint, T* z) {
+  const int64_t corners = lattice.corners();
+  torch::stable::parallel_for(0, lattice.cells[0], 1, [&](int64_t begin, int64_t end) {
+    const int32_t *at[kMaxDim + 1], *last[kMaxDim + 1];  // what is left of the runs of each axis
+    const int32_t* runs = lattice.runs;
+    // Runs lie in the order of their first vertices: those of a group lie together.
+    const auto seek = [](const int32_t* from, const int32_t* end, int64_t vertex) {
+      while (from < end && (*from >= 0 || ~*from < vertex)) ++from;
+      return from;
+    };
+    for (int64_t axis = 0; axis < corners; ++axis) {
+      last[axis] = runs + lattice.sizes[axis];
+      at[axis] = begin == 0 || axis < kAcross ? runs : seek(runs, last[axis], lattice.cells[begin]);
+      runs = last[axis];
+    }
+    for (int64_t group = begin; group < end; ++group)
+      for (int64_t i = kAcross; i < corners; ++i) {
+        const int64_t axis = adjoint ? corners - 1 - (i - kAcross) : i;
+        const int32_t* to = seek(at[axis], last[axis], lattice.cells[1 + group]);
+        run(Blur<T>{at[axis], block, z}, 0, to - at[axis]);
+        at[axis] = to;
+      }
+  });
+}
+
+// Positions begin .. end of a block of values, of whose channels `used` exist.
+template <typename T>
+void read_block(
+    const View<const T>& values, int64_t image, const Block& block, int64_t used, int64_t begin, int64_t end, T* rows) {
+  for (int64_t c = 0; c < block.lanes; ++c) {
+    T* to = rows + c;
+    const T* channel = c < used ? values.at(image, block.begin + c, 0, 0) : nullptr;
+    for (int64_t p = begin; p < end; ++p) to[p * block.lanes] = channel ? channel[p * values.pixel] : T(0);
+  }
+}
+
+template <typename T>
+void filter_image(const FilterInput& in, int64_t image, T* out) {
+  const int64_t channels = in.values.size(1), positions = in.values.size(2), dims = in.features.size(1);
+  const double* f = data_of<const double>(in.features) + image * in.features.stride(0);
+  const int64_t of_dim = in.features.stride(1), of_position = in.features.stride(2);
+  const auto lattice = build_lattice<T>(
+      [&](int64_t begin, int64_t count, double* to) {
+        for (int64_t i = 0; i < dims; ++i)
+          for (int64_t t = 0; t < count; ++t) to[i * kTile + t] = f[i * of_dim + (begin + t) * of_position];
+      },
+      positions, dims);
+  const Memory<T> total = in.normalization == Normalization::kNone ? nullptr : memory<T>(positions);
+  if (total) filter_ones(lattice, total.get());
+  const Scales<T> scales(
+      lattice, total.get(), in.normalization, in.adjoint, lattice.own_weights.get() + positions * (dims + 1));
+  View<const T> values;
+  values.data = data_of<const T>(in.values);
+  values.image = in.values.stride(0);
+  values.channel = in.values.stride(1);
+  values.pixel = in.values.stride(2);
+  values.row = 0;
+  // Block by block: what memory it takes does not depend on how many there are.
+  for (const Block& block : blocks_of(channels)) {
+    const int64_t used = std::min(block.lanes, channels - block.begin);
+    const Memory<T> x = memory<T>(positions * block.lanes), z = memory<T>(lattice.vertices * block.lanes);
+    torch::stable::parallel_for(
+        0, positions, kGrain, [&](int64_t begin, int64_t end) { read_block(values, image, block, used, begin, end, x.get()); });
+    splat_and_blur(lattice, scales.shares, block, in.adjoint, x.get(), z.get());
+    const T beyond = in.adjoint ? T(0) : std::numeric_limits<T>::quiet_NaN();
+    const Slice<T> job{lattice, block, z.get(), scales.after.get(), beyond, out + block.begin * positions, used};
+    torch::stable::parallel_for(0, positions, kGrain, [&](int64_t begin, int64_t end) { run(job, begin, end); });
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void filter_ones(const Lattice<T>& lattice, T* total) {
+  const Block block{0, 1};
+  const Memory<T> ones = memory<T>(lattice.positions), z = memory<T>(lattice.vertices);
+  std::fill_n(ones.get(), lattice.positions, T(1));
+  splat_and_blur(lattice, lattice.shares, block, false, ones.get(), z.get());
+  const Slice<T> job{lattice, block, z.get(), ones.get(), T(1), total, 1};
+  torch::stable::parallel_for(0, lattice.positions, kGrain, [&](int64_t begin, int64_t end) { run(job, begin, end); });
+}
+template void filter_ones(const Lattice<float>&, float*);
+template void filter_ones(const Lattice<double>&, double*);
+
+template <typename T>
+void splat_and_blur(const Lattice<T>& lattice, const T* shares, const Block& block, bool adjoint, const T* x, T* z) {
+  const Splat<T> job{lattice, block, shares, x, z};
+  torch::stable::parallel_for(0, lattice.vertices, kGrain, [&](int64_t begin, int64_t end) { run(job, begin, end); });
+  if (adjoint) blur_within_cells(lattice, block, adjoint, z);
+  blur_across_cells(lattice, block, adjoint, z);
+  if (!adjoint) blur_within_cells(lattice, block, adjoint, z);
+}
+template void splat_and_blur(const Lattice<float>&, const float*, const Block&, bool, const float*, float*);
+template void splat_and_blur(const Lattice<double>&, const double*, const Block&, bool, const double*, double*);
+
+void filter(const FilterInput& in, const Tensor& out) {
+  dispatch<float, double>(in.values, "permutohedral_filter", [&](auto type) {
+    using T = decltype(type);
+    T* to = data_of<T>(out);
+    for_each_image(in.values.size(0), [&](int64_t image) { filter_image<T>(in, image, to + image * out.stride(0)); });
+  });
+}
+
+}  // namespace segops::crf
