@@ -1,6 +1,7 @@
 """How everything here is measured: interleaved in one process, medians, on inputs whose results were checked first."""
 
 import contextlib
+import ctypes
 import functools
 import os
 import platform
@@ -64,6 +65,17 @@ def precision(tf32=False):
     finally:
         torch.backends.cudnn.benchmark = False
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+@contextlib.contextmanager
+def threads(count):
+    """So many threads; None leaves their number as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def on_backends(function):
@@ -246,6 +258,22 @@ def peak_memory(function, device):
     return most
 
 
+def peak_resident(function):
+    """Most bytes by which the call makes the process larger: also those that no tensor holds, which `peak_memory` does not see.
+    Linux tells."""
+
+    def resident(field):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+    function()
+    ctypes.CDLL(None).malloc_trim(0)  # or what earlier calls have freed serves this one
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident("VmRSS:")
+    function()
+    return resident("VmHWM:") - before
+
+
 def kept_memory(function, tensors):
     """Bytes held from forward to backward: of the storages that autograd saves, each once, but for those of the arguments and of
     the result, which are there anyway."""
@@ -258,14 +286,16 @@ def kept_memory(function, tensors):
     return sum(storages.values())
 
 
-def rows(kind, calls, times, baselines, floor, bars, device, kept=None):
+def rows(kind, calls, times, baselines, floor, bars, device, kept=None, memory=None, allowed=None):
     """A row for each timed call: its times, floor and memory, and its ratios to each of the baselines.
 
     bars: {baseline: (least ratio of times, of peak memory, of `kept`)}, any of them None, the last may be left out; they hold for
     what "auto" picks.
     kept: {name: what `kept_memory` says}, in suites that compare it.
+    memory: {name: peak memory}, by default what `peak_memory` says.
+    allowed: most bytes that segops may take at its peak, in suites that have such a bound.
     """
-    memory = {name: peak_memory(call, device) for name, call in calls.items()}
+    memory = memory or {name: peak_memory(call, device) for name, call in calls.items()}
 
     def beside(name, baseline):
         held = name.startswith("segops") and "triton" not in name
@@ -290,6 +320,7 @@ def rows(kind, calls, times, baselines, floor, bars, device, kept=None):
             "floor": floor,
             "memory": memory[name],
             **({"kept": kept[name]} if kept else {}),
+            **({"allowed": allowed} if allowed else {}),
             "against": [beside(name, baseline) for baseline in baselines],
         }
         for name in calls
@@ -340,12 +371,12 @@ def environment(device):
         "segops": segops.__version__,
         "python": platform.python_version(),
         "cuda": torch.version.cuda if device == "cuda" else None,
-        "triton": _version("triton"),
+        "triton": version_of("triton"),
         "commit": os.environ.get("SEGOPS_COMMIT") or _commit(),
     }
 
 
-def _version(package):
+def version_of(package):
     try:
         return version(package)
     except PackageNotFoundError:

@@ -10,8 +10,6 @@ import random
 import statistics
 import time
 
-import torch
-
 from . import measure, suites
 from .report import write_csv
 
@@ -71,12 +69,8 @@ def render(environment, rows):
 
 def run(folder, name, rounds=30):
     """Times all calls; writes overhead-NAME.json, .csv and .md to the folder and returns the table."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with measure.threads(1):
         environment, found = measure.environment(measure.DEVICE), list(rows(rounds))
-    finally:
-        torch.set_num_threads(threads)
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"overhead-{name}"
     (folder / f"{stem}.json").write_text(json.dumps({"environment": environment, "rows": found}, indent=1) + "\n")

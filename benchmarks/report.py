@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 
 
@@ -44,7 +45,7 @@ def write_csv(lines, path):
 
 def render(results):
     """A Markdown table, a line for each segops row and baseline: times and peak memory of both, their ratios, the bars, the floor;
-    what both keep for backward, where it was measured."""
+    what both keep for backward, where it was measured; the most memory that segops may take, where there is a bound."""
     environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items() if value is not None)
     lines = [
         environment,
@@ -55,6 +56,9 @@ def render(results):
     has_kept = any("kept" in row for row in results["rows"])
     if has_kept:
         lines[2:] = [lines[2] + " kept MB | its kept MB | kept ratio | kept bar |", lines[3] + "---|---|---|---|"]
+    has_allowed = any("allowed" in row for row in results["rows"])
+    if has_allowed:
+        lines[2:] = [lines[2] + " allowed MB |", lines[3] + "---|"]
     by_name = {(row["case"], row["kind"], row["name"]): row for row in results["rows"]}
     for row, beside in _comparisons(results):
         baseline = by_name[row["case"], row["kind"], beside["baseline"]]
@@ -65,6 +69,7 @@ def render(results):
             f"| {row['memory'] / 1e6:.1f} | {baseline['memory'] / 1e6:.1f} "
             f"| {beside['memory_ratio']:.2f} | {_verdict(beside['memory_ratio'], beside['memory_bar'])} |"
             + (_kept(row, baseline, beside) if has_kept else "")
+            + (_allowed(row) if has_allowed else "")
         )
     return "\n".join(lines)
 
@@ -84,31 +89,39 @@ def _kept(row, baseline, beside):
     )
 
 
+def _allowed(row):
+    """The cell about the bound of memory: empty for a row without one."""
+    if "allowed" not in row:
+        return "  |"
+    return f" {row['allowed'] / 1e6:.1f} {'met' if row['memory'] <= row['allowed'] else 'MISSED'} |"
+
+
 def _verdict(ratio, bar):
     return "" if bar is None else f"{bar} {'met' if ratio >= bar else 'MISSED'}"
 
 
 def plot(results, path):
-    """A bar per case, implementation and baseline: how many times faster than it. Where the baseline differs from case to
-    case, as the fastest of several does, an implementation's bars are one series."""
+    """A bar per case, implementation and baseline: how many times faster than it. Where each case has one baseline, as the fastest
+    of several, an implementation's bars are one series."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    several = any(len(row["against"]) > 1 for row in results["rows"])
     series = {}
-    for row in results["rows"]:
-        if row["name"].startswith("segops"):
-            for i, beside in enumerate(row["against"]):
-                bars, baselines = series.setdefault((row["name"], i), ({}, set()))
-                bars[row["case"], row["kind"]] = beside["ratio"]
-                baselines.add(beside["baseline"])
+    for row, beside in _comparisons(results):
+        bars, baselines = series.setdefault((row["name"], several and beside["baseline"]), ({}, set()))
+        bars[row["case"], row["kind"]] = beside["ratio"]
+        baselines.add(beside["baseline"])
     cases = list(dict.fromkeys(case for bars, _ in series.values() for case in bars))
     figure, axes = pyplot.subplots(figsize=(10, 1.5 + 0.16 * len(cases) * len(series)), layout="constrained")
     height = 0.8 / len(series)
     for i, ((name, _), (bars, baselines)) in enumerate(series.items()):
         label = f"{name} over {' or '.join(sorted(baselines))}"
-        axes.barh([y + i * height for y in range(len(cases))], [bars[case] for case in cases], height, label=label)
+        axes.barh(
+            [y + i * height for y in range(len(cases))], [bars.get(case, math.nan) for case in cases], height, label=label
+        )
     axes.set_yticks([y + 0.4 - height / 2 for y in range(len(cases))], [f"{case}, {kind}" for case, kind in cases], fontsize=7)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.invert_yaxis()

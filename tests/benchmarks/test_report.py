@@ -2,9 +2,11 @@
 
 import csv
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -133,6 +135,15 @@ def test_label_maps():
     assert labels.shape == (2, 129, 200) and labels[~void].max() < 21 and 0.01 < void.double().mean() < 0.3
 
 
+def test_threads():
+    before = torch.get_num_threads()
+    with measure.threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        with measure.threads(None):
+            assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+
+
 def test_peak_memory():
     def function():
         a = torch.empty(1 << 20)  # 4 MiB
@@ -141,6 +152,18 @@ def test_peak_memory():
         return b + torch.empty(1 << 18)[0]
 
     assert measure.peak_memory(function, "cpu") == pytest.approx(8 << 20, rel=0.2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the peak of a process")
+def test_peak_resident():
+    def function():
+        a = np.ones(1 << 23)  # 64 MiB, which PyTorch does not see
+        b = torch.ones(1 << 23)  # 32 MiB
+        del a
+        return b + 1
+
+    measure.peak_resident(lambda: np.ones(1 << 25))  # an earlier peak does not count
+    assert measure.peak_resident(function) == pytest.approx(96 << 20, rel=0.1)
 
 
 def test_kept_memory():
@@ -234,6 +257,34 @@ def test_report_of_kept_memory(tmp_path):
     with open(tmp_path / "a-cpu.csv") as file:
         lines = list(csv.DictReader(file))
     assert lines[0]["kept"] == "" and lines[8]["kept"] == "1000000" and float(lines[8]["kept_ratio"]) == 8
+
+
+def test_report_of_allowed_memory(tmp_path):
+    def timed(kind, allowed):
+        numbers = {"median": 2.0, "p20": 2.0, "p80": 2.0}
+        calls = dict.fromkeys(("segops", "fast"))
+        memory = {"segops": 3 * 10**6, "fast": 6 * 10**6}
+        return measure.rows(
+            kind, calls, dict.fromkeys(calls, numbers), ["fast"], 1.0, {}, "cpu", memory=memory, allowed=allowed
+        )
+
+    found = timed("forward", 4 * 10**6) + timed("full", 2 * 10**6) + timed("backward", None)
+    cases = [{"case": "1", "gate": 0.0, **row} for row in found]
+    table = report.write({"environment": {"device": "X", "torch": "2"}, "rows": cases}, tmp_path, "a-cpu")
+    header, dashes, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert {len(header), len(dashes), *map(len, lines)} == {15} and header[-1] == "allowed MB"
+    assert [line[-1] for line in lines] == ["4.0 met", "2.0 MISSED", ""]
+    assert lines[0][10:13] == ["3.0", "6.0", "2.00"]
+
+
+def test_plot_of_cases_with_different_baselines(tmp_path):
+    pytest.importorskip("matplotlib")
+    both, one = rows("forward", {}), rows("full", {})
+    for row in one:
+        row["against"] = row["against"][:1]
+    cases = [{"case": "1", "gate": 0.0, **row} for row in both + one]
+    report.plot({"environment": {"device": "X", "torch": "2"}, "rows": cases}, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 5_000
 
 
 def test_committed_results_still_render():
