@@ -182,7 +182,7 @@ def test_check_of_one_op(rehearsal):
 @pytest.mark.thorough
 def test_ncu(rehearsal):
     lines = rehearsal("check")[1]["check/ncu.txt"].splitlines()
-    assert lines[0] == "5 of 5 cases on native under ncu"
+    assert lines[0] == "6 of 6 cases on native under ncu"
     assert lines[2].split() == ["12.34us", "56.7%", "40", "gather_kernel<__nv_bfloat16,", "8>"] and len(lines) == 3
 
 

@@ -11,13 +11,16 @@ import pytest
 import torch
 
 import segops
-from benchmarks import bench_argmax, bench_bal, bench_pac, bench_pag, measure, report
+from benchmarks import bench_argmax, bench_bal, bench_crf, bench_pac, bench_pag, measure, report, scene
+from segops.ops.crf import reference
 
 PAC = bench_pac.Case((1, 64, 9, 9), 64)
 BAL = bench_bal.Case((1, 5, 9, 11), (40, 43))
 BALS = [BAL, bench_bal.Case((1, 3, 33, 32), (33, 32)), bench_bal.Case((2, 5, 9, 11), (40, 43), torch.bfloat16)]
 PAG = bench_pag.Case(((2, 3, 4, 5), (2, 4, 8, 10), (2, 5, 4, 5)))
 UNPOOL = bench_pag.Case(((2, 3, 7, 8),), kernel_size=2)
+CRF, LAYER, FILTER = (bench_crf.Case(what, (2, 6, 41, 49)) for what in ("dense_crf", "layer", "filter"))
+needs_pydensecrf = pytest.mark.skipif(bench_crf.DenseCRF2D is None, reason="pydensecrf2 is not installed")
 
 
 @pytest.mark.parametrize(
@@ -50,6 +53,52 @@ def test_gate_looks_at_the_gradient(monkeypatch):
     right = segops.boundary_aware_loss
     monkeypatch.setattr(segops, "boundary_aware_loss", lambda logits, labels: right(logits.detach() + 0 * logits, labels))
     assert bench_bal.gate(BAL) > 1
+
+
+@pytest.mark.parametrize(
+    "case, owner, name",
+    [(CRF, segops, "dense_crf"), (LAYER, segops.nn.CRF, "forward"), (FILTER, segops, "permutohedral_filter")],
+    ids=["dense_crf", "layer", "filter"],
+)
+def test_gate_of_the_crf(monkeypatch, case, owner, name):
+    assert bench_crf.gate(case) <= 1
+    right = getattr(owner, name)
+
+    def gate_of(wrong):
+        """Where the float64 result is right."""
+
+        def function(*tensors, **settings):
+            result = right(*tensors, **settings)
+            return result if result.dtype == torch.float64 else wrong(result)
+
+        monkeypatch.setattr(owner, name, function)
+        return bench_crf.gate(case)
+
+    assert gate_of(lambda result: result * 1.01) > 1
+    assert gate_of(lambda result: result * torch.nan) == float("inf")
+    if case is LAYER:
+        assert gate_of(lambda result: result.detach() + 0.99 * (result - result.detach())) > 1
+
+
+@needs_pydensecrf
+def test_gate_wants_the_classes_of_pydensecrf2(monkeypatch):
+    right = bench_crf.pydensecrf
+    monkeypatch.setattr(bench_crf, "pydensecrf", lambda *tensors: right(*tensors).roll(1, 1))
+    assert bench_crf.gate(CRF) > 1
+
+
+def test_crf_without_pydensecrf2(monkeypatch):
+    monkeypatch.setattr(bench_crf, "DenseCRF2D", None)
+    assert bench_crf.gate(CRF) <= 1
+    for case in bench_crf.CASES:
+        assert list(bench_crf.functions(case)) == ["segops", "single calls" if case.shape[0] > 1 else "reference"]
+
+
+def test_bars_of_the_crf_are_of_baselines_that_are_timed():
+    for case in bench_crf.CASES:
+        for kind, baseline, _ in case.bars:
+            timed = bench_crf.calls(replace(case, shape=(case.shape[0], 6, 9, 11)), kind, bench_crf.functions(case))
+            assert baseline in timed or (baseline == "pydensecrf2" and bench_crf.DenseCRF2D is None)
 
 
 @pytest.mark.parametrize("memory_format", measure.FORMATS)
@@ -133,6 +182,31 @@ def test_label_maps():
     assert not torch.equal(labels, bench_bal.label_maps(2, 21, (129, 200), seed=1))
     void = labels == bench_bal.VOID
     assert labels.shape == (2, 129, 200) and labels[~void].max() < 21 and 0.01 < void.double().mean() < 0.3
+
+
+def test_scenes():
+    image, labels = scene.draw((129, 161), seed=3)
+    again, _ = scene.draw((129, 161), seed=3)
+    other, _ = scene.draw((129, 161), seed=4)
+    assert torch.equal(image, again) and not torch.equal(image, other)
+    assert image.shape == (3, 129, 161) and image.dtype == torch.uint8
+    assert labels.shape == (129, 161) and labels.unique().tolist() == list(range(len(scene.CLASSES)))
+
+
+def test_a_scene_has_as_many_vertices_as_a_photograph():
+    _, image = bench_crf.arguments(bench_crf.Case("dense_crf", (1, 6, 161, 161)))
+    index, *_ = reference.lattice(reference.features_of(image, 67.0, 3.0).flatten(2))
+    assert 1.0 < (int(index.max()) + 1) / 161**2 < 2.0  # photographs of this size: 0.3 to 2.4
+
+
+def test_coarse_logits():
+    labels = torch.zeros(33, 40, dtype=torch.int64)
+    labels[:, 20:], labels[16:, 20:] = 2, 255  # the second class never occurs, the last quarter is void
+    logits = scene.coarse_logits(labels, 3, 8, noise=0)
+    assert logits.shape == (3, 5, 5)
+    assert logits[:, 0].argmax(0).tolist() == [0, 0, 0, 2, 2] and (logits[1] == logits.min()).all()
+    assert logits[:, -1, -1].unique().numel() == 1
+    assert torch.equal(scene.coarse_logits(labels, 3, 8), scene.coarse_logits(labels, 3, 8))
 
 
 def test_threads():
