@@ -1,4 +1,5 @@
-"""`make demo`: what segops is, in five minutes. Info, gates and races against plain PyTorch, then a network that trains.
+"""`make demo`: what segops is, in five minutes. Info, gates and races against plain PyTorch, then a network that trains,
+and what the dense CRF makes of a coarse prediction.
 
 python -m benchmarks.demo                                  synthetic scenes
 python -m benchmarks.demo --model unet                     another model than pacnet: segops models lists them
@@ -21,7 +22,7 @@ from segops.train import Folder, cli
 from segops.train.data import synthetic
 from segops.train.inference import Predictor, comparison, load_network, save_image
 
-from . import bench_bal, bench_pac, bench_pag, measure
+from . import bench_bal, bench_pac, bench_pag, measure, refinement
 
 OUT = Path("runs/make_demo")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -153,6 +154,7 @@ def main():
             shutil.rmtree(OUT, ignore_errors=True)
         train(options)
         pictures(options)
+        refinement.draw(options.out / "dense_crf.png")
     except (OSError, TypeError, ValueError) as error:
         raise SystemExit(f"demo: {error}") from error
 

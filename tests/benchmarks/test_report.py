@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import segops
-from benchmarks import bench_argmax, bench_bal, bench_crf, bench_pac, bench_pag, measure, report, scene
+from benchmarks import bench_argmax, bench_bal, bench_crf, bench_pac, bench_pag, measure, refinement, report, scene
 from segops.ops.crf import reference
 
 PAC = bench_pac.Case((1, 64, 9, 9), 64)
@@ -207,6 +207,12 @@ def test_coarse_logits():
     assert logits[:, 0].argmax(0).tolist() == [0, 0, 0, 2, 2] and (logits[1] == logits.min()).all()
     assert logits[:, -1, -1].unique().numel() == 1
     assert torch.equal(scene.coarse_logits(labels, 3, 8), scene.coarse_logits(labels, 3, 8))
+
+
+def test_picture_of_the_crf(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(refinement, "SIZE", (97, 97))
+    refinement.draw(tmp_path / "crf.png")
+    assert (tmp_path / "crf.png").stat().st_size > 10_000 and "crf.png" in capsys.readouterr().out
 
 
 def test_threads():
