@@ -4,6 +4,8 @@ v1: L.-C. Chen et al., "Semantic Image Segmentation with Deep Convolutional Nets
 v2: "DeepLab: Semantic Image Segmentation with ... Atrous Convolution, and Fully Connected CRFs", arXiv:1606.00915.
 v3: "Rethinking Atrous Convolution for Semantic Image Segmentation", arXiv:1706.05587.
 v3+: "Encoder-Decoder with Atrous Separable Convolution for Semantic Image Segmentation", arXiv:1802.02611.
+
+v1 and v2 refine the resized logits by a dense CRF, `segops.dense_crf`, with `CRF_SETTINGS`.
 """
 
 import copy
@@ -276,3 +278,26 @@ def deeplabv3plus(
         decoder=LowLevelDecoder(context.channels, encoder.channels[0], channels),
         auxiliary=auxiliary_head(encoder, num_classes, aux),
     )
+
+
+def crf_settings(spatial_weight, spatial_sigma, bilateral_weight, bilateral_sigma, normalization):
+    """Arguments of `segops.dense_crf`: ten iterations in all of the papers."""
+    return {
+        "iterations": 10,
+        "spatial_weight": spatial_weight,
+        "spatial_sigma": spatial_sigma,
+        "bilateral_weight": bilateral_weight,
+        "bilateral_sigma": bilateral_sigma,
+        "normalization": normalization,
+    }
+
+
+# The published dense CRFs, by the system that they belong to; "coco" has been trained on MS-COCO
+# too. v1's are the authors' own, as are v2's for VGG16; ResNet-101's are kazuto1011's, of
+# deeplab-pytorch. "after" is Krähenbühl and Koltun's code of 2011, "symmetric" that of 2013.
+CRF_SETTINGS = {
+    "deeplabv1_largefov": crf_settings(3.0, 3.0, 4.0, (49.0, 5.0), "after"),
+    "deeplabv1_coco": crf_settings(3.0, 3.0, 5.0, (67.0, 3.0), "after"),
+    "deeplabv2_vgg16": crf_settings(2.0, 2.0, 4.0, (65.0, 3.0), "symmetric"),
+    "deeplabv2_resnet101": crf_settings(3.0, 1.0, 4.0, (67.0, 3.0), "symmetric"),
+}

@@ -1,10 +1,12 @@
 """What the papers and their reference code say of each model. Big networks are built without memory, on the meta device."""
 
+import inspect
+
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from segops.models import create_model, from_torchvision, list_models, model_info
+from segops.models import CRF_SETTINGS, create_model, from_torchvision, list_models, model_info
 from segops.models.backbones import Backbone
 from segops.models.contexts import AtrousSpatialPyramidPooling, PyramidAtrousBlock, PyramidAtrousContext
 from segops.models.dilated import Context
@@ -12,6 +14,8 @@ from segops.models.layers import BatchNorm2d, BilinearDeconvolution, Classifier,
 from segops.models.model import mirror
 from segops.models.unet import RecurrentConv, UNet
 from torch import nn
+
+import segops
 
 from .small import VGG_CONFIG, Case, assert_same, perturbed
 
@@ -871,3 +875,32 @@ def test_backbone_names_its_maps():
     assert encoder.channels == [16, 16, 32, 32] and encoder.strides == [4, 8, 16, 16]
     maps = encoder(torch.randn(1, 3, 64, 96))
     assert [tuple(m.shape[1:]) for m in maps] == [(16, 16, 24), (16, 8, 12), (32, 4, 6), (32, 4, 6)]
+
+
+# Dense CRFs.
+
+
+@pytest.mark.parametrize(
+    "name, spatial, bilateral, normalization",
+    [
+        ("deeplabv1_largefov", (3, 3), (4, (49, 5)), "after"),
+        ("deeplabv1_coco", (3, 3), (5, (67, 3)), "after"),
+        ("deeplabv2_vgg16", (2, 2), (4, (65, 3)), "symmetric"),
+        ("deeplabv2_resnet101", (3, 1), (4, (67, 3)), "symmetric"),
+    ],
+)
+def test_published_crfs(name, spatial, bilateral, normalization):
+    assert CRF_SETTINGS[name] == {
+        "iterations": 10,
+        "spatial_weight": spatial[0],
+        "spatial_sigma": spatial[1],
+        "bilateral_weight": bilateral[0],
+        "bilateral_sigma": bilateral[1],
+        "normalization": normalization,
+    }
+
+
+def test_the_crf_of_deeplabv2_is_the_default():
+    parameters = inspect.signature(segops.dense_crf).parameters
+    for name, value in CRF_SETTINGS["deeplabv2_resnet101"].items():
+        assert parameters[name].default == value, name
