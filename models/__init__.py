@@ -12,7 +12,7 @@ except ImportError as error:
     raise ImportError("segops.models needs timm: pip install 'segops[models]'") from error
 
 from .backbones import Backbone
-from .checkpoints import from_torchvision
+from .checkpoints import from_crfasrnn, from_torchvision
 from .contexts import CONTEXTS, create_context
 from .deeplab import CRF_SETTINGS
 from .model import Output
@@ -28,6 +28,7 @@ __all__ = [
     "Segmenter",
     "create_context",
     "create_model",
+    "from_crfasrnn",
     "from_torchvision",
     "list_models",
     "model_info",

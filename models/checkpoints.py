@@ -1,4 +1,4 @@
-"""Loading weights: checkpoints of these models, and torchvision's segmentation networks."""
+"""Loading weights: checkpoints of these models, torchvision's segmentation networks, CRF-RNN's layer."""
 
 import argparse
 import mmap
@@ -13,6 +13,8 @@ import safetensors.torch
 import timm.models
 import torch
 from torch import nn
+
+from segops.nn import CRF
 
 from .backbones import Backbone
 from .deeplab import deeplabv3
@@ -195,8 +197,7 @@ def from_torchvision(name, state_dict):
         TypeError: no state_dict.
     """
     names = [f"{kind}_{backbone}" for kind in TORCHVISION for backbone in ("resnet50", "resnet101")]
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict must be a state_dict; got {type(state_dict).__name__}")
+    _check_is_state_dict(state_dict)
     if name not in names:
         raise ValueError(f"name must be one of {', '.join(map(repr, names))}; got {name!r}")
     kind, backbone = name.split("_")
@@ -214,6 +215,49 @@ def from_torchvision(name, state_dict):
     renamed = {_renamed(key, prefixes): value for key, value in state_dict.items()}
     load_state_dict(model, renamed, f"state_dict of torchvision's {name}", lambda key: _renamed(key, theirs))
     return model
+
+
+# crfasrnn_pytorch's names -> ours.
+CRFASRNN = {
+    "spatial_ker_weights": "spatial_weight",
+    "bilateral_ker_weights": "bilateral_weight",
+    "compatibility_matrix": "compatibility",
+}
+
+
+def from_crfasrnn(state_dict, **options):
+    """A `segops.nn.CRF` with the weights of sadeepj/crfasrnn_pytorch's CRF layer.
+
+    Args:
+        state_dict: of the layer, or of a network that holds one, as theirs does under "crfrnn.";
+            the network's other weights are left alone. The classes are read off it.
+        **options: of `segops.nn.CRF`, whose defaults are theirs.
+
+    Raises:
+        ValueError: weights of another module: lists the first mismatches.
+        TypeError: no state_dict.
+
+    Example:
+        >>> crf = segops.models.from_crfasrnn(torch.load("crfasrnn_weights.pth", weights_only=True))
+        >>> log_q = crf(logits, images)
+    """
+    _check_is_state_dict(state_dict)
+    first = next(iter(CRFASRNN))
+    found = [key for key in state_dict if f".{key}".endswith(f".{first}")]
+    if len(found) != 1:
+        raise ValueError(f"state_dict must hold one CRF layer of crfasrnn_pytorch; {first} is there {len(found)} times")
+    prefix = found[0].removesuffix(first)
+    layer = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    crf = CRF(len(layer[first]), **options)
+    theirs = {ours: prefix + theirs for theirs, ours in CRFASRNN.items()}
+    renamed = {CRFASRNN.get(key, prefix + key): value for key, value in layer.items()}
+    load_state_dict(crf, renamed, "state_dict of crfasrnn_pytorch", lambda key: theirs.get(key, key))
+    return crf
+
+
+def _check_is_state_dict(state_dict):
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a state_dict; got {type(state_dict).__name__}")
 
 
 def _renamed(key, prefixes):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from segops.models import create_model, from_torchvision, model_info
+from segops.models import create_model, from_crfasrnn, from_torchvision, model_info
 from segops.models.backbones import Backbone
 
 from .small import perturbed
@@ -247,6 +247,26 @@ def test_errors_of_from_torchvision():
         from_torchvision("fcn_resnet101", fcn)
     with pytest.raises(ValueError, match=r"classifier\.0\.convs\.0\.0\.weight is missing"):
         from_torchvision("deeplabv3_resnet50", fcn)
+
+
+def test_errors_of_from_crfasrnn():
+    names = ("spatial_ker_weights", "bilateral_ker_weights", "compatibility_matrix")
+    layer = {f"crfrnn.{name}": torch.eye(3) for name in names}
+    with pytest.raises(TypeError, match="state_dict must be a state_dict; got list"):
+        from_crfasrnn([])
+    message = "state_dict must hold one CRF layer of crfasrnn_pytorch; spatial_ker_weights is there {} times"
+    with pytest.raises(ValueError, match=message.format(0)):
+        from_crfasrnn({"conv1_1.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match=message.format(2)):
+        from_crfasrnn(layer | {name: torch.eye(3) for name in names})
+    begin = "state_dict of crfasrnn_pytorch does not fit CRF: "
+    with pytest.raises(ValueError, match=begin + r"crfrnn\.compatibility_matrix has shape \(2, 2\) instead of \(3, 3\)$"):
+        from_crfasrnn(layer | {"crfrnn.compatibility_matrix": torch.eye(2)})
+    with pytest.raises(ValueError, match=begin + r"crfrnn\.spatial_ker_weights has shape \(3,\) instead of \(3, 3\)$"):
+        from_crfasrnn(layer | {"crfrnn.spatial_ker_weights": torch.ones(3)})
+    with pytest.raises(ValueError, match=begin + r"crfrnn\.bilateral_ker_weights is missing; crfrnn\.other is unknown$"):
+        del layer["crfrnn.bilateral_ker_weights"]
+        from_crfasrnn(layer | {"crfrnn.other": torch.eye(3)})
 
 
 # Import.

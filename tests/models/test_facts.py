@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from segops.models import CRF_SETTINGS, create_model, from_torchvision, list_models, model_info
+from segops.models import CRF_SETTINGS, create_model, from_crfasrnn, from_torchvision, list_models, model_info
 from segops.models.backbones import Backbone
 from segops.models.contexts import AtrousSpatialPyramidPooling, PyramidAtrousBlock, PyramidAtrousContext
 from segops.models.dilated import Context
@@ -904,3 +904,37 @@ def test_the_crf_of_deeplabv2_is_the_default():
     parameters = inspect.signature(segops.dense_crf).parameters
     for name, value in CRF_SETTINGS["deeplabv2_resnet101"].items():
         assert parameters[name].default == value, name
+
+
+def crfasrnn(classes, prefix, **weights):
+    """As their layer's state_dict; without weights what it begins with."""
+    begins = {"spatial_ker_weights": 3.0, "bilateral_ker_weights": 5.0, "compatibility_matrix": 1.0}
+    return {prefix + name: weights.get(name, value * torch.eye(classes)) for name, value in begins.items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "crfrnn.", "module.crfrnn."])
+def test_crfasrnn_begins_as_ours(prefix):
+    network = {"conv1_1.weight": torch.zeros(64, 3, 3, 3)} if prefix else {}
+    crf, ours = from_crfasrnn(network | crfasrnn(21, prefix)), segops.nn.CRF(21)
+    assert repr(crf) == repr(ours) and sum(p.numel() for p in crf.parameters()) == 1_323
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(crf.get_parameter(name), parameter), name
+
+
+@torch.no_grad()
+def test_crfasrnn_weights_are_where_they_belong():
+    weights = {name: torch.randn(3, 3) for name in ("spatial_ker_weights", "bilateral_ker_weights", "compatibility_matrix")}
+    crf = from_crfasrnn(crfasrnn(3, "crfrnn.", **weights), test_iterations=2).eval()
+    logits, images = torch.randn(1, 3, 12, 16), torch.randint(0, 256, (1, 3, 12, 16), dtype=torch.uint8)
+    expected = segops.dense_crf(
+        logits,
+        images,
+        iterations=2,
+        spatial_weight=weights["spatial_ker_weights"],
+        spatial_sigma=3.0,
+        bilateral_weight=weights["bilateral_ker_weights"],
+        bilateral_sigma=(160.0, 3.0),
+        compatibility=weights["compatibility_matrix"],
+        normalization="after",
+    )
+    assert torch.equal(crf(logits, images), expected)
