@@ -180,6 +180,8 @@ class Predictor:
         flip: the network also sees each of these mirrored left to right (default False).
         device: where to compute; default: where the model is.
         autocast: dtype of autocast, such as torch.bfloat16; None (default) leaves autocast as it is.
+        crf: True refines the class probabilities by `segops.dense_crf`, on the model's device; a dict
+            has arguments for it, such as those in `segops.models.CRF_SETTINGS`. Default: False.
 
     With one scale, no flip and no window the class is that of `SegmentationModel.to_classes`, from the logits as the network
     made them. Otherwise softmax probabilities of all scales, flips and overlapping windows are averaged, each window's scales
@@ -187,11 +189,16 @@ class Predictor:
     finished and dropped. With both windows and resize they are kept at the resized size, which is what bounds the memory, and
     resized to the image's as their logarithms.
 
+    With a CRF these averaged probabilities, of one scale too, are refined at the image's size by the
+    image as it was given, and the class is the largest of the result. A single class counts as two:
+    itself and what it is not. The probabilities of the whole image are kept, with windows too.
+
     Raises:
-        TypeError: resize or window that is no int or pair of ints, autocast that is no dtype; when called, an image that is not
-            uint8.
+        TypeError: resize or window that is no int or pair of ints, autocast that is no dtype, crf that is neither bool nor dict;
+            when called, an image that is not uint8.
         ValueError: sizes or scales that are not positive, an overlap outside [0, 1), an unknown normalize, a model of more than
             255 classes; when called, an image of another shape, or an empty one.
+        What `segops.dense_crf` raises for the arguments in crf.
     """
 
     def __init__(
@@ -205,6 +212,7 @@ class Predictor:
         flip=False,
         device=None,
         autocast=None,
+        crf=False,
     ):
         check_kind(normalize)
         if model.num_classes > VOID:
@@ -221,6 +229,18 @@ class Predictor:
         self.resize = None if resize is None else positive_pair("resize", resize)
         self.window = None if window is None else positive_pair("window", window)
         self.views = [(scale, flipped) for scale in scales for flipped in ((False, True) if flip else (False,))]
+        self.crf = None if crf is False else self._crf_settings({} if crf is True else crf)
+
+    def _crf_settings(self, settings):
+        if not isinstance(settings, dict):
+            raise TypeError(f"crf must be a bool or a dict of arguments of segops.dense_crf; got {settings!r}")
+        settings = {
+            name: value.to(self.device) if isinstance(value, torch.Tensor) else value for name, value in settings.items()
+        }
+        # An empty batch: what is wrong with the settings is said before the first image.
+        nothing = torch.zeros(0, max(self.model.num_classes, 2), 1, 1, device=self.device)
+        segops.dense_crf(nothing, nothing.new_zeros(0, 3, 1, 1), align_corners=False, **settings)
+        return settings
 
     def __call__(self, image):
         """uint8 (3, H, W) -> uint8 (H, W)."""
@@ -234,8 +254,8 @@ class Predictor:
             mask: (H, W), uint8, int32 or int64: the truth, 255 where it does not count.
 
         Returns:
-            (classes, loss): uint8 (H, W), and float32 (H, W), the cross entropy of the averaged probabilities in nats, 0 where
-            the mask is 255. Both on the CPU.
+            (classes, loss): uint8 (H, W), and float32 (H, W), the cross entropy of the averaged probabilities, or of those that
+            the CRF made of them, in nats, 0 where the mask is 255. Both on the CPU.
 
         Raises:
             ValueError: an image and a mask of different sizes.
@@ -248,13 +268,13 @@ class Predictor:
         _check_image(image)
         if mask is not None:
             _check_mask(mask, image, max(self.model.num_classes, 2))
-        size = image.shape[1:]
+        original, size = image, image.shape[1:]
         classes = torch.empty(size, dtype=torch.uint8)
         loss = None if mask is None else torch.empty(size)
         if self.resize is not None:
             image = _resized(image, self.resize)
         whole = self.window is None or all(side <= most for side, most in zip(image.shape[1:], self.window, strict=True))
-        if whole and len(self.views) == 1:
+        if whole and len(self.views) == 1 and self.crf is None:
             logits = self._logits(image, *self.views[0])
             classes.copy_(self.model.to_classes(logits, tuple(size))[0])
             if mask is not None:
@@ -266,8 +286,11 @@ class Predictor:
             parts = [(slice(None), _mean(self._probabilities(image, size)))]
         else:
             parts = self._bands(image)
-            if image.shape[1:] != size:
+            if self.crf is not None or image.shape[1:] != size:
                 parts = [(slice(None), torch.cat([logits for _, logits in parts], 2))]
+        if self.crf is not None:
+            [(rows, logits)] = parts
+            parts = [(rows, segops.dense_crf(logits, original[None].to(self.device), **self.crf))]
         for rows, logits in parts:
             part = classes[rows]
             part.copy_(segops.upsample_argmax(logits, tuple(part.shape))[0])

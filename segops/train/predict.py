@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from segops.models import CRF_SETTINGS
+
 from ..text import printable
 from .datasets import SOFTWARE, ImagesWithMasks, images_below, is_prediction, mask_instead
 from .files import first_line
@@ -36,6 +38,8 @@ def add_arguments(parser):
     parser.add_argument("--overlap", type=float, default=0.5, help="of windows, in [0, 1); default 0.5")
     parser.add_argument("--scales", nargs="+", type=float, default=[1.0], help="average over these; default 1.0")
     parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
+    parser.add_argument("--crf", action="store_true", help="refine by the image: a dense CRF, with segops.dense_crf's defaults")
+    parser.add_argument("--crf-settings", choices=CRF_SETTINGS, help="the same with the settings of a publication")
     parser.add_argument(
         "--image-scale",
         type=_number_or_text,
@@ -85,7 +89,7 @@ def _run(options):
         dataset = ImagesWithMasks(names, images, labels, info["classes"], info["palette"] or (), values, scale)
         for kind in kinds:
             (out / kind).mkdir(parents=True, exist_ok=True)
-    except (ImportError, OSError, TypeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         if os.environ.get("SEGOPS_TRACEBACK") == "1":
             raise
         raise SystemExit(f"segops predict: {printable(str(error))}") from error
@@ -140,6 +144,7 @@ def _predictor(options):
         scales=options.scales,
         flip=options.flip,
         autocast=torch.bfloat16 if options.precision == "bf16" else None,
+        crf=CRF_SETTINGS.get(options.crf_settings, options.crf),
     )
     return predictor, info
 

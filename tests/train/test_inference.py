@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image
+from segops.models import CRF_SETTINGS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import InterpolationMode, functional
 
+import segops
 from segops.train import predict
 from segops.train.datasets import Unlabelled, read_image
 from segops.train.inference import Predictor, colourise, heat, load_network, loss_image, overlay, save_classes, save_image
@@ -193,6 +195,123 @@ def test_autocast():
     predicted = Predictor(model, autocast=torch.bfloat16)(image)
     assert torch.equal(predicted.long(), expected.float().argmax(1)[0])
     assert Predictor(model, autocast=torch.bfloat16, window=32, flip=True)(image).shape == (48, 64)
+
+
+# A dense CRF.
+
+
+def refined(probabilities, image, **settings):
+    """log Q (C, H, W): what the CRF makes of probabilities (C, h, w)."""
+    return segops.dense_crf(probabilities.log()[None], image[None], **settings)[0]
+
+
+def assert_refined(predictor, image, log_q):
+    """Classes, and the loss of each class, are of log Q: small as these images are, the CRF leaves
+    one class on some."""
+    size = image.shape[1:]
+    losses = []
+    for label in range(len(log_q)):
+        classes, loss = predictor.with_loss(image, torch.full(size, label))
+        losses.append(loss)
+        assert torch.equal(classes, predictor(image))
+    torch.testing.assert_close(-torch.stack(losses), log_q, rtol=1e-3, atol=1e-4)
+    best = log_q.topk(2, dim=0)
+    sure = best.values[0] - best.values[1] > 1e-3
+    assert classes.dtype == torch.uint8 and sure.float().mean() > 0.99
+    assert torch.equal(classes[sure].long(), best.indices[0][sure])
+
+
+@pytest.mark.parametrize("name", ["segnet_basic", "pacnet", "pspnet"])
+def test_crf_of_a_whole_image(name):
+    model, image = network(name), picture(30, 45)
+    assert_refined(Predictor(model, crf=True), image, refined(probabilities(model, image), image))
+
+
+def test_crf_comes_after_scales_flips_and_windows():
+    model, image = network("pacnet"), picture(48, 40)
+    views = {"scales": (0.5, 1.0), "flips": (False, True)}
+    predictor = Predictor(model, scales=views["scales"], flip=True, crf=True)
+    assert_refined(predictor, image, refined(probabilities(model, image, **views), image))
+    predictor = Predictor(model, window=(32, 32), scales=views["scales"], flip=True, crf=True)
+    assert_refined(predictor, image, refined(slid(model, image, (32, 32), (16, 16), **views), image))
+
+
+@pytest.mark.parametrize("name", ["pacnet", "pspnet"])
+def test_crf_sees_the_image_as_it_was_before_resize(name):
+    model, image = network(name), picture(45, 30)
+    small = functional.resize(image, [40, 36], InterpolationMode.BILINEAR, antialias=True)
+    expected = refined(probabilities(model, small, size=(45, 30)), image)
+    assert_refined(Predictor(model, resize=(40, 36), crf=True), image, expected)
+
+
+def test_crf_after_windows_of_a_resized_image():
+    model, image = network(), picture(45, 30)
+    small = functional.resize(image, [40, 36], InterpolationMode.BILINEAR, antialias=True)
+    expected = refined(slid(model, small, (32, 32), (16, 16)), image)
+    assert_refined(Predictor(model, resize=(40, 36), window=32, crf=True), image, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 24, "flip": True}, {"window": 24, "resize": (40, 32)}])
+def test_a_crf_without_iterations_changes_nothing(options):
+    model, image = network(), picture(36, 40)
+    mask = torch.randint(0, 3, (36, 40))
+    mask[4:6] = 255
+    plain = Predictor(model, **options).with_loss(image, mask)
+    classes, loss = Predictor(model, crf={"iterations": 0}, **options).with_loss(image, mask)
+    assert torch.equal(classes, plain[0]) and (loss[4:6] == 0).all()
+    torch.testing.assert_close(loss, plain[1], rtol=1e-4, atol=1e-5)
+
+
+def test_crf_of_a_single_class_is_of_two():
+    model, image = network(num_classes=1), picture(32, 40)
+    logits = logits_of(model, image)[0]
+    expected = refined(torch.cat([torch.zeros_like(logits), logits]).softmax(0), image)
+    assert_refined(Predictor(model, crf=True), image, expected)
+
+
+def test_settings_of_a_crf():
+    model, image = network(), picture(32, 40)
+    compatibility = torch.tensor([[1.0, 0.0, 0.3], [0.0, 1.0, 0.0], [0.3, 0.0, 1.0]])
+    for settings in (CRF_SETTINGS["deeplabv1_largefov"], {"iterations": 3, "compatibility": compatibility}):
+        expected = refined(probabilities(model, image), image, **settings)
+        assert_refined(Predictor(model, crf=settings), image, expected)
+
+
+def test_crf_is_in_float32_where_the_network_is_not():
+    model, image = network(), picture(32, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = logits_of(model, image)
+    expected = refined(logits[0].float().softmax(0), image)
+    assert_refined(Predictor(model, autocast=torch.bfloat16, crf=True), image, expected)
+
+
+@pytest.mark.parametrize(
+    "crf, error, message",
+    [
+        (None, TypeError, r"crf must be a bool or a dict of arguments of segops\.dense_crf; got None"),
+        ("deeplabv1_coco", TypeError, r"crf must be a bool or a dict of .*; got 'deeplabv1_coco'"),
+        ({"sigma": 3.0}, TypeError, r"unexpected keyword argument 'sigma'"),
+        ({"align_corners": True}, TypeError, r"multiple values for keyword argument 'align_corners'"),
+        ({"logits": torch.zeros(1, 3, 8, 8)}, TypeError, r"multiple values for argument 'logits'"),
+        ({"iterations": -1}, ValueError, r"iterations must be at least 0; got -1"),
+        ({"bilateral_sigma": 3.0}, TypeError, r"bilateral_sigma must be a pair, .*; got 3\.0"),
+        ({"spatial_weight": torch.ones(4)}, ValueError, r"spatial_weight must have shape \(\), \(3,\) or \(3, 3\); got \(4,\)"),
+        ({"normalization": None}, ValueError, r"normalization must be one of 'after', 'symmetric'; got None"),
+    ],
+)
+def test_crfs_that_are_refused_at_construction(crf, error, message):
+    with pytest.raises(error, match=message):
+        Predictor(network(), crf=crf)
+
+
+@pytest.mark.cuda
+def test_crf_on_a_gpu():
+    model, image = network("pacnet"), picture(30, 45)
+    compatibility = torch.eye(3)  # goes where the model is
+    for options in ({}, {"window": (24, 32), "flip": True}):
+        expected = Predictor(model.cpu(), crf=True, **options)(image)
+        classes = Predictor(model, crf={"compatibility": compatibility}, **options, device="cuda")(image)
+        assert classes.device.type == "cpu" and (classes == expected).float().mean() > 0.99
 
 
 @pytest.mark.cuda
@@ -468,6 +587,42 @@ def test_command_takes_files_and_settings(work):
     options = {"window": (32, 32), "overlap": 0.25, "scales": (0.5, 1.0), "flip": True, "autocast": torch.bfloat16}
     predictor = Predictor(load_network(work / "best.ckpt")[0], **options)
     assert torch.equal(pixels(work / "out/classes/a.png"), predictor(pixels(work / "images/a.jpg").permute(2, 0, 1)))
+
+
+@pytest.mark.parametrize(
+    "arguments, crf",
+    [(["--crf"], True), (["--crf-settings", "deeplabv1_largefov"], CRF_SETTINGS["deeplabv1_largefov"])],
+)
+def test_command_with_a_crf(work, arguments, crf):
+    command(work, *EVERYTHING, *arguments, inputs=("images/a.jpg",))
+    image, mask = pixels(work / "images/a.jpg").permute(2, 0, 1), pixels(work / "labels/a.png")
+    mask = mask.where(mask != 3, 255)
+    predictor = Predictor(load_network(work / "best.ckpt")[0], crf=crf)
+    classes, loss = predictor.with_loss(image, mask)
+    assert torch.equal(pixels(work / "out/classes/a.png"), classes)
+    assert torch.equal(pixels(work / "out/overlay/a.png").permute(2, 0, 1), overlay(image, classes, PALETTE))
+    assert torch.equal(pixels(work / "out/loss/a.png")[:, -40:].permute(2, 0, 1), heat(loss))
+
+
+def test_files_may_follow_the_crf_on_the_command_line(work, capsys):
+    parser = argparse.ArgumentParser()
+    predict.add_arguments(parser)
+    options = parser.parse_args(["best.ckpt", "--out", "out", "--crf", "a.jpg", "b.jpg"])
+    assert options.crf and options.inputs == ["a.jpg", "b.jpg"]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["best.ckpt", "a.jpg", "--out", "out", "--crf-settings", "deeplab"])
+    said = capsys.readouterr().err
+    assert "argument --crf-settings: invalid choice: 'deeplab'" in said and all(name in said for name in CRF_SETTINGS)
+
+
+def test_command_says_in_one_line_that_a_crf_cannot_run(work, monkeypatch):
+    def unable(*arguments, **settings):
+        raise RuntimeError("segops.dense_crf: backend 'triton' cannot run on cpu")
+
+    monkeypatch.setattr(segops, "dense_crf", unable)
+    with pytest.raises(SystemExit, match=r"^segops predict: segops\.dense_crf: backend 'triton' cannot run on cpu$"):
+        command(work, "--crf")
+    assert not (work / "out").exists()
 
 
 def test_command_does_as_the_checkpoint_says(work):
