@@ -9,6 +9,7 @@ import threading
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -18,6 +19,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from segops.models import CRF_SETTINGS
 
 from .files import first_line, unfolds_to_more, write_whole
 from .recipes import Recipe
@@ -150,6 +153,14 @@ class CLI(LightningCLI):
         parser.add_argument("--overlap", type=float | None, default=None, help="of windows, in [0, 1); default 0.5")
         parser.add_argument("--scales", nargs="+", type=float, help="average over these; default 1.0")
         parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
+        parser.add_argument("--crf", action="store_true", help="score class maps that a dense CRF refines; no val/loss then")
+        parser.add_argument(
+            "--crf-settings",
+            "--crf_settings",
+            type=Literal[tuple(CRF_SETTINGS)] | None,
+            default=None,
+            help="the same with the settings of a publication",
+        )
         parser.set_defaults(
             {
                 "trainer.default_root_dir": "runs/default",
@@ -284,6 +295,7 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self):
         settings = self.config[self.subcommand]
         chosen = {name: settings.get(name) for name in ("window", "overlap", "scales", "flip")}
+        chosen["crf"] = CRF_SETTINGS.get(settings.get("crf_settings"), settings.get("crf"))
         self.predictor_options = {name: value for name, value in chosen.items() if value is not None and value is not False}
 
     def instantiate_classes(self):

@@ -298,7 +298,7 @@ def settings(optimizer):
 class Segmentation(Recipe):
     """Base of the recipes that segment: loss and figures of validation and test.
 
-    `predictor_options`, {} by default, are arguments of `Predictor` (window, overlap, scales, flip):
+    `predictor_options`, {} by default, are arguments of `Predictor` (window, overlap, scales, flip, crf):
     with any, validation and test score its class maps, and there is no val/loss.
     """
 

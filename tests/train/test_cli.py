@@ -116,6 +116,7 @@ def contents(folder):
         (["--window", "0", "8"], "window must be positive.*"),
         (["--overlap=2"], r"overlap must be in \[0, 1\); got 2.0"),
         (["--scales", "a"], "--scales: needs float; got a"),
+        (["--crf-settings", "deeplab"], "--crf_settings: needs 'deeplabv1_largefov', .*; got deeplab"),
         (["--trainer.default_root_dir=s3://b"], "--trainer.default_root_dir must be a local folder; got s3://b"),
         (["--nonsense=3"], "unrecognized arguments: --nonsense=3"),
         (["--optimizer=SGD"], "unrecognized arguments: --optimizer=SGD"),
@@ -361,7 +362,10 @@ def on_folder(data, run, *arguments):
 VIEWS = ["--window", "24", "32", "--overlap", "0", "--scales", "0.5", "1.0", "--flip"]
 
 
-@pytest.mark.parametrize("views", [[], VIEWS], ids=["whole", "windows"])
+CRF = ["--crf-settings", "deeplabv1_largefov"]
+
+
+@pytest.mark.parametrize("views", [[], VIEWS, CRF, ["--crf"]], ids=["whole", "windows", "settings", "crf"])
 def test_validate_scores_what_predict_writes(command, tmp_path, views):
     data, run = folder_of_images(tmp_path / "data"), tmp_path / "run"
     assert command("fit", *on_folder(data, run))[0] == 0
