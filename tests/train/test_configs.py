@@ -1,13 +1,15 @@
 """The shipped configurations: each makes a recipe and data, and its network can be built."""
 
+import argparse
 import re
+import shlex
 
 import pytest
 import timm
 import torch
 from segops.models import create_model, list_models
 
-from segops.train import cli
+from segops.train import cli, predict
 
 NAMES = cli.shipped()
 
@@ -31,6 +33,20 @@ def test_every_config_says_how_to_run_it():
     for name in NAMES:
         text = (cli.CONFIGS / f"{name}.yaml").read_text()
         assert text.startswith("# ") and f"#   segops fit --config {name}" in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_commands_of_a_config(name, parser):
+    """Each that its comments give can be parsed, with the configuration in place of a run's."""
+    text = (cli.CONFIGS / f"{name}.yaml").read_text()
+    for line in re.findall(r"^# +segops (.+)$", text, re.MULTILINE):
+        arguments = shlex.split(re.sub(r"runs/(\w+)/config\.yaml", r"\1", line))
+        if arguments[0] != "predict":
+            parser.parse_args(cli.named_configs(arguments))
+            continue
+        prediction = argparse.ArgumentParser(allow_abbrev=False)
+        predict.add_arguments(prediction)
+        prediction.parse_args(arguments[1:])
 
 
 def test_unknown_config():
