@@ -192,7 +192,7 @@ class CRF(torch.nn.Module):
     Zheng et al., "Conditional Random Fields as Recurrent Neural Networks", arXiv:1502.03240:
     `segops.dense_crf` with the kernels' weights and the compatibility as parameters, (C, C) each.
     Defaults are the values of the authors' network as sadeepj/crfasrnn_pytorch has them; its
-    weights load through `segops.models.checkpoints`.
+    weights load through `segops.models.from_crfasrnn`.
 
     Args:
         num_classes: C, the logits' channels.

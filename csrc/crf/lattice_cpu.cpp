@@ -331,7 +331,7 @@ Cells sort_by_cells(const VertexTable& table, int64_t dims) {
   };
   int64_t least[2], step[2];
   for (int feature = 0; feature < 2; ++feature) {
-    int64_t low = std::numeric_limits<int64_t>::max(), high = std::numeric_limits<int64_t>::min();
+    int64_t low = count > 0 ? along(0, feature) : 0, high = low;
     for (int64_t v = 0; v < count; ++v) {
       low = std::min(low, along(v, feature));
       high = std::max(high, along(v, feature));

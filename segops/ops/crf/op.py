@@ -97,19 +97,8 @@ def dense_crf(
 
     The spatial filter is exact. Pixels send messages to themselves too, as in the code of both
     papers. Logits of -inf stay so. Log-probabilities serve as logits. The defaults are those of
-    DeepLab v2 with ResNet-101 (kazuto1011/deeplab-pytorch). Others:
-
-    ==================== ======= ===== ========= ======= =============
-    settings             spatial_…     bilateral_…       normalization
-    -------------------- ------------- ----------------- -------------
-    \\                    weight  sigma weight    sigma
-    ==================== ======= ===== ========= ======= =============
-    DeepLab v2 VGG16     2       2     4         (65, 3) "symmetric"
-    DeepLab v1 LargeFOV  3       3     4         (49, 5) "after"
-    DeepLab v1 COCO      3       3     5         (67, 3) "after"
-    ==================== ======= ===== ========= ======= =============
-
-    and `segops.nn.CRF` for CRF-RNN.
+    DeepLab v2 with ResNet-101 (kazuto1011/deeplab-pytorch); `segops.models.CRF_SETTINGS` has what
+    else was published, and `segops.nn.CRF` the settings of CRF-RNN.
 
     Args:
         logits: (N, C, h, w), any strides; float32, bfloat16, float16 or float64. Computed in
