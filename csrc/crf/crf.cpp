@@ -20,6 +20,13 @@ Tensor crf_filter(Tensor values, Tensor features, std::string normalization, boo
   return converted(out, dtype);
 }
 
+// Without normalisation there is no mean field.
+Normalization of_mean_field(const std::string& name) {
+  const Normalization normalization = normalization_of(name);
+  STD_TORCH_CHECK(normalization != Normalization::kNone, "dense_crf: needs a normalization");
+  return normalization;
+}
+
 void check_matrix(const Optional& matrix, const Tensor& logits) {
   const int64_t classes = logits.size(1);
   STD_TORCH_CHECK(
@@ -38,8 +45,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> crf_mean_field(
   STD_TORCH_CHECK(
       logits.dim() == 4 && images.dim() == 4 && logits.size(0) == images.size(0) && logits.size(2) == images.size(2) &&
           logits.size(3) == images.size(3) && logits.size(1) > 0 && images.size(1) > 0 && images.size(1) <= kMaxDim - 2 &&
-          logits.size(2) > 0 && logits.size(3) > 0 && iterations >= 0,
-      "dense_crf: needs logits (N, C, H, W) and images (N, K, H, W), K at most 14, not empty");
+          logits.size(2) > 0 && logits.size(3) > 0 && iterations > 0,
+      "dense_crf: needs logits (N, C, H, W) and images (N, K, H, W), K at most 14, not empty, and an iteration");
   STD_TORCH_CHECK(
       logits.scalar_type() == wide(logits.scalar_type()) && spatial_sigma > 0 && position_sigma > 0 && intensity_sigma > 0,
       "dense_crf: needs float or double logits, and positive sigmas");
@@ -60,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> crf_mean_field(
     const Tensor levels = of_images == ScalarType::Byte ? images : converted(images, wide(of_images));
     mean_field(
         {logits, some(s), some(b), levels, iterations, spatial_sigma, position_sigma, intensity_sigma,
-         normalization_of(normalization)},
+         of_mean_field(normalization)},
         out, saves ? &kept : nullptr);
   }
   return {out, kept.q, kept.indices, kept.weights};
@@ -90,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> crf_mean_field_grad(
   Tensor of_spatial = matrix(spatial), of_bilateral = matrix(bilateral);
   const Optional s = packed_matrix(spatial), b = packed_matrix(bilateral);
   mean_field_grad(
-      {grad, out, {q, index, weight}, some(s), some(b), dims, spatial_sigma, normalization_of(normalization)}, of_logits,
+      {grad, out, {q, index, weight}, some(s), some(b), dims, spatial_sigma, of_mean_field(normalization)}, of_logits,
       matrices && spatial ? &of_spatial : nullptr, matrices && bilateral ? &of_bilateral : nullptr);
   return {of_logits, of_spatial, of_bilateral};
 }

@@ -130,7 +130,8 @@ class VertexTable {
   Memory<int32_t> keys_;
 };
 
-// Calls fn(v, hash) for all vertices of a table; before, has another look where hash + step is.
+// Calls fn(v, hash + step) for all vertices of a table, and has another one's entries for it fetched
+// before.
 template <typename F>
 void for_each_vertex(const VertexTable& table, const VertexTable& other, uint64_t step, const F& fn) {
   constexpr int64_t far = 32, near = 16;  // how far ahead slots and keys are fetched

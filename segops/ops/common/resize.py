@@ -10,9 +10,9 @@ def resize(logits, size, align_corners=False):
     """(N, C, h, w) -> (N, C, *size); itself if it has that size.
 
     `F.interpolate`, but for two things. On a CPU it rounds otherwise with another number of
-    threads: here each axis is two products and a sum, which round one way. And it multiplies
-    infinities by weights of zero, which makes NaN: here a logit that weighs nothing counts for
-    nothing.
+    threads: here each axis is two products and a sum, which in eager code round one way. And it
+    multiplies infinities by weights of zero, which makes NaN: here a logit that weighs nothing
+    counts for nothing.
     """
     # Traced sizes are resized unless they are known to be equal: a guess would be a guard.
     if all(statically_known_true(side == wanted) for side, wanted in zip(logits.shape[2:], size, strict=True)):

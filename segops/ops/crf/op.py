@@ -40,8 +40,8 @@ def permutohedral_filter(values, features, *, normalization=None):
             and after.
 
     Returns:
-        (N, C, *) in values' dtype. Deterministic. Differentiable by `values`, any number of times;
-        features are constants.
+        (N, C, *) in values' dtype. Deterministic on the CPU. Differentiable by `values`, any number
+        of times; features are constants.
 
     Raises:
         TypeError: values or features that are not floating-point tensors.
@@ -121,7 +121,8 @@ def dense_crf(
 
     Returns:
         (N, C, H, W) log Q, the log-probabilities, in the logits' dtype, float32 under autocast.
-        Deterministic. Differentiable once by logits, weights and compatibility.
+        Deterministic on the CPU. Differentiable by logits, weights and compatibility; once, unless
+        the reference runs.
 
     Raises:
         TypeError: logits, weights or compatibility that are not floating point, images that are
@@ -178,7 +179,9 @@ def _matrix(weight, compatibility, like):
     if compatibility is None:
         compatibility = torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
     if isinstance(weight, torch.Tensor) and weight.dim() == 2:
-        return (compatibility[:, :, None] * weight).sum(1)  # no matmul, whose gradient autocast would narrow
+        # In float64, which autocast, where a backward pass may run, leaves alone.
+        precise = torch.float32 if like.device.type == "mps" else torch.float64
+        return (compatibility.to(precise) @ weight.to(precise)).to(like.dtype)
     return compatibility * weight
 
 
@@ -330,7 +333,9 @@ class mean_field:
         return (
             torch.empty(logits.shape, **options, memory_format=memory_format(logits)),
             torch.empty((n, iterations if saves else 0, positions, classes), **options),
-            torch.empty((n, lattice * (3 + corners) + corners + CELLS if keeps else 0), dtype=torch.int32, device=logits.device),
+            torch.empty(
+                (n, lattice * (3 + corners) + corners + CELLS if keeps else 0), dtype=torch.int32, device=logits.device
+            ),
             torch.empty((n, 2 * lattice + positions if keeps else 0), **options),
         )
 
