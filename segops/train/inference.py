@@ -234,12 +234,15 @@ class Predictor:
     def _crf_settings(self, settings):
         if not isinstance(settings, dict):
             raise TypeError(f"crf must be a bool or a dict of arguments of segops.dense_crf; got {settings!r}")
+        taken = sorted({"logits", "images", "align_corners"} & settings.keys())
+        if taken:
+            raise TypeError(f"crf must not have {taken[0]}, which the model or the image decides; got {sorted(settings)}")
         settings = {
             name: value.to(self.device) if isinstance(value, torch.Tensor) else value for name, value in settings.items()
         }
         # An empty batch: what is wrong with the settings is said before the first image.
         nothing = torch.zeros(0, max(self.model.num_classes, 2), 1, 1, device=self.device)
-        segops.dense_crf(nothing, nothing.new_zeros(0, 3, 1, 1), align_corners=False, **settings)
+        segops.dense_crf(nothing, nothing.new_zeros(0, 3, 1, 1), **settings)
         return settings
 
     def __call__(self, image):
