@@ -19,7 +19,7 @@
 // per instruction set that knows the width of its registers: GCC takes comparisons of wider vectors
 // apart, lane by lane.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
-#define SEGOPS_WIDTHS(function)                                                                  \
+#define SEGOPS_WIDTHS(function)                                                                          \
   function(__attribute__((target("avx512f,fma"))), 64) function(__attribute__((target("avx2,fma"))), 32) \
       function(__attribute__((target("default"))), 16)
 #else
