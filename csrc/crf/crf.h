@@ -68,7 +68,7 @@ struct MeanField {
   Tensor logits;                      // (N, C, H, W), any strides, float or double
   const Tensor *spatial, *bilateral;  // (C, C) without gaps, of the same dtype
   Tensor images;                      // (N, K, H, W), any strides, uint8, float or double
-  int64_t iterations;
+  int64_t iterations;                 // at least one
   double spatial_sigma, position_sigma, intensity_sigma;
   Normalization normalization;
 };
@@ -89,10 +89,9 @@ struct MeanFieldGrad {
   Normalization normalization;
 };
 
-// What a device implements. Outputs are written in full.
+// What a device implements. Outputs are written in full; null are those that are not wanted.
 void filter(const FilterInput& input, const Tensor& out);                      // out (N, C, P) without gaps
 void mean_field(const MeanField& input, const Tensor& out, const Kept* kept);  // out (N, C, H, W), any strides
-void mean_field_grad(                                                                 // null what is not wanted
-    const MeanFieldGrad& input, const Tensor& logits, const Tensor* spatial, const Tensor* bilateral);
+void mean_field_grad(const MeanFieldGrad& input, const Tensor& logits, const Tensor* spatial, const Tensor* bilateral);
 
 }  // namespace segops::crf

@@ -8,15 +8,13 @@
 namespace segops::crf {
 namespace {
 
-// What filtered probabilities are multiplied by. Both are full, or both diagonal, and 0 where there
-// is no such kernel.
+// What filtered probabilities are multiplied by: 0 where there is no such kernel.
 template <typename T>
 struct Matrix {
-  bool diagonal;
   std::vector<T> values;  // (padded) if diagonal, else (classes, padded), the columns
 
   Matrix(const Tensor* matrix, int64_t classes, int64_t padded, bool diagonal, bool transposed)
-      : diagonal(diagonal), values(diagonal ? padded : classes * padded) {
+      : values(diagonal ? padded : classes * padded) {
     const T* from = matrix ? data_of<const T>(*matrix) : nullptr;
     for (int64_t l = 0; from && l < classes; ++l)
       for (int64_t m = 0; m < classes; ++m)
@@ -43,9 +41,27 @@ struct Problem {
   std::vector<Block> blocks;
   const Lattice<T>* lattice;  // null where there is no such kernel
   const Scales<T>* scales;
-  const Spatial<T>* spatial;
+  std::optional<Spatial<T>> spatial;
+  bool diagonal;  // both matrices
+  bool adjoint;   // whether filters and matrices are
   Matrix<T> of_spatial, of_bilateral;
-  bool adjoint;  // whether filters and matrices are
+
+  // Of maps (N, C, H, W).
+  template <typename Input>
+  Problem(const Input& in, const Tensor& maps, const Lattice<T>* lattice, const Scales<T>* scales, bool adjoint)
+      : classes(maps.size(1)),
+        height(maps.size(2)),
+        width(maps.size(3)),
+        blocks(blocks_of(classes)),
+        lattice(lattice),
+        scales(scales),
+        diagonal(is_diagonal<T>(in.spatial, classes) && is_diagonal<T>(in.bilateral, classes)),
+        adjoint(adjoint),
+        of_spatial(in.spatial, classes, padded(), diagonal, adjoint),
+        of_bilateral(in.bilateral, classes, padded(), diagonal, adjoint) {
+    const auto axis = [&](int64_t side) { return SpatialAxis<T>(side, in.spatial_sigma, in.normalization, adjoint); };
+    if (in.spatial) spatial.emplace(Spatial<T>{axis(height), axis(width)});
+  }
 
   int64_t pixels() const { return height * width; }
   int64_t padded() const { return crf::padded(blocks); }
@@ -127,7 +143,7 @@ SEGOPS_INLINE void combine(const Problem<T>& p, const T* base, int64_t y, Scratc
     using R = Row<T, lanes, bytes>;
     const T* from = base ? base + block.begin * p.pixels() + y * p.width * lanes : nullptr;
     T* row = &s.row[block.begin * p.width];
-    if (p.of_spatial.diagonal && p.of_bilateral.diagonal) {
+    if (p.diagonal) {
       const T *near = &s.spatial[block.begin * p.width], *alike = &s.bilateral[block.begin * p.width];
       const R of_near = R::load(&p.of_spatial.values[block.begin]), of_alike = R::load(&p.of_bilateral.values[block.begin]);
       for (int64_t i = 0; i < p.width * lanes; i += lanes) {
@@ -247,8 +263,8 @@ void write_row(const Problem<T>& p, const View<T>& map, int64_t image, int64_t y
     }
 }
 
-// A row of memory of whole images, whose block lies at begin * pixels, as one whose block lies at
-// begin * width; and back.
+// A row of memory of whole images, whose blocks lie at begin * pixels, as one whose blocks lie at
+// begin * width.
 template <typename T>
 void copy_row(const Problem<T>& p, const T* from, int64_t y, T* row) {
   for (const Block& block : p.blocks)
@@ -330,7 +346,7 @@ SEGOPS_INLINE void update_rows(const Problem<T>& p, const Update<T>& job, int64_
   Scratch<T> s(p);
   for (int64_t group = begin; group < end; ++group)
     for_each_row<T, bytes>(p, job.from.x, group * kRows, s, [&](int64_t y) __attribute__((always_inline)) {
-      if (p.blocks.size() == 1 && p.of_spatial.diagonal) {
+      if (p.blocks.size() == 1 && p.diagonal) {
         with_lanes(
             p.blocks[0], [&](auto lanes) __attribute__((always_inline)) { update_pixels<T, lanes, bytes>(p, job, y, s); });
       } else {
@@ -531,30 +547,13 @@ void infer(const MeanField& in, int64_t image, const Tensor& out, const Kept* ke
     filter_ones(*lattice, total);
     scales.emplace(*lattice, total, in.normalization, false, own + pixels * (dims + 1));
   }
-  std::optional<Spatial<T>> spatial;
-  if (in.spatial)
-    spatial.emplace(
-        Spatial<T>{{height, in.spatial_sigma, in.normalization, false}, {width, in.spatial_sigma, in.normalization, false}});
-  const std::vector<Block> blocks = blocks_of(classes);
-  const int64_t padded = crf::padded(blocks);
-  const bool diagonal = is_diagonal<T>(in.spatial, classes) && is_diagonal<T>(in.bilateral, classes);
-  const Problem<T> p{
-      classes,
-      height,
-      width,
-      blocks,
-      lattice ? &*lattice : nullptr,
-      scales ? &*scales : nullptr,
-      spatial ? &*spatial : nullptr,
-      Matrix<T>(in.spatial, classes, padded, diagonal, false),
-      Matrix<T>(in.bilateral, classes, padded, diagonal, false),
-      false};
-
-  const Memory<T> unary = memory<T>(padded * pixels), z = memory<T>(lattice ? blocks[0].lanes * lattice->vertices : 0);
+  const Problem<T> p(in, in.logits, lattice ? &*lattice : nullptr, scales ? &*scales : nullptr, false);
+  const int64_t padded = p.padded();
+  const Memory<T> unary = memory<T>(padded * pixels), z = memory<T>(lattice ? p.blocks[0].lanes * lattice->vertices : 0);
   // Rows read their neighbours' Q: the next one goes elsewhere.
   Memory<T> q = memory<T>(padded * pixels), next = memory<T>(padded * pixels);
   T* keep = kept ? data_of<T>(kept->q) + image * in.iterations * pixels * classes : nullptr;
-  run_rows(p, Start<T>{View<const T>(in.logits), image, unary.get(), q.get(), in.iterations > 0 ? keep : nullptr}, height);
+  run_rows(p, Start<T>{View<const T>(in.logits), image, unary.get(), q.get(), keep}, height);
   for (int64_t k = 0; k < in.iterations; ++k) {
     const bool last = k + 1 == in.iterations;
     if (keep) keep += pixels * classes;
@@ -588,29 +587,13 @@ void infer_grad(const MeanFieldGrad& in, int64_t image, const Tensor& logits, do
     if (in.normalization == Normalization::kAfter) shares = memory<T>(pixels * (in.dims + 1));
     scales.emplace(*lattice, weights + 2 * pixels * (in.dims + 1), in.normalization, true, shares.get());
   }
-  std::optional<Spatial<T>> spatial;
-  if (in.spatial)
-    spatial.emplace(
-        Spatial<T>{{height, in.spatial_sigma, in.normalization, true}, {width, in.spatial_sigma, in.normalization, true}});
-  const std::vector<Block> blocks = blocks_of(classes);
-  const int64_t padded = crf::padded(blocks);
-  const bool diagonal = is_diagonal<T>(in.spatial, classes) && is_diagonal<T>(in.bilateral, classes);
-  const Problem<T> p{
-      classes,
-      height,
-      width,
-      blocks,
-      lattice ? &*lattice : nullptr,
-      scales ? &*scales : nullptr,
-      spatial ? &*spatial : nullptr,
-      Matrix<T>(in.spatial, classes, padded, diagonal, true),
-      Matrix<T>(in.bilateral, classes, padded, diagonal, true),
-      true};
+  const Problem<T> p(in, in.out, lattice ? &*lattice : nullptr, scales ? &*scales : nullptr, true);
+  const int64_t padded = p.padded();
 
   // The gradients of the matrices are sums over slices of the image, however many threads there are.
   const int64_t groups = ceil_div(height, kRows), slices = std::min<int64_t>(groups, 16), entries = classes * padded;
   std::vector<double> spatial_sums(of_spatial ? slices * entries : 0), bilateral_sums(of_bilateral ? slices * entries : 0);
-  const Memory<T> total = memory<T>(padded * pixels), z = memory<T>(lattice ? blocks[0].lanes * lattice->vertices : 0);
+  const Memory<T> total = memory<T>(padded * pixels), z = memory<T>(lattice ? p.blocks[0].lanes * lattice->vertices : 0);
   Memory<T> g = memory<T>(padded * pixels), next = memory<T>(padded * pixels);
   run_rows(p, StartGrad<T>{View<const T>(in.grad), View<const T>(in.out), image, g.get(), total.get()}, height);
   for (int64_t k = iterations; k-- > 0;) {
