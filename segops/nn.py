@@ -6,8 +6,8 @@ import torch
 
 from .ops.bal.edge import EdgeSettings
 from .ops.bal.op import LossSettings, boundary_aware_loss, check_class_weight, upsample_cross_entropy
-from .ops.common.checks import check_int, check_merge
-from .ops.crf.op import CRFSettings, check_number_weight, dense_crf
+from .ops.common.checks import check_int, check_merge, check_number
+from .ops.crf.op import CRFSettings, dense_crf
 from .ops.pac.op import Settings, pyramid_atrous_conv2d
 from .ops.pag.op import partial_attention_gate
 
@@ -248,7 +248,7 @@ class CRF(torch.nn.Module):
         }
         identity = torch.eye(num_classes, device=device, dtype=dtype)
         for name, weight in (("spatial_weight", spatial_weight), ("bilateral_weight", bilateral_weight)):
-            check_number_weight(name, weight)
+            check_number(name, weight)
             self.register_parameter(name, torch.nn.Parameter(identity * weight))
         self.compatibility = torch.nn.Parameter(identity)
 

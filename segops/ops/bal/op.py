@@ -12,7 +12,7 @@ import torch
 from ...backend import select
 from ..common import library
 from ..common.autocast import cast
-from ..common.checks import check_floating, check_int, check_logits, check_number
+from ..common.checks import check_device, check_floating, check_int, check_logits, check_number
 from ..common.layout import memory_format
 from . import reference
 from .edge import EdgeSettings, edge_settings, remembered
@@ -174,25 +174,20 @@ def _check_tensors(logits, labels, pixel_weight, class_weight):
     check_labels(labels)
     if labels.shape[0] != logits.shape[0]:
         raise ValueError(f"labels must have logits' batch of {logits.shape[0]}; got shape {tuple(labels.shape)}")
-    _check_device("labels", labels, logits)
+    check_device("labels", labels, "logits", logits)
     if pixel_weight is not None:
         check_floating("pixel_weight", pixel_weight)
         if pixel_weight.dim() != 3 or pixel_weight.shape[0] != logits.shape[0]:
             raise ValueError(
                 f"pixel_weight must have shape ({logits.shape[0]}, H, W), at most the labels' size; got {tuple(pixel_weight.shape)}"
             )
-        _check_device("pixel_weight", pixel_weight, logits)
+        check_device("pixel_weight", pixel_weight, "logits", logits)
     if class_weight is not None:
         if class_weight.shape[0] != logits.shape[1]:
             raise ValueError(
                 f"class_weight must have shape ({logits.shape[1]},), one per class; got {tuple(class_weight.shape)}"
             )
-        _check_device("class_weight", class_weight, logits)
-
-
-def _check_device(name, tensor, logits):
-    if tensor.device != logits.device:
-        raise ValueError(f"{name} must be on logits' device {logits.device}; got {tensor.device}")
+        check_device("class_weight", class_weight, "logits", logits)
 
 
 # The loss that the reduction asks for; what the gradient goes by; and the divisor: bal.h.

@@ -38,6 +38,11 @@ def check_logits(logits):
         raise ValueError(f"logits must have classes, a height and a width of at least 1; got shape {tuple(logits.shape)}")
 
 
+def check_device(name, tensor, other_name, other):
+    if tensor.device != other.device:
+        raise ValueError(f"{name} must be on {other_name}' device {other.device}; got {tensor.device}")
+
+
 def check_merge(merge):
     if merge not in ("concat", "sum"):
         raise ValueError(f"merge must be 'concat' or 'sum'; got {merge!r}")

@@ -9,7 +9,7 @@ import torch
 from ...backend import only_on_cpu, select
 from ..common import library
 from ..common.autocast import autocast_dtype, cast
-from ..common.checks import FLOATING, check_floating, check_int, check_logits
+from ..common.checks import FLOATING, check_device, check_floating, check_int, check_logits, check_number
 from ..common.layout import memory_format
 from ..common.resize import resize
 from . import reference
@@ -239,7 +239,7 @@ def _check_filter(values, features):
         raise ValueError(f"features must have values' sizes {tuple(values.shape[2:])}; got shape {tuple(features.shape)}")
     if features.shape[1] > LARGEST_DIMENSION:
         raise ValueError(f"features must have at most {LARGEST_DIMENSION} dimensions; got shape {tuple(features.shape)}")
-    _check_device("features", features, "values", values)
+    check_device("features", features, "values", values)
 
 
 def _check_maps(logits, images):
@@ -256,32 +256,22 @@ def _check_maps(logits, images):
         raise ValueError(f"images must have logits' batch of {logits.shape[0]}; got shape {tuple(images.shape)}")
     if images.shape[1] > LARGEST_DIMENSION - 2:
         raise ValueError(f"images must have at most {LARGEST_DIMENSION - 2} channels; got shape {tuple(images.shape)}")
-    _check_device("images", images, "logits", logits)
-
-
-def _check_device(name, tensor, other_name, other):
-    if tensor.device != other.device:
-        raise ValueError(f"{name} must be on {other_name}' device {other.device}; got {tensor.device}")
+    check_device("images", images, "logits", logits)
 
 
 def _check_weight(name, weight, logits):
     if not isinstance(weight, torch.Tensor):
-        check_number_weight(name, weight, "a number or a floating-point tensor")
+        if not isinstance(weight, int | float) or isinstance(weight, bool):
+            raise TypeError(f"{name} must be a number or a floating-point tensor; got {weight!r}")
+        check_number(name, weight)
         return
     check_floating(name, weight)
     classes = logits.shape[1]
     if weight.dim() > 2 or any(side != classes for side in weight.shape):
         raise ValueError(f"{name} must have shape (), ({classes},) or ({classes}, {classes}); got {tuple(weight.shape)}")
-    _check_device(name, weight, "logits", logits)
+    check_device(name, weight, "logits", logits)
     if _can_look(weight) and not weight.isfinite().all():
         raise ValueError(f"{name} must be finite; got a tensor that is not")
-
-
-def check_number_weight(name, weight, needed="a number"):
-    if not isinstance(weight, int | float) or isinstance(weight, bool):
-        raise TypeError(f"{name} must be {needed}; got {weight!r}")
-    if not -sys.float_info.max <= weight <= sys.float_info.max:
-        raise ValueError(f"{name} must be finite; got {weight}")
 
 
 def _check_compatibility(compatibility, logits):
@@ -291,7 +281,7 @@ def _check_compatibility(compatibility, logits):
     classes = logits.shape[1]
     if tuple(compatibility.shape) != (classes, classes):
         raise ValueError(f"compatibility must have shape ({classes}, {classes}); got {tuple(compatibility.shape)}")
-    _check_device("compatibility", compatibility, "logits", logits)
+    check_device("compatibility", compatibility, "logits", logits)
 
 
 def _can_look(tensor):
