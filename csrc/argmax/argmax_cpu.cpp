@@ -258,7 +258,7 @@ void upsample(const Tensor& logits, const Tensor& best, const Tensor& out) {
     using T = decltype(type);
     const View<const T> view(logits);
     const int64_t step = round_up(s.w, kPadding), grain = std::max<int64_t>(1, 32768 / (s.classes * s.w));
-    torch::stable::parallel_for(0, s.images * s.h, grain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, s.images * s.h, grain, [&](int64_t begin, int64_t end) {
       std::vector<T> row(s.classes * step);
       for (int64_t r = begin; r < end; ++r) {
         read_row(view, s, r / s.h, r % s.h, step, row.data());
@@ -269,7 +269,7 @@ void upsample(const Tensor& logits, const Tensor& best, const Tensor& out) {
     if (!s.resized()) return;
 
     const ResizeAxis<T> rows(s.h, s.height, s.height), columns(s.w, s.width, s.width + kPadding);
-    torch::stable::parallel_for(0, s.images * s.h, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, s.images * s.h, 1, [&](int64_t begin, int64_t end) {
       Pixels<T> above(s.w, s.classes), below(s.w, s.classes);
       std::vector<T> tops(2 * s.classes * kPadding);
       Candidates<T> candidates(s.classes);

@@ -1,6 +1,7 @@
 // count_edges, blur and normalise on the CPU: the edges of the rows that a strip of outputs needs,
 // resized along y and then along x; the blur as two sums of rows, along x and then along y.
 
+#include "../common/cpu.h"
 #include "labels_cpu.h"
 
 #include <algorithm>
@@ -132,7 +133,7 @@ bool count_edges(const Tensor& labels, const Tensor& out, int64_t classes, int64
   const int64_t strip = 8, strips = ceil_div(h, strip);
   float* to = data_of<float>(out);
   std::atomic<bool> wrong{false};
-  torch::stable::parallel_for(0, labels.size(0) * strips, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, labels.size(0) * strips, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first = item % strips * strip;
       if (edge_rows(p, item / strips, first, std::min(first + strip, h), to + item / strips * h * w)) wrong = true;
@@ -148,7 +149,7 @@ void blur(const Tensor& edges, const BlurKernel& kernel, double beta, const Tens
   float* factor = along_x + 2 * edges.numel();
   for (int64_t k = 0; k <= size / 2; ++k) kernel.write(k, factor);
   const int64_t grain = std::max<int64_t>(1, 100000 / (w * size));
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       for (int64_t pair = 0; pair < 2; ++pair) {
         float* filtered = along_x + (pair * count + row) * w;
@@ -157,7 +158,7 @@ void blur(const Tensor& edges, const BlurKernel& kernel, double beta, const Tens
       }
     }
   });
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       float* to = map + row * w;
       std::fill(to, to + w, 0.f);

@@ -143,7 +143,7 @@ void map_grad(const LossInput& in, const Tensor& grad, const Tensor& divisor, co
     const T whole = per_pixel ? T(0) : *grads / *data_of<const T>(divisor);
     const GradInput<T> from{per_pixel ? grads : &whole, per_pixel, maps};
     Gradient<T> gradient(p, out);
-    torch::stable::parallel_for(0, p.items(), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, p.items(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) write_grad_strip(p, from, item, gradient);
     });
     gradient.join(p);

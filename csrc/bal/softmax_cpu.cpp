@@ -185,7 +185,7 @@ bool run(
     std::optional<Gradient<T>> gradient;
     if (grad) gradient.emplace(p, *grad);
     const LossOutput<T> out{data_of<T>(coefficients), data_of<T>(loss), gradient ? &*gradient : nullptr, row_totals.data()};
-    torch::stable::parallel_for(0, p.items(), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, p.items(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) write_loss_strip(p, item, out);
     });
     if (gradient) gradient->join(p);
@@ -222,7 +222,7 @@ void scale(const Tensor& gradient, const Tensor& grad, const Tensor& divisor, co
     const auto write = [&](auto stored) {
       using S = decltype(stored);
       S* to = data_of<S>(out);
-      torch::stable::parallel_for(0, out.numel(), 1 << 15, [&](int64_t i, int64_t end) {
+      parallel_for(0, out.numel(), 1 << 15, [&](int64_t i, int64_t end) {
         constexpr int lanes = kLanes<T>;
         const auto scale = [&](const T* a, S* b) { Vec<S, lanes>::store(b, Vec<T, lanes>::load(a) * factor); };
         for (; i + lanes <= end; i += lanes) scale(from + i, to + i);

@@ -118,7 +118,7 @@ void sum_rows(
   const int64_t reach = *std::max_element(rates.begin(), rates.end()) * (s.kernel_w / 2);
   const int64_t max_reads = s.taps() * int64_t(rates.size());
   const int64_t grain = std::max<int64_t>(1, 100000 / std::max<int64_t>(1, s.width * s.channels * max_reads));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     std::vector<int64_t> offsets(max_reads);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t first_pixel = (first_row + row) * s.width;

@@ -117,7 +117,7 @@ inline bool leaves_caches(const Tensor& out) {
 
 template <typename F>
 void parallel(int64_t pieces, int64_t grain, const F& fn) {
-  torch::stable::parallel_for(0, pieces, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, pieces, grain, [&](int64_t begin, int64_t end) {
     fn(begin, end);
     fence_non_temporal();
   });
