@@ -18,9 +18,11 @@ struct ResizeAxis {
   std::vector<T> weight;
   std::vector<int64_t> first;
 
-  ResizeAxis(int64_t in, int64_t out, int64_t entries) : low(entries), high(entries), weight(entries), first(in + 1, out) {
+  ResizeAxis(int64_t in, int64_t out, int64_t entries, bool align_corners = false)
+      : low(entries), high(entries), weight(entries), first(in + 1, out) {
     for (int64_t i = entries - 1; i >= 0; --i) {
-      const Source source = bilinear_source(std::min(i, out - 1), in, double(in) / double(out));
+      const int64_t j = std::min(i, out - 1);
+      const Source source = align_corners ? aligned_source(j, in, out) : bilinear_source(j, in, double(in) / double(out));
       low[i] = Integer<T>(source.low);
       high[i] = Integer<T>(source.high);
       weight[i] = T(source.weight);

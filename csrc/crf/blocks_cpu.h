@@ -17,7 +17,7 @@ void for_each_image(int64_t count, const F& fn) {
     for (int64_t image = 0; image < count; ++image) fn(image);
     return;
   }
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t image = begin; image < end; ++image) fn(image);
   });
 }
@@ -39,12 +39,15 @@ inline int64_t padded(const std::vector<Block>& blocks) {
   return blocks.back().begin + blocks.back().lanes;
 }
 
-// How far ahead memory is fetched: entries of a list, positions.
-constexpr int64_t kAhead = 24, kAheadPositions = 5;
+constexpr int64_t kAheadPositions = 5;  // how far ahead memory is fetched
 // Items of work that are worth a thread.
 constexpr int64_t kGrain = 4096;
-SEGOPS_INLINE void prefetch(const void* p) {
-  __builtin_prefetch(p);
+// A row, all its lines.
+template <int lanes, typename T>
+SEGOPS_INLINE void prefetch(const T* row) {
+  constexpr int line = 64 / int(sizeof(T));
+  for (int i = 0; i < lanes; i += line) __builtin_prefetch(row + i);
+  if (lanes > line && lanes % line != 0) __builtin_prefetch(row + lanes - 1);
 }
 
 // Calls fn with the block's lanes as a constant.
@@ -148,17 +151,38 @@ struct Row {
 };
 
 // Vertices begin .. end of z (vertices, lanes): the sums of their positions' rows of x, each times
-// its share.
+// its share. Rows of one lane are ones.
 template <typename T, int lanes, int bytes>
 SEGOPS_INLINE void splat(const Lattice<T>& lattice, const T* shares, const T* x, T* z, int64_t begin, int64_t end) {
   using R = Row<T, lanes, bytes>;
-  for (int64_t v = begin; v < end; ++v) {
+  constexpr int64_t kMany = 512;
+  const auto sum_of = [&](int64_t e, int64_t last) __attribute__((always_inline)) {
     R sum = R::zero();
-    for (int64_t e = lattice.offsets[v]; e < lattice.offsets[v + 1]; ++e) {
-      prefetch(x + lattice.sources[e + kAhead] * int64_t(lanes));
-      sum.add(R::load(x + lattice.sources[e] * int64_t(lanes)), shares[e]);
+    for (; e < last; ++e) {
+      if constexpr (lanes == 1) {
+        sum.add(R::filled(1), shares[e]);
+      } else {
+        prefetch<lanes>(x + lattice.sources[e + kAhead] * int64_t(lanes));
+        sum.add(R::load(x + lattice.sources[e] * int64_t(lanes)), shares[e]);
+      }
     }
-    sum.store(z + v * lanes);
+    return sum;
+  };
+  for (int64_t v = begin; v < end; ++v) {
+    int64_t e = lattice.offsets[v];
+    const int64_t last = lattice.offsets[v + 1];
+    if (last - e <= kMany) {
+      sum_of(e, last).store(z + v * lanes);
+      continue;
+    }
+    // Float loses what is added to a large sum.
+    double total[lanes] = {};
+    for (; e < last; e += kMany) {
+      T part[lanes];
+      sum_of(e, std::min(e + kMany, last)).store(part);
+      for (int i = 0; i < lanes; ++i) total[i] += double(part[i]);
+    }
+    for (int i = 0; i < lanes; ++i) z[v * lanes + i] = T(total[i]);
   }
 }
 
@@ -184,7 +208,7 @@ SEGOPS_INLINE void blur(const int32_t* run, int64_t size, T* z) {
   };
   int64_t i = 1;
   for (; i + kAhead < size; ++i) {
-    prefetch(row(run[i + kAhead]));
+    prefetch<lanes>(row(run[i + kAhead]));
     step(run[i]);
   }
   for (; i < size; ++i) step(run[i]);
@@ -199,7 +223,7 @@ SEGOPS_INLINE Row<T, lanes, bytes> slice(const Lattice<T>& lattice, const T* z, 
   const int32_t* index = lattice.index + p * corners;
   if (p + kAheadPositions < lattice.positions)
     for (int64_t k = kAheadPositions * corners; k < (kAheadPositions + 1) * corners; ++k)
-      prefetch(z + std::max(index[k], 0) * int64_t(lanes));
+      prefetch<lanes>(z + std::max(index[k], 0) * int64_t(lanes));
   const T* weight = lattice.weight + p * corners;
   R sum = R::load(z + index[0] * int64_t(lanes)) * weight[0];
   for (int64_t k = 1; k < corners; ++k) sum.add(R::load(z + index[k] * int64_t(lanes)), weight[k]);
@@ -220,14 +244,14 @@ struct Scales {
     const bool symmetric = normalization == Normalization::kSymmetric, one_sided = normalization == Normalization::kAfter;
     const Memory<T> scale = memory<T>(lattice.positions);
     const T factor = total ? T(1) : T(1 / (1 + std::exp2(-double(lattice.dims))));
-    torch::stable::parallel_for(0, lattice.positions, kGrain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, lattice.positions, kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
         if (total) scale[p] = 1 / (symmetric ? std::sqrt(total[p]) : total[p]);
         after[p] = symmetric || (one_sided && !adjoint) ? scale[p] : factor;
       }
     });
     if (!scaled || !(symmetric || (one_sided && adjoint))) return;
-    torch::stable::parallel_for(0, lattice.offsets[lattice.vertices], kGrain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, lattice.offsets[lattice.vertices], kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t e = begin; e < end; ++e) scaled[e] = lattice.shares[e] * scale[lattice.sources[e]];
     });
     shares = scaled;
@@ -269,52 +293,59 @@ struct Spatial {
 
 constexpr int64_t kRows = 4;  // that are filtered together
 
-// Rows y .. y + kRows (those beyond the last are 0) of a block x (height, width, lanes), filtered
-// along the columns: out (kRows, reach + width + reach, lanes), with zeros at both ends.
+// Of rows y .. y + kRows (those beyond the last are 0) of a block x (height, width, lanes), columns
+// begin .. begin + count, filtered along the columns: out (kRows, reach + count + reach, lanes), with
+// as many more at both ends as the filter along the rows takes; zeros beyond the image.
 template <typename T, int lanes, int bytes>
-SEGOPS_INLINE void filter_rows(const Spatial<T>& spatial, const T* x, int64_t y, std::vector<T>& weights, T* out) {
-  using R = Row<T, lanes, bytes>;
-  constexpr int kPixels = bytes == 64 && R::kCount < 4 ? 2 : 1;
+SEGOPS_INLINE void filter_rows(
+    const Spatial<T>& spatial, const T* x, int64_t y, int64_t begin, int64_t count, std::vector<T>& weights, T* out) {
+  // A vector of two columns at a time: the sums of all rows stay in registers.
+  constexpr int kWidth = Row<T, lanes, bytes>::kWidth;
+  using R = Row<T, kWidth, bytes>;
   const SpatialAxis<T>& axis = spatial.rows;
-  const int64_t width = spatial.columns.side, reach = spatial.columns.reach, step = (width + 2 * reach) * lanes;
+  const int64_t width = spatial.columns.side, reach = spatial.columns.reach, step = (count + 2 * reach) * lanes;
   const int64_t first = std::max<int64_t>(0, y - axis.reach), end = std::min(axis.side, y + kRows + axis.reach);
   weights.assign((end - first) * kRows, T(0));
   for (int64_t r = 0; r < std::min(kRows, axis.side - y); ++r)
     for (int64_t j = std::max<int64_t>(0, y + r - axis.reach); j < std::min(axis.side, y + r + axis.reach + 1); ++j)
       weights[(j - first) * kRows + r] = axis.taps[std::abs(j - y - r)] * axis.before[j] * axis.after[y + r];
-  const auto columns = [&](auto pixels, int64_t begin) __attribute__((always_inline)) {
-    R sum[kRows][pixels];
-    for (auto& row : sum)
-      for (auto& each : row) each = R::zero();
-    for (int64_t j = first; j < end; ++j) {
-      const T *from = x + (j * width + begin) * lanes, *w = &weights[(j - first) * kRows];
-      for (int i = 0; i < pixels; ++i) {
-        const R row = R::load(from + i * lanes);
-        for (int64_t r = 0; r < kRows; ++r) sum[r][i].add(row, w[r]);
+  T* const origin = out + (reach - begin) * lanes;  // of column 0
+  const auto columns = [&](auto pixels, int64_t column) __attribute__((always_inline)) {
+    for (int64_t at = column * lanes; at < (column + 1) * lanes; at += kWidth) {
+      R sum[kRows][pixels];
+      for (auto& row : sum)
+        for (auto& each : row) each = R::zero();
+      for (int64_t j = first; j < end; ++j) {
+        const T *from = x + j * width * lanes + at, *w = &weights[(j - first) * kRows];
+        for (int i = 0; i < pixels; ++i) {
+          const R row = R::load(from + i * lanes);
+          for (int64_t r = 0; r < kRows; ++r) sum[r][i].add(row, w[r]);
+        }
       }
+      for (int64_t r = 0; r < kRows; ++r)
+        for (int i = 0; i < pixels; ++i)
+          (sum[r][i] * spatial.columns.before[column + i]).store(origin + r * step + at + i * lanes);
     }
-    for (int64_t r = 0; r < kRows; ++r)
-      for (int i = 0; i < pixels; ++i)
-        (sum[r][i] * spatial.columns.before[begin + i]).store(out + r * step + (reach + begin + i) * lanes);
   };
+  const int64_t left = std::max<int64_t>(0, begin - reach), right = std::min(width, begin + count + reach);
   for (int64_t r = 0; r < kRows; ++r) {
-    std::fill_n(out + r * step, reach * lanes, T(0));
-    std::fill_n(out + r * step + (reach + width) * lanes, reach * lanes, T(0));
+    std::fill(out + r * step, origin + r * step + left * lanes, T(0));
+    std::fill(origin + r * step + right * lanes, out + (r + 1) * step, T(0));
   }
-  int64_t begin = 0;
-  for (; begin + kPixels <= width; begin += kPixels) columns(constant<kPixels>, begin);
-  for (; begin < width; ++begin) columns(constant<1>, begin);
+  int64_t column = left;
+  for (; column + 2 <= right; column += 2) columns(constant<2>, column);
+  for (; column < right; ++column) columns(constant<1>, column);
 }
 
-// A row of those, filtered along itself: out (width, lanes).
+// A row of those, filtered along itself: out (count, lanes), from column `begin` on.
 template <typename T, int lanes, int bytes>
-SEGOPS_INLINE void filter_columns(const SpatialAxis<T>& axis, const T* x, T* out) {
+SEGOPS_INLINE void filter_columns(const SpatialAxis<T>& axis, const T* x, int64_t begin, int64_t count, T* out) {
   using R = Row<T, lanes, bytes>;
   const T* centre = x + axis.reach * lanes;
-  for (int64_t i = 0; i < axis.side; ++i, centre += lanes) {
+  for (int64_t i = 0; i < count; ++i, centre += lanes) {
     R sum = R::load(centre);
     for (int64_t k = 1; k <= axis.reach; ++k) sum.add(R::load(centre - k * lanes) + R::load(centre + k * lanes), axis.taps[k]);
-    (sum * axis.after[i]).store(out + i * lanes);
+    (sum * axis.after[begin + i]).store(out + i * lanes);
   }
 }
 

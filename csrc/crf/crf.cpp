@@ -7,16 +7,25 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
+void check_positions(const char* op, int64_t positions, int64_t dims) {
+  STD_TORCH_CHECK(
+      positions < 0x7fffffff / (dims + 1), op, ": an image must have fewer than ", 0x7fffffff / (dims + 1), " positions, with ",
+      dims, " features; got ", positions);
+}
+
 Tensor crf_filter(Tensor values, Tensor features, std::string normalization, bool adjoint) {
   STD_TORCH_CHECK(
       values.dim() == 3 && features.dim() == 3 && values.size(0) == features.size(0) && values.size(2) == features.size(2) &&
           values.size(1) > 0 && values.size(2) > 0 && features.size(1) > 0 && features.size(1) <= kMaxDim,
       "permutohedral_filter: needs values (N, C, P) and features (N, d, P), d at most 16, not empty");
   check_devices("permutohedral_filter", values, {&features});
+  check_positions("permutohedral_filter", values.size(2), features.size(1));
   const ScalarType dtype = values.scalar_type(), sums = wide(dtype);
   Tensor out = empty(sizes_of(values), sums, values);
   if (values.size(0) > 0)
-    filter({converted(values, sums), converted(features, ScalarType::Double), normalization_of(normalization), adjoint}, out);
+    filter(
+        {converted(values, sums), converted(features, wide(features.scalar_type())), normalization_of(normalization), adjoint},
+        out);
   return converted(out, dtype);
 }
 
@@ -40,23 +49,29 @@ Optional packed_matrix(const Optional& matrix) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> crf_mean_field(
-    Tensor logits, Optional spatial, Optional bilateral, Tensor images, int64_t iterations, double spatial_sigma,
-    double position_sigma, double intensity_sigma, std::string normalization, bool saves) {
+    Tensor logits, Optional spatial, Optional bilateral, Tensor images, bool align_corners, int64_t iterations,
+    double spatial_sigma, double position_sigma, double intensity_sigma, std::string normalization, bool saves) {
   STD_TORCH_CHECK(
-      logits.dim() == 4 && images.dim() == 4 && logits.size(0) == images.size(0) && logits.size(2) == images.size(2) &&
-          logits.size(3) == images.size(3) && logits.size(1) > 0 && images.size(1) > 0 && images.size(1) <= kMaxDim - 2 &&
-          logits.size(2) > 0 && logits.size(3) > 0 && iterations > 0,
-      "dense_crf: needs logits (N, C, H, W) and images (N, K, H, W), K at most 14, not empty, and an iteration");
+      logits.dim() == 4 && images.dim() == 4 && logits.size(0) == images.size(0) && images.size(1) <= kMaxDim - 2 &&
+          iterations > 0,
+      "dense_crf: needs logits (N, C, h, w), images (N, K, H, W), K at most 14, and an iteration");
+  for (int64_t i = 1; i < 4; ++i)
+    STD_TORCH_CHECK(logits.size(i) > 0 && images.size(i) > 0, "dense_crf: needs logits and images that are not empty");
+  STD_TORCH_CHECK(
+      !saves || (logits.size(2) == images.size(2) && logits.size(3) == images.size(3)),
+      "dense_crf: saves nothing where logits are resized");
   STD_TORCH_CHECK(
       logits.scalar_type() == wide(logits.scalar_type()) && spatial_sigma > 0 && position_sigma > 0 && intensity_sigma > 0,
       "dense_crf: needs float or double logits, and positive sigmas");
   check_matrix(spatial, logits);
   check_matrix(bilateral, logits);
   check_devices("dense_crf", logits, {some(spatial), some(bilateral), &images});
-  const int64_t n = logits.size(0), positions = logits.size(2) * logits.size(3), dims = images.size(1) + 2;
+  const int64_t n = logits.size(0), height = images.size(2), width = images.size(3);
+  const int64_t positions = height * width, dims = images.size(1) + 2;
+  check_positions("dense_crf", positions, dims);
   const ScalarType dtype = logits.scalar_type();
   const bool keeps_lattice = saves && bilateral;
-  Tensor out = empty_map(sizes_of(logits), dtype, logits, is_channels_last(logits));
+  Tensor out = empty_map({n, logits.size(1), height, width}, dtype, logits, is_channels_last(logits));
   const Kept kept{
       empty({n, saves ? iterations : 0, positions, logits.size(1)}, dtype, logits),
       empty({n, keeps_lattice ? kept_indices(positions, dims) : 0}, ScalarType::Int, logits),
@@ -66,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> crf_mean_field(
     const ScalarType of_images = images.scalar_type();
     const Tensor levels = of_images == ScalarType::Byte ? images : converted(images, wide(of_images));
     mean_field(
-        {logits, some(s), some(b), levels, iterations, spatial_sigma, position_sigma, intensity_sigma,
+        {logits, some(s), some(b), levels, align_corners, iterations, spatial_sigma, position_sigma, intensity_sigma,
          of_mean_field(normalization)},
         out, saves ? &kept : nullptr);
   }
@@ -106,8 +121,9 @@ std::tuple<Tensor, Tensor, Tensor> crf_mean_field_grad(
 
 SEGOPS_OPS(op) {
   op("crf_filter(Tensor values, Tensor features, str normalization, bool adjoint) -> Tensor", TORCH_BOX(&crf_filter));
-  op("crf_mean_field(Tensor logits, Tensor? spatial, Tensor? bilateral, Tensor images, int iterations, float spatial_sigma, "
-     "float position_sigma, float intensity_sigma, str normalization, bool saves) -> (Tensor, Tensor, Tensor, Tensor)",
+  op("crf_mean_field(Tensor logits, Tensor? spatial, Tensor? bilateral, Tensor images, bool align_corners, "
+     "int iterations, float spatial_sigma, float position_sigma, float intensity_sigma, str normalization, bool saves) -> "
+     "(Tensor, Tensor, Tensor, Tensor)",
      TORCH_BOX(&crf_mean_field));
   op("crf_mean_field_grad(Tensor grad, Tensor out, Tensor q, Tensor index, Tensor weight, Tensor? spatial, "
      "Tensor? bilateral, int channels, float spatial_sigma, str normalization, bool matrices) -> (Tensor, Tensor, Tensor)",

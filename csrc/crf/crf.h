@@ -12,8 +12,8 @@
 // The adjoint is the same with the axes in reverse order. With n the filter of ones, a normalised
 // filter is y_p / n_p ("after"), or n_p^-1/2 filter(n^-1/2 x)_p ("symmetric").
 //
-// Mean field, of logits L (N, C, H, W), with `spatial` and `bilateral` (C, C) that filtered
-// probabilities are multiplied by, or null where there is no such kernel:
+// Mean field, of logits L (N, C, h, w), resized bilinearly to the images' (H, W), with `spatial` and `bilateral` (C, C) that
+// filtered probabilities are multiplied by, or null where there is no such kernel:
 //
 //   L' = L;  `iterations` times:
 //     Q  = softmax(L'), 0 below 2^-100
@@ -49,9 +49,9 @@ inline Normalization normalization_of(const std::string& name) {
 }
 
 // How many numbers are enough to keep the lattice of an image in, with the filter of ones.
-constexpr int kMaxCells = 1024;
+constexpr int kMaxGroups = 128;
 inline int64_t kept_indices(int64_t positions, int64_t dims) {
-  return positions * (dims + 1) * (dims + 4) + dims + 4 + kMaxCells;
+  return positions * (dims + 1) * (dims + 4) + kMaxGroups * (dims + 2) + 36;
 }
 inline int64_t kept_weights(int64_t positions, int64_t dims) {
   return positions * (2 * dims + 3);
@@ -59,15 +59,16 @@ inline int64_t kept_weights(int64_t positions, int64_t dims) {
 
 struct FilterInput {
   Tensor values;    // (N, C, P), any strides
-  Tensor features;  // (N, d, P), double
+  Tensor features;  // (N, d, P), any strides, float or double
   Normalization normalization;
   bool adjoint;
 };
 
 struct MeanField {
-  Tensor logits;                      // (N, C, H, W), any strides, float or double
+  Tensor logits;                      // (N, C, h, w), any strides, float or double
   const Tensor *spatial, *bilateral;  // (C, C) without gaps, of the same dtype
   Tensor images;                      // (N, K, H, W), any strides, uint8, float or double
+  bool align_corners;                 // of resizing logits to (H, W)
   int64_t iterations;                 // at least one
   double spatial_sigma, position_sigma, intensity_sigma;
   Normalization normalization;

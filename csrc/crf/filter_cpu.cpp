@@ -3,12 +3,8 @@
 #include "../common/cpu.h"
 #include "blocks_cpu.h"
 
-#include <numeric>
-
 namespace segops::crf {
 namespace {
-
-constexpr int64_t kAcross = 3;  // axes whose runs lead from cell to cell
 
 // The filter of ones has blocks of one lane.
 template <typename F>
@@ -24,9 +20,9 @@ template <typename T>
 struct Slice {
   const Lattice<T>& lattice;
   Block block;
-  const T *z, *scale;
-  T beyond;  // where a position has no simplex
-  T* out;    // (channels of the block, positions)
+  const T *z, *scale;  // scale: null for ones
+  T beyond;            // where a position has no simplex
+  T* out;              // (channels of the block, positions)
   int64_t channels;
 };
 
@@ -38,7 +34,7 @@ SEGOPS_INLINE void slice_positions(const Slice<T>& s, int64_t begin, int64_t end
       if (s.lattice.index[p * s.lattice.corners()] < 0)
         std::fill_n(row, int(lanes), s.beyond);
       else
-        (slice<T, lanes, bytes>(s.lattice, s.z, p) * s.scale[p]).store(row);
+        (slice<T, lanes, bytes>(s.lattice, s.z, p) * (s.scale ? s.scale[p] : T(1))).store(row);
       for (int64_t c = 0; c < s.channels; ++c) s.out[c * s.lattice.positions + p] = row[c];
     }
   });
@@ -89,52 +85,30 @@ SEGOPS_WIDTHS(SEGOPS_LATTICE_OF_ALL)
 #undef SEGOPS_LATTICE_OF_ALL
 #undef SEGOPS_LATTICE
 
-// The first entry from `at` on that begins a run.
-inline int64_t next_run(const int32_t* runs, int64_t at, int64_t size) {
-  while (at < size && runs[at] >= 0) ++at;
-  return at;
+// Calls fn(begin, end) for a range, or, together, for parts of it from all threads.
+template <typename F>
+void in_parts(bool together, int64_t begin, int64_t end, const F& fn) {
+  if (together)
+    parallel_for(begin, end, kGrain, fn);
+  else
+    fn(begin, end);
 }
 
-// Blurs along axes whose runs leave their cells: axis by axis, a part of the runs by each thread.
+// Blurs group `group`, of colours or places, along its axes.
 template <typename T>
-void blur_across_cells(const Lattice<T>& lattice, const Block& block, bool adjoint, T* z) {
-  const int64_t axes = std::min(lattice.corners(), kAcross);
+void blur_group(const Lattice<T>& lattice, const Block& block, bool places, int64_t group, bool together, bool adjoint, T* z) {
+  const int64_t axes = places ? lattice.far() : lattice.near();
+  const int64_t first = (places ? lattice.colours * lattice.near() : 0) + group * axes;
   for (int64_t i = 0; i < axes; ++i) {
-    const int64_t axis = adjoint ? axes - 1 - i : i, size = lattice.sizes[axis];
-    const int32_t* runs = lattice.runs + std::accumulate(lattice.sizes, lattice.sizes + axis, int64_t(0));
-    torch::stable::parallel_for(0, size, kGrain, [&](int64_t begin, int64_t end) {
-      begin = next_run(runs, begin, size);
-      end = next_run(runs, end, size);
-      run(Blur<T>{runs, block, z}, begin, end);
+    const int64_t r = first + (adjoint ? axes - 1 - i : i), last = lattice.runs_last[r];
+    const auto next_run = [&](int64_t at) {
+      while (at < last && lattice.runs[at] >= 0) ++at;
+      return at;
+    };
+    in_parts(together, r > 0 ? lattice.runs_last[r - 1] : 0, last, [&](int64_t begin, int64_t end) {
+      run(Blur<T>{lattice.runs, block, z}, next_run(begin), next_run(end));
     });
   }
-}
-
-// Blurs along the others: all axes in a group of cells, then the next group.
-template <typename T>
-void blur_within_cells(const Lattice<T>& lattice, const Block& block, bool adjoint, T* z) {
-  const int64_t corners = lattice.corners();
-  torch::stable::parallel_for(0, lattice.cells[0], 1, [&](int64_t begin, int64_t end) {
-    const int32_t *at[kMaxDim + 1], *last[kMaxDim + 1];  // what is left of the runs of each axis
-    const int32_t* runs = lattice.runs;
-    // Runs lie in the order of their first vertices: those of a group lie together.
-    const auto seek = [](const int32_t* from, const int32_t* end, int64_t vertex) {
-      while (from < end && (*from >= 0 || ~*from < vertex)) ++from;
-      return from;
-    };
-    for (int64_t axis = 0; axis < corners; ++axis) {
-      last[axis] = runs + lattice.sizes[axis];
-      at[axis] = begin == 0 || axis < kAcross ? runs : seek(runs, last[axis], lattice.cells[begin]);
-      runs = last[axis];
-    }
-    for (int64_t group = begin; group < end; ++group)
-      for (int64_t i = kAcross; i < corners; ++i) {
-        const int64_t axis = adjoint ? corners - 1 - (i - kAcross) : i;
-        const int32_t* to = seek(at[axis], last[axis], lattice.cells[1 + group]);
-        run(Blur<T>{at[axis], block, z}, 0, to - at[axis]);
-        at[axis] = to;
-      }
-  });
 }
 
 // Positions begin .. end of a block of values, of whose channels `used` exist.
@@ -148,17 +122,24 @@ void read_block(
   }
 }
 
+// Those of an image, (dims, positions).
+template <typename F>
+Features read_features(const Tensor& features, int64_t image) {
+  const int64_t dims = features.size(1), of_dim = features.stride(1), of_position = features.stride(2);
+  const F* from = data_of<const F>(features) + image * features.stride(0);
+  return [=](int64_t begin, int64_t count, double* to) {
+    for (int64_t i = 0; i < dims; ++i)
+      for (int64_t t = 0; t < count; ++t) to[i * kTile + t] = double(from[i * of_dim + (begin + t) * of_position]);
+  };
+}
+
 template <typename T>
 void filter_image(const FilterInput& in, int64_t image, T* out) {
   const int64_t channels = in.values.size(1), positions = in.values.size(2), dims = in.features.size(1);
-  const double* f = data_of<const double>(in.features) + image * in.features.stride(0);
-  const int64_t of_dim = in.features.stride(1), of_position = in.features.stride(2);
-  const auto lattice = build_lattice<T>(
-      [&](int64_t begin, int64_t count, double* to) {
-        for (int64_t i = 0; i < dims; ++i)
-          for (int64_t t = 0; t < count; ++t) to[i * kTile + t] = f[i * of_dim + (begin + t) * of_position];
-      },
-      positions, dims);
+  Features features;
+  dispatch<float, double>(
+      in.features, "permutohedral_filter", [&](auto type) { features = read_features<decltype(type)>(in.features, image); });
+  const auto lattice = build_lattice<T>(features, positions, dims);
   const Memory<T> total = in.normalization == Normalization::kNone ? nullptr : memory<T>(positions);
   if (total) filter_ones(lattice, total.get());
   const Scales<T> scales(
@@ -173,12 +154,12 @@ void filter_image(const FilterInput& in, int64_t image, T* out) {
   for (const Block& block : blocks_of(channels)) {
     const int64_t used = std::min(block.lanes, channels - block.begin);
     const Memory<T> x = memory<T>(positions * block.lanes), z = memory<T>(lattice.vertices * block.lanes);
-    torch::stable::parallel_for(
+    parallel_for(
         0, positions, kGrain, [&](int64_t begin, int64_t end) { read_block(values, image, block, used, begin, end, x.get()); });
     splat_and_blur(lattice, scales.shares, block, in.adjoint, x.get(), z.get());
     const T beyond = in.adjoint ? T(0) : std::numeric_limits<T>::quiet_NaN();
     const Slice<T> job{lattice, block, z.get(), scales.after.get(), beyond, out + block.begin * positions, used};
-    torch::stable::parallel_for(0, positions, kGrain, [&](int64_t begin, int64_t end) { run(job, begin, end); });
+    parallel_for(0, positions, kGrain, [&](int64_t begin, int64_t end) { run(job, begin, end); });
   }
 }
 
@@ -187,11 +168,10 @@ void filter_image(const FilterInput& in, int64_t image, T* out) {
 template <typename T>
 void filter_ones(const Lattice<T>& lattice, T* total) {
   const Block block{0, 1};
-  const Memory<T> ones = memory<T>(lattice.positions), z = memory<T>(lattice.vertices);
-  std::fill_n(ones.get(), lattice.positions, T(1));
-  splat_and_blur(lattice, lattice.shares, block, false, ones.get(), z.get());
-  const Slice<T> job{lattice, block, z.get(), ones.get(), T(1), total, 1};
-  torch::stable::parallel_for(0, lattice.positions, kGrain, [&](int64_t begin, int64_t end) { run(job, begin, end); });
+  const Memory<T> z = memory<T>(lattice.vertices);
+  splat_and_blur<T>(lattice, lattice.shares, block, false, nullptr, z.get());
+  const Slice<T> job{lattice, block, z.get(), nullptr, T(1), total, 1};
+  parallel_for(0, lattice.positions, kGrain, [&](int64_t begin, int64_t end) { run(job, begin, end); });
 }
 template void filter_ones(const Lattice<float>&, float*);
 template void filter_ones(const Lattice<double>&, double*);
@@ -199,10 +179,25 @@ template void filter_ones(const Lattice<double>&, double*);
 template <typename T>
 void splat_and_blur(const Lattice<T>& lattice, const T* shares, const Block& block, bool adjoint, const T* x, T* z) {
   const Splat<T> job{lattice, block, shares, x, z};
-  torch::stable::parallel_for(0, lattice.vertices, kGrain, [&](int64_t begin, int64_t end) { run(job, begin, end); });
-  if (adjoint) blur_within_cells(lattice, block, adjoint, z);
-  blur_across_cells(lattice, block, adjoint, z);
-  if (!adjoint) blur_within_cells(lattice, block, adjoint, z);
+  const auto splat = [&](int64_t colour, bool together) {
+    in_parts(together, colour > 0 ? lattice.last[colour - 1] : 0, lattice.last[colour], [&](int64_t begin, int64_t end) {
+      run(job, begin, end);
+    });
+  };
+  const auto blur = [&](bool places) {
+    return [&, places](int64_t group, bool together) { blur_group(lattice, block, places, group, together, adjoint, z); };
+  };
+  if (adjoint) {
+    for_each_group(lattice.colours, splat);
+    for_each_group(lattice.places, blur(true));
+    for_each_group(lattice.colours, blur(false));
+    return;
+  }
+  for_each_group(lattice.colours, [&](int64_t colour, bool together) {
+    splat(colour, together);
+    blur(false)(colour, together);
+  });
+  for_each_group(lattice.places, blur(true));
 }
 template void splat_and_blur(const Lattice<float>&, const float*, const Block&, bool, const float*, float*);
 template void splat_and_blur(const Lattice<double>&, const double*, const Block&, bool, const double*, double*);

@@ -1,5 +1,5 @@
 // Building the lattice: positions to simplices a tile at a time, vertices to numbers through a hash
-// table, in the order of their first position; then neighbours along each axis to runs.
+// table, in the order of their first position; then to groups, and neighbours in each to runs.
 
 #include "lattice_cpu.h"
 
@@ -7,7 +7,7 @@
 #include <array>
 #include <cmath>
 #include <cstdlib>
-#include <numeric>
+#include <utility>
 
 namespace segops::crf {
 namespace {
@@ -30,7 +30,16 @@ struct Factors {
     }
     for (int64_t j = 0; j <= dims; ++j) step[j] = total - uint64_t(dims + 1) * factor[j];
   }
+  uint64_t hash(const int32_t* key, int64_t dims) const {
+    uint64_t hash = 0;
+    for (int64_t i = 0; i < dims; ++i) hash += uint64_t(int64_t(key[i])) * factor[i];
+    return hash;
+  }
 };
+// Mixed, since hashes of neighbours differ by the same number everywhere.
+uint64_t mixed(uint64_t hash) {
+  return (hash ^ (hash >> 32)) * 0x9e3779b97f4a7c15;
+}
 
 // Vertices by their keys: open addressing, at most half full.
 class VertexTable {
@@ -42,20 +51,13 @@ class VertexTable {
 
   int64_t count() const { return count_; }
   const int32_t* key(int64_t v) const { return &keys_[v * dims_]; }
-  uint64_t hash(int64_t v) const {
-    uint64_t hash = 0;
-    for (int64_t i = 0; i < dims_; ++i) hash += uint64_t(int64_t(key(v)[i])) * factors_.factor[i];
-    return hash;
-  }
+  uint64_t hash(int64_t v) const { return factors_.hash(key(v), dims_); }
   // Before a hash is looked up; and once that has come, its key.
   void prefetch(uint64_t hash) const { __builtin_prefetch(&slots_[slot_of(hash)]); }
   void prefetch_key(uint64_t hash) const {
     const Slot slot = slots_[slot_of(hash)];
     if (slot.vertex >= 0 && slot.tag == tag_of(hash)) __builtin_prefetch(key(slot.vertex));
   }
-
-  // -1 if there is none.
-  int32_t find(uint64_t hash, const int32_t* key) const { return slots_[find_slot(hash, key)].vertex; }
 
   int32_t find_or_add(uint64_t hash, const int32_t* key) {
     int64_t s = find_slot(hash, key);
@@ -69,14 +71,10 @@ class VertexTable {
     return int32_t(count_++);
   }
 
-  // Vertex v becomes place[v].
-  void renumber(const int32_t* place) {
-    const Memory<int32_t> keys = std::move(keys_);
-    keys_ = memory<int32_t>(count_ * dims_);
-    capacity_ = count_;
-    for (int64_t v = 0; v < count_; ++v) std::copy_n(&keys[v * dims_], dims_, &keys_[place[v] * dims_]);
-    for (int64_t s = 0; s < slot_count_; ++s)
-      if (slots_[s].vertex >= 0) slots_[s].vertex = place[slots_[s].vertex];
+  // (count, dims). Nothing else remains.
+  Memory<int32_t> take_keys() && {
+    slots_.reset();
+    return std::move(keys_);
   }
 
  private:
@@ -85,11 +83,7 @@ class VertexTable {
     int32_t vertex;
   };
 
-  // Mixed, since hashes of neighbours differ by the same number everywhere.
-  int64_t slot_of(uint64_t hash) const {
-    const uint64_t mixed = (hash ^ (hash >> 32)) * 0x9e3779b97f4a7c15;
-    return int64_t(((mixed >> 32) * uint64_t(slot_count_)) >> 32);
-  }
+  int64_t slot_of(uint64_t hash) const { return int64_t(((mixed(hash) >> 32) * uint64_t(slot_count_)) >> 32); }
   static uint32_t tag_of(uint64_t hash) { return uint32_t(hash); }
   // The slot of a vertex, or the one that it would go to.
   int64_t find_slot(uint64_t hash, const int32_t* key) const {
@@ -130,19 +124,15 @@ class VertexTable {
   Memory<int32_t> keys_;
 };
 
-// Calls fn(v, hash + step) for all vertices of a table, and has another one's entries for it fetched
-// before.
+// Calls fn(v, hash) for all vertices of a table, and has another one's entries for it fetched before.
 template <typename F>
-void for_each_vertex(const VertexTable& table, const VertexTable& other, uint64_t step, const F& fn) {
+void for_each_vertex(const VertexTable& table, const VertexTable& other, const F& fn) {
   constexpr int64_t far = 32, near = 16;  // how far ahead slots and keys are fetched
   uint64_t ahead[far];
   const int64_t count = table.count();
   for (int64_t v = -far; v < count; ++v) {
     const uint64_t hash = v >= 0 ? ahead[v % far] : 0;
-    if (v + far < count) {
-      const uint64_t coming = ahead[(v + far) % far] = table.hash(v + far) + step;
-      other.prefetch(coming);
-    }
+    if (v + far < count) other.prefetch(ahead[(v + far) % far] = table.hash(v + far));
     if (v + near >= 0 && v + near < count) other.prefetch_key(ahead[(v + near) % far]);
     if (v >= 0) fn(v, hash);
   }
@@ -242,17 +232,16 @@ VertexTable number_band(
         continue;
       }
       auto& order = orders[t];
-      double offset[kMaxCorners] = {};  // by rank
-      uint64_t hash = 0;
-      for (int64_t i = 0; i < corners; ++i) {
-        const auto rank = int64_t(s->rank[i][t]);
-        order[rank] = uint8_t(i);
-        offset[rank] = s->offset[i][t];
-        hash += uint64_t(int64_t(s->origin[i][t])) * factors.factor[i];
-      }
-      b[0] = T(offset[dims] + (1 - offset[0]));
-      for (int64_t k = 1; k < corners; ++k) b[k] = T(offset[dims - k] - offset[corners - k]);
+      if (s->same[t])
+        order = orders[t - 1];
+      else
+        for (int64_t i = 0; i < corners; ++i) order[int64_t(s->rank[i][t])] = uint8_t(i);
+      const auto offset = [&](int64_t rank) { return s->offset[order[rank]][t]; };
+      b[0] = T(offset(dims) + (1 - offset(0)));
+      for (int64_t k = 1; k < corners; ++k) b[k] = T(offset(dims - k) - offset(corners - k));
       if (s->same[t]) continue;
+      uint64_t hash = 0;
+      for (int64_t i = 0; i < dims; ++i) hash += uint64_t(int64_t(s->origin[i][t])) * factors.factor[i];
       for (int64_t k = 0; k < corners; ++k) {
         hashes[t * corners + k] = hash;
         table.prefetch(hash);
@@ -281,7 +270,7 @@ VertexTable number_band(
   return table;
 }
 
-constexpr int64_t kBand = 16384;  // positions whose vertices fit the cache
+constexpr int64_t kBand = 8192;  // positions whose vertices fit the cache
 
 // Numbers the vertices of all positions in the order in which they come up: index (positions, corners).
 // As many bands as there are threads have tables of their own, which are then put together.
@@ -293,7 +282,7 @@ VertexTable number_vertices(
   std::vector<std::optional<VertexTable>> tables(together);
   for (int64_t first = 0; first < bands; first += together) {
     const int64_t last = std::min(first + together, bands);
-    torch::stable::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b)
         tables[b - first].emplace(
             number_band(factors, features, b * kBand, std::min((b + 1) * kBand, positions), dims, index, weight));
@@ -301,7 +290,7 @@ VertexTable number_vertices(
     for (int64_t b = first; b < last; ++b) {
       const VertexTable& table = *tables[b - first];
       const Memory<int32_t> number = memory<int32_t>(table.count());
-      for_each_vertex(table, all, 0, [&](int64_t v, uint64_t hash) { number[v] = all.find_or_add(hash, table.key(v)); });
+      for_each_vertex(table, all, [&](int64_t v, uint64_t hash) { number[v] = all.find_or_add(hash, table.key(v)); });
       int32_t* const end = index + std::min((b + 1) * kBand, positions) * (dims + 1);
       for (int32_t* e = index + b * kBand * (dims + 1); e < end; ++e)
         if (*e >= 0) *e = number[*e];
@@ -311,70 +300,207 @@ VertexTable number_vertices(
   return all;
 }
 
-// The order of vertices by cells, (vertex): its place; and the ends of groups of cells.
-struct Cells {
-  Memory<int32_t> place;
-  std::vector<int32_t> ends;
+// Vertices by groups, of one kind.
+struct Groups {
+  Memory<uint8_t> of;         // (vertices)
+  std::vector<int32_t> last;  // how many vertices there are up to the end of each
+
+  // Writes the order of vertices by groups, of one group in the order that they have: vertex(i) is
+  // the i-th.
+  template <typename F>
+  void sort(const F& vertex, int32_t* order) const {
+    std::vector<int32_t> at(last.size(), 0);
+    std::copy(last.begin(), last.end() - 1, at.begin() + 1);
+    for (int32_t i = 0; i < last.back(); ++i) {
+      const int32_t v = vertex(i);
+      order[at[of[v]]++] = v;
+    }
+  }
 };
 
-Cells sort_by_cells(const VertexTable& table, int64_t dims) {
-  constexpr int64_t side = 32, enough = 4096;  // cells along a feature; vertices of a group
-  static_assert(side * side == kMaxCells);
-  const int64_t count = table.count();
-  // Where a vertex is along the first two features, but for a factor. All coordinates agree modulo
-  // dims + 1.
-  const auto along = [&](int64_t v, int feature) {
-    const int32_t* k = table.key(v);
-    const int64_t second = dims > 1 ? k[1] : -int64_t(k[0]);
-    if (feature == 0) return (k[0] - second) / (dims + 1);
-    const int64_t third = dims > 2 ? k[2] : -(int64_t(k[0]) + second);
-    return (k[0] + second - 2 * third) / (dims + 1);
-  };
-  int64_t least[2], step[2];
-  for (int feature = 0; feature < 2; ++feature) {
-    int64_t low = count > 0 ? along(0, feature) : 0, high = low;
-    for (int64_t v = 0; v < count; ++v) {
-      low = std::min(low, along(v, feature));
-      high = std::max(high, along(v, feature));
+// Groups by coordinate `first` less the next, and that less the one after it: axes of other
+// coordinates change neither.
+Groups group(const int32_t* keys, int64_t count, int64_t dims, int64_t first) {
+  constexpr int64_t side = 32;  // cells along each of the two, which groups are made of
+  const int64_t enough = std::max<int64_t>(4096, count / (kMaxGroups - 1) + 1);
+  // The two as sums over a key: the last coordinate, which is not there, is less the sum of the others.
+  double factors[2][kMaxDim] = {};
+  for (int64_t n = 0; n < 2 && first + n < dims; ++n) {
+    factors[n][first + n] = 1;
+    for (int64_t i = 0; i < dims; ++i) factors[n][i] += first + n + 1 == dims ? 1 : i == first + n + 1 ? -1 : 0;
+  }
+  const Memory<std::array<float, 2>> differences = memory<std::array<float, 2>>(count);
+  std::array<float, 2> least{}, most{};
+  for (int64_t v = 0; v < count; ++v)
+    for (int n = 0; n < 2; ++n) {
+      double sum = 0;
+      for (int64_t i = 0; i < dims; ++i) sum += double(keys[v * dims + i]) * factors[n][i];
+      const float difference = differences[v][n] = float(sum);
+      least[n] = v == 0 ? difference : std::min(least[n], difference);
+      most[n] = v == 0 ? difference : std::max(most[n], difference);
     }
-    least[feature] = low;
-    step[feature] = (high - low) / side + 1;
+  const double scale[2] = {side / (double(most[0]) - least[0] + 1), side / (double(most[1]) - least[1] + 1)};
+  const auto cell = [&](int64_t v) {
+    const auto along = [&](int n) { return std::min(side - 1, int64_t((double(differences[v][n]) - least[n]) * scale[n])); };
+    return along(1) * side + along(0);
+  };
+  std::vector<int32_t> counts(side * side);
+  for (int64_t v = 0; v < count; ++v) ++counts[cell(v)];
+  Groups groups{memory<uint8_t>(count), {}};
+  std::vector<uint8_t> group_of(counts.size());
+  int32_t total = 0, before = 0;
+  for (size_t c = 0; c < counts.size(); ++c) {
+    group_of[c] = uint8_t(groups.last.size());
+    total += counts[c];
+    if (total - before >= enough || c + 1 == counts.size()) {
+      groups.last.push_back(total);
+      before = total;
+    }
   }
-  Cells cells{memory<int32_t>(count), {}};
-  std::vector<int32_t> first(kMaxCells + 1, 0);
-  for (int64_t v = 0; v < count; ++v) {
-    cells.place[v] = int32_t((along(v, 1) - least[1]) / step[1] * side + (along(v, 0) - least[0]) / step[0]);
-    ++first[cells.place[v] + 1];
-  }
-  for (int64_t cell = 0; cell < kMaxCells; ++cell) {
-    first[cell + 1] += first[cell];
-    if (first[cell + 1] - (cells.ends.empty() ? 0 : cells.ends.back()) >= enough) cells.ends.push_back(first[cell + 1]);
-  }
-  if (cells.ends.empty() || cells.ends.back() < count) cells.ends.push_back(int32_t(count));
-  for (int64_t v = 0; v < count; ++v) cells.place[v] = first[cells.place[v]]++;
-  return cells;
+  for (int64_t v = 0; v < count; ++v) groups.of[v] = group_of[cell(v)];
+  return groups;
 }
 
-// The runs along an axis.
-std::vector<int32_t> find_runs(const Factors& factors, const VertexTable& table, int64_t dims, int64_t axis) {
-  const int64_t count = table.count();
-  const Memory<int32_t> next = memory<int32_t>(count);
-  std::vector<uint8_t> follows(count, 0);
-  for_each_vertex(table, table, factors.step[axis], [&](int64_t v, uint64_t hash) {
-    Key key;
-    const int32_t* from = table.key(v);
-    for (int64_t i = 0; i < dims; ++i) key[i] = from[i] + 1;
-    if (axis < dims) key[axis] -= int32_t(dims + 1);
-    next[v] = table.find(hash, key.data());
-    if (next[v] >= 0) follows[next[v]] = 1;
-  });
-  std::vector<int32_t> runs;
-  for (int64_t v = 0; v < count; ++v) {
-    if (follows[v] || next[v] < 0) continue;
-    runs.push_back(~int32_t(v));
-    for (int32_t after = next[v]; after >= 0; after = next[after]) runs.push_back(after);
+// The vertices of a group, to find their neighbours among: in the cache.
+class Neighbours {
+ public:
+  // vertices (count), whose keys are among all the keys.
+  Neighbours(const Factors& factors, const int32_t* vertices, int64_t count, const int32_t* keys, int64_t dims)
+      : count_(count), dims_(dims), hashes_(count), keys_(count * dims), next_(count), follows_(count + 1) {
+    while ((size_t(1) << bits_) < size_t(2 * count)) ++bits_;
+    slots_.assign(size_t(1) << bits_, Slot{0, -1});
+    for (int32_t i = 0; i < count; ++i) {
+      std::copy_n(keys + vertices[i] * dims, dims, &keys_[i * dims]);
+      hashes_[i] = factors.hash(&keys_[i * dims], dims);
+      size_t s = slot_of(hashes_[i]);
+      while (slots_[s].vertex >= 0) s = after(s);
+      slots_[s] = {uint32_t(hashes_[i]), i};
+    }
   }
-  return runs;
+
+  // The runs along an axis, which leads to the neighbours whose hashes are `step` further. Vertices
+  // are called by name(i).
+  template <typename F>
+  std::vector<int32_t> runs(int64_t axis, uint64_t step, const F& name) {
+    int32_t steps[kMaxCorners];
+    for (int64_t i = 0; i <= dims_; ++i) steps[i] = i == axis ? -int32_t(dims_) : 1;
+    std::fill(follows_.begin(), follows_.end(), 0);
+    // Whether there is a neighbour cannot be foretold: no branch depends on it.
+    for (int64_t i = 0; i < count_; ++i) {
+      next_[i] = find(hashes_[i] + step, &keys_[i * dims_], steps);
+      follows_[next_[i] + 1] = 1;
+    }
+    std::vector<int32_t> runs(count_);
+    int32_t* to = runs.data();
+    for (int64_t i = 0; i < count_; ++i) {
+      if (follows_[i + 1] | (next_[i] < 0)) continue;
+      *to++ = ~name(i);
+      for (int32_t after = next_[i]; after >= 0; after = next_[after]) *to++ = name(after);
+    }
+    runs.resize(to - runs.data());
+    runs.shrink_to_fit();
+    return runs;
+  }
+
+ private:
+  struct Slot {
+    uint32_t tag;
+    int32_t vertex;
+  };
+
+  size_t slot_of(uint64_t hash) const { return size_t(mixed(hash) >> (64 - bits_)); }
+  size_t after(size_t slot) const { return (slot + 1) & ((size_t(1) << bits_) - 1); }
+  // The vertex `steps` from a key; -1 if there is none.
+  int32_t find(uint64_t hash, const int32_t* from, const int32_t* steps) const {
+    for (size_t s = slot_of(hash);; s = after(s)) {
+      while (slots_[s].vertex >= 0 && slots_[s].tag != uint32_t(hash)) s = after(s);
+      const int32_t found = slots_[s].vertex, *key = &keys_[std::max(found, 0) * dims_];
+      int32_t other = 0;
+      for (int64_t k = 0; k < dims_; ++k) other |= key[k] ^ (from[k] + steps[k]);
+      if ((other == 0) | (found < 0)) return found;
+    }
+  }
+
+  int64_t count_, dims_;
+  int bits_ = 4;
+  std::vector<Slot> slots_;
+  std::vector<uint64_t> hashes_;
+  std::vector<int32_t> keys_, next_;
+  std::vector<uint8_t> follows_;  // (1 + vertex): whether one comes before it
+};
+
+// Vertices in the order that they are numbered in, and their runs.
+struct Order {
+  Memory<int32_t> number;  // (vertices): what each is called
+  std::vector<int32_t> last;
+  int64_t places;
+  std::vector<std::vector<int32_t>> runs;
+};
+
+Order sort_vertices(const Factors& factors, const int32_t* keys, int64_t count, int64_t dims) {
+  Groups colours = group(keys, count, dims, kNear);
+  const Groups places = group(keys, count, dims, 0);
+  const Memory<int32_t> by_place = memory<int32_t>(count), by_colour = memory<int32_t>(count);
+  places.sort([](int32_t i) { return i; }, by_place.get());
+  colours.sort([&](int32_t i) { return by_place[i]; }, by_colour.get());
+  places.sort([&](int32_t i) { return by_colour[i]; }, by_place.get());
+  Order order{memory<int32_t>(count), colours.last, int64_t(places.last.size()), {}};
+  for (int64_t i = 0; i < count; ++i) order.number[by_colour[i]] = int32_t(i);
+
+  const auto find_runs = [&](const Groups& groups, const int32_t* vertices, int64_t first, int64_t axes) {
+    const auto before = int64_t(order.runs.size()), of_kind = int64_t(groups.last.size());
+    order.runs.resize(before + of_kind * axes);
+    if (axes == 0) return;
+    for_each_group(of_kind, [&](int64_t g, bool) {
+      const int64_t begin = g > 0 ? groups.last[g - 1] : 0;
+      Neighbours neighbours(factors, vertices + begin, groups.last[g] - begin, keys, dims);
+      for (int64_t i = 0; i < axes; ++i)
+        order.runs[before + g * axes + i] =
+            neighbours.runs(first + i, factors.step[first + i], [&](int64_t v) { return order.number[vertices[begin + v]]; });
+    });
+  };
+  const int64_t near = std::min(dims + 1, kNear);
+  find_runs(colours, by_colour.get(), 0, near);
+  find_runs(places, by_place.get(), near, dims + 1 - near);
+  return order;
+}
+
+// Which positions each vertex has: offsets, sources and shares. Bands of positions count, and then
+// write, each by itself; what they write does not depend on how many they are.
+template <typename T>
+void list_positions(
+    const int32_t* index, const T* weight, int64_t positions, int64_t corners, int64_t vertices, int32_t* offsets,
+    int32_t* sources, T* shares) {
+  const int64_t bands = std::min<int64_t>(torch::stable::get_num_threads(), 8);
+  const Memory<int32_t> next = memory<int32_t>(bands * vertices);  // where a band's entries of a vertex go
+  const auto for_each_band = [&](const auto& fn) {
+    parallel_for(0, bands, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) fn(positions * b / bands, positions * (b + 1) / bands, &next[b * vertices]);
+    });
+  };
+  for_each_band([&](int64_t begin, int64_t end, int32_t* counts) {
+    std::fill_n(counts, vertices, 0);
+    for (int64_t e = begin * corners; e < end * corners; ++e)
+      if (index[e] >= 0) ++counts[index[e]];
+  });
+  int32_t total = 0;
+  for (int64_t v = 0; v < vertices; ++v) {
+    offsets[v] = total;
+    for (int64_t b = 0; b < bands; ++b) total += std::exchange(next[b * vertices + v], total);
+  }
+  offsets[vertices] = total;
+  for_each_band([&](int64_t begin, int64_t end, int32_t* at) {
+    for (int64_t p = begin, e = begin * corners; p < end; ++p)
+      for (int64_t k = 0; k < corners; ++k, ++e) {
+        if (index[e] < 0) continue;
+        const int32_t to = at[index[e]]++;
+        sources[to] = int32_t(p);
+        shares[to] = weight[e];
+      }
+  });
+  // What is kept is written to its end, or it would not be the same each time.
+  std::fill(sources + total, sources + positions * corners + kAhead, 0);
+  std::fill(shares + total, shares + positions * corners, T(0));
 }
 
 }  // namespace
@@ -382,7 +508,6 @@ std::vector<int32_t> find_runs(const Factors& factors, const VertexTable& table,
 template <typename T>
 OwnLattice<T> build_lattice(const Features& features, int64_t positions, int64_t dims, int32_t* indices, T* weights) {
   const int64_t corners = dims + 1, entries = positions * corners;
-  STD_TORCH_CHECK(entries < 0x7fffffff, "crf: too many positions");
   OwnLattice<T> result;
   const bool kept = indices;
   if (!kept) {
@@ -391,48 +516,36 @@ OwnLattice<T> build_lattice(const Features& features, int64_t positions, int64_t
     indices = result.own_indices.get();
     weights = result.own_weights.get();
   }
-  int32_t *const sizes = indices + 1, *const index = sizes + corners, *const sources = index + entries;
-  int32_t *const groups = sources + entries, *const offsets = groups + 1 + kMaxCells;
+  // As kept_lattice finds them.
+  int32_t *const last = indices + 3, *const runs_last = last + kMaxGroups, *const index = runs_last + kMaxGroups * corners;
+  int32_t *const sources = index + entries, *const offsets = sources + entries + kAhead;
+
   const Factors factors(dims);
-  VertexTable table = number_vertices(factors, features, positions, dims, index, weights);
-  const Cells cells = sort_by_cells(table, dims);
-  table.renumber(cells.place.get());
-  indices[0] = int32_t(table.count());
-  groups[0] = int32_t(cells.ends.size());
-  std::copy(cells.ends.begin(), cells.ends.end(), groups + 1);
-
-  std::vector<std::vector<int32_t>> runs(corners);
-  torch::stable::parallel_for(0, corners, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t axis = begin; axis < end; ++axis) runs[axis] = find_runs(factors, table, dims, axis);
+  int64_t vertices;
+  Order order;
+  {
+    VertexTable table = number_vertices(factors, features, positions, dims, index, weights);
+    vertices = table.count();
+    const Memory<int32_t> keys = std::move(table).take_keys();
+    order = sort_vertices(factors, keys.get(), vertices, dims);
+  }
+  parallel_for(0, entries, 1 << 14, [&](int64_t begin, int64_t end) {
+    for (int64_t e = begin; e < end; ++e)
+      if (index[e] >= 0) index[e] = order.number[index[e]];
   });
-
-  std::fill_n(offsets, table.count() + 1, 0);
-  for (int64_t e = 0; e < entries; ++e) {
-    if (index[e] < 0) continue;
-    index[e] = cells.place[index[e]];
-    ++offsets[index[e] + 1];
+  indices[0] = int32_t(vertices);
+  indices[1] = int32_t(order.last.size());
+  indices[2] = int32_t(order.places);
+  std::fill(std::copy(order.last.begin(), order.last.end(), last), runs_last, 0);
+  int32_t *to = offsets + vertices + 1, *run_last = runs_last;
+  for (const std::vector<int32_t>& runs : order.runs) {
+    to = std::copy(runs.begin(), runs.end(), to);
+    *run_last++ = int32_t(to - (offsets + vertices + 1));
   }
-  for (int64_t v = 0; v < table.count(); ++v) offsets[v + 1] += offsets[v];
-  std::vector<int32_t> next(offsets, offsets + table.count());
-  T* const shares = weights + entries;
-  for (int64_t p = 0, e = 0; p < positions; ++p)
-    for (int64_t k = 0; k < corners; ++k, ++e) {
-      if (index[e] < 0) continue;
-      const int32_t at = next[index[e]]++;
-      sources[at] = int32_t(p);
-      shares[at] = weights[e];
-    }
-
-  int32_t* to = offsets + table.count() + 1;
-  for (int64_t axis = 0; axis < corners; ++axis) {
-    sizes[axis] = int32_t(runs[axis].size());
-    to = std::copy(runs[axis].begin(), runs[axis].end(), to);
-  }
-  // What is kept is written to its end, or it would not be the same each time.
-  std::fill(groups + 1 + cells.ends.size(), offsets, 0);
+  std::fill(run_last, index, 0);
   if (kept) std::fill(to, indices + kept_indices(positions, dims), 0);
-  std::fill(shares + offsets[table.count()], weights + 2 * entries, T(0));
-  std::fill(sources + offsets[table.count()], sources + entries, 0);
+  order = {};
+  list_positions(index, weights, positions, corners, vertices, offsets, sources, weights + entries);
   static_cast<Lattice<T>&>(result) = kept_lattice<T>(indices, weights, positions, dims);
   return result;
 }

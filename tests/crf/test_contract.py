@@ -127,7 +127,9 @@ def opcheck_of_mean_field(spatial, bilateral, memory_format=torch.contiguous_for
         ops, images = ops_of(backend), pictures((2, 3, 4, 5)).to(device)
         logits = floats(2, CLASSES, 4, 5, device=device).contiguous(memory_format=memory_format)
         matrices = [torch.eye(CLASSES, device=device) if each else None for each in (spatial, bilateral)]
-        settings = 2, 1.0, 5.0, 20.0, "symmetric"
+        settings = False, 2, 1.0, 5.0, 20.0, "symmetric"
+        small = floats(2, CLASSES, 2, 3, device=device, seed=1)
+        yield ops.crf_mean_field, (small, *matrices, images, True, *settings[1:], False)
         yield ops.crf_mean_field, (logits, *matrices, images, *settings, False)
         leaves = [each if each is None else each.clone().requires_grad_() for each in matrices]
         yield ops.crf_mean_field, (logits.clone().requires_grad_(), *leaves, images, *settings, True)

@@ -693,8 +693,10 @@ segops.backend("native")
 function, side = sys.argv[1], int(sys.argv[2])
 for channels in map(int, sys.argv[3:]):
     for n in (1, 1, 4):
-        images, logits = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8), torch.randn(n, channels, side, side)
-        features = torch.cat([images / 20, torch.rand(n, 2, side, side) * 9], 1).double()
+        small = side // 8 if function == "mean field of a small map" else side
+        images, logits = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8), torch.randn(n, channels, small, small)
+        features = torch.cat([images / 20, torch.rand(n, 2, side, side) * 9], 1)
+        features = features.double() if channels == 3 else features
         before = status("VmRSS")
         open("/proc/self/clear_refs", "w").write("5")  # the peak starts from here
         if function == "filter":
@@ -707,10 +709,13 @@ for channels in map(int, sys.argv[3:]):
 
 
 @ON_LINUX
-@pytest.mark.parametrize("function", ["filter", "mean field"])
-def test_scratch_does_not_grow_with_the_batch(function):
+@pytest.mark.parametrize(
+    ("function", "channels"),
+    [("filter", (1, 3, 64)), ("mean field", (1, 3, 21, 64)), ("mean field of a small map", (3, 21))],
+)
+def test_scratch_does_not_grow_with_the_batch(function, channels):
     """Beyond the result: 2 (d + 1) H W (min(C, 32) + 8) floats at most, whatever allocates them."""
-    side, d, channels = 160, 5, (3, 64)
+    side, d = 160, 5
     command = [sys.executable, "-c", PEAK, function, str(side), *map(str, channels)]
     given_back_at_once = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, capture_output=True, text=True, env=given_back_at_once)
@@ -849,7 +854,7 @@ def test_ops_refuse_what_does_not_fit():
     logits, eye = torch.zeros(2, 3, 4, 5), torch.eye(3)
 
     def mean_field(logits=logits, spatial=eye, bilateral=eye, images=images, iterations=1, sigma=1.0, normalization="after"):
-        return ops.crf_mean_field(logits, spatial, bilateral, images, iterations, sigma, 9.0, 9.0, normalization, True)
+        return ops.crf_mean_field(logits, spatial, bilateral, images, False, iterations, sigma, 9.0, 9.0, normalization, True)
 
     out, q, index, weight = mean_field()
 
@@ -862,7 +867,9 @@ def test_ops_refuse_what_does_not_fit():
         (lambda: ops.crf_filter(z, f[..., :5], "None", False), r"permutohedral_filter: needs values \(N, C, P\)"),
         (lambda: ops.crf_filter(z, f[:, :1].expand(2, 17, 6), "None", False), "permutohedral_filter: needs .* d at most 16"),
         (lambda: ops.crf_filter(z, f, "before", False), "unknown normalization before"),
-        (lambda: mean_field(images=images[:, :, :3]), r"dense_crf: needs logits \(N, C, H, W\) and images"),
+        (lambda: mean_field(images=images[:1]), r"dense_crf: needs logits \(N, C, h, w\), images"),
+        (lambda: mean_field(images=images[:, :, :3]), "dense_crf: saves nothing where logits are resized"),
+        (lambda: mean_field(images=images[:, :, :0]), "dense_crf: needs logits and images that are not empty"),
         (lambda: mean_field(images=images[:, :1].expand(2, 15, 4, 5)), "dense_crf: needs .* K at most 14"),
         (lambda: mean_field(iterations=0), "dense_crf: needs .* an iteration"),
         (lambda: mean_field(normalization="None"), "dense_crf: needs a normalization"),
@@ -881,3 +888,36 @@ def test_ops_refuse_what_does_not_fit():
     ):
         with pytest.raises(RuntimeError, match=message):
             call()
+
+
+@on_native
+def test_images_of_too_many_positions(implementation):
+    """Entries of the lattice are numbered by 32 bits: said before anything is allocated."""
+    one, side = torch.zeros(1, 1, 1, 1), 24000
+    with pytest.raises(RuntimeError, match=r"dense_crf: an image must have fewer than 536870911 positions, with 3 features"):
+        segops.dense_crf(one, one.expand(1, 1, side, side))
+    with pytest.raises(RuntimeError, match="permutohedral_filter: an image must have fewer than 1073741823 positions"):
+        segops.permutohedral_filter(one.expand(1, 1, 2 * side, side), one.expand(1, 1, 2 * side, side))
+
+
+OUT_OF_MEMORY = """
+import resource, torch, segops
+segops.backend("native")
+torch.set_num_threads(2)
+segops.dense_crf(torch.zeros(2, 21, 8, 8), torch.zeros(2, 3, 8, 8))  # which starts the threads
+logits, images = torch.zeros(2, 21, 600, 600), torch.zeros(2, 3, 600, 600)
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (4096 * pages + (100 << 20),) * 2)
+try:
+    segops.dense_crf(logits, images)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@ON_LINUX
+def test_no_memory_left_in_a_thread():
+    """The error says so, whichever thread met it."""
+    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "out of memory. segops asked for" in done.stdout

@@ -15,7 +15,7 @@ from ..common.resize import resize
 from . import reference
 
 LARGEST_DIMENSION = 16  # of features
-CELLS = 1027  # of the lattice, as it is kept for the gradient: crf.h
+GROUPS = 128  # of vertices, at most: crf.h
 only_on_cpu("permutohedral_filter", "dense_crf")
 
 
@@ -156,17 +156,23 @@ def dense_crf(
 
 def _infer(logits, images, spatial_weight, bilateral_weight, compatibility, align_corners, settings):
     backend = select("dense_crf", logits)
-    full = resize(logits.to(torch.promote_types(logits.dtype, torch.float32)), images.shape[2:], align_corners)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if compatibility is not None:
-        compatibility = compatibility.to(full.dtype)  # once, or its gradient is rounded for each kernel
-    spatial, bilateral = (_matrix(weight, compatibility, full) for weight in (spatial_weight, bilateral_weight))
-    if settings.iterations == 0 or (spatial is None and bilateral is None):
-        result = full.log_softmax(1)
-    elif backend == "reference" or library.under_functorch():
-        result = reference.mean_field(full, images, spatial, bilateral, settings)
+        compatibility = compatibility.to(wide.dtype)  # once, or its gradient is rounded for each kernel
+    spatial, bilateral = (_matrix(weight, compatibility, wide) for weight in (spatial_weight, bilateral_weight))
+    reduces = settings.iterations == 0 or (spatial is None and bilateral is None)
+    by_reference = backend == "reference" or library.under_functorch()
+    saves = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (wide, spatial, bilateral))
+    # Without a gradient the op resizes image by image: maps of full size do not exist for a whole batch.
+    if reduces or by_reference or saves:
+        wide = resize(wide, images.shape[2:], align_corners)
+    if reduces:
+        result = wide.log_softmax(1)
+    elif by_reference:
+        result = reference.mean_field(wide, images, spatial, bilateral, settings)
     else:
-        saves = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (full, spatial, bilateral))
-        result = mean_field(full, spatial, bilateral, images, *settings.arguments(), saves, backend=backend)[0]
+        arguments = align_corners, *settings.arguments(), saves
+        result = mean_field(wide, spatial, bilateral, images, *arguments, backend=backend)[0]
     return result.to(logits.dtype, memory_format=memory_format(logits))
 
 
@@ -309,22 +315,22 @@ class lattice_filter:
 
 
 @library.op(
-    f"crf_mean_field(Tensor logits, Tensor? spatial, Tensor? bilateral, Tensor images, {CRFSettings.SCHEMA}, bool saves) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "crf_mean_field(Tensor logits, Tensor? spatial, Tensor? bilateral, Tensor images, bool align_corners, "
+    f"{CRFSettings.SCHEMA}, bool saves) -> (Tensor, Tensor, Tensor, Tensor)",
     only_on_cpu=True,
 )
 class mean_field:
     def empty(logits, bilateral, images, iterations, saves):
-        n, classes, height, width = logits.shape
-        positions, corners = height * width, images.shape[1] + 3
+        n, channels, height, width = images.shape
+        classes, positions, corners = logits.shape[1], height * width, channels + 3
         keeps = saves and bilateral is not None
         lattice = positions * corners if keeps else 0
         options = {"dtype": logits.dtype, "device": logits.device}
         return (
-            torch.empty(logits.shape, **options, memory_format=memory_format(logits)),
+            torch.empty((n, classes, height, width), **options, memory_format=memory_format(logits)),
             torch.empty((n, iterations if saves else 0, positions, classes), **options),
             torch.empty(
-                (n, lattice * (3 + corners) + corners + CELLS if keeps else 0), dtype=torch.int32, device=logits.device
+                (n, lattice * (3 + corners) + GROUPS * (1 + corners) + 36 if keeps else 0), dtype=torch.int32, device=logits.device
             ),
             torch.empty((n, 2 * lattice + positions if keeps else 0), **options),
         )
