@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import library as torch_library
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
@@ -267,6 +269,26 @@ class Contract:
         on_meta = leaves([each.to("meta") for each in tensors], tensors)
         found, wanted = ([(each.shape, each.dtype) for each in results(use.call, some)] for some in (on_meta, tensors))
         assert found == wanted
+
+    @native_and_reference
+    def test_fake_tensors(self, implementation, use):
+        """Which have no numbers to look at."""
+        tensors = use.draw(use.sizes[0], torch.float32, implementation[0])
+        mode = FakeTensorMode()
+        fakes = leaves([mode.from_tensor(each.detach()) for each in tensors], tensors)
+        with mode:
+            found = [(each.shape, each.dtype) for each in results(use.call, fakes)]
+        assert found == [(each.shape, each.dtype) for each in results(use.call, tensors)]
+
+    # Where PyTorch keeps a tracer depends on the latter.
+    @pytest.mark.parametrize("tracing_mode, pre_dispatch", [("fake", False), ("real", True)], ids=["fake", "real"])
+    @native_and_reference
+    def test_make_fx(self, implementation, use, tracing_mode, pre_dispatch):
+        """The graph is of any numbers, not of those that were there when it was made."""
+        tensors = [each.detach() for each in use.draw(use.sizes[0], torch.float32, implementation[0])]
+        trace = make_fx(lambda *some: outputs(use.call, some), tracing_mode=tracing_mode, pre_dispatch=pre_dispatch)
+        graph, others = trace(*tensors), [each.flip(-1) for each in tensors]
+        assert_same(graph(*others), outputs(use.call, others), use.exact, strides=False)
 
     # Derivatives of other kinds. PyTorch's ops run, which know them.
 

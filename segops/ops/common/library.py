@@ -25,6 +25,7 @@ import operator
 
 import torch
 from torch import library as torch_library
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import forward_ad
 
 from ...backend import load_library
@@ -259,3 +260,22 @@ def under_functorch():
     """Whether vmap, jvp, functional grad or forward-mode differentiation look on: they know
     PyTorch's ops, not ours."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def has_numbers(tensor):
+    """Whether Python may decide by the tensor's numbers: there are some, and nothing traces or
+    transforms what is done with them."""
+    return not (
+        torch.compiler.is_compiling()
+        or under_functorch()
+        or torch._C._len_torch_dispatch_stack()  # FakeTensorMode, make_fx and others
+        or _len_torch_dispatch_stack_pre_dispatch()
+        or torch._C._get_tracing_state() is not None
+        or tensor.is_meta
+        or type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__  # a FakeTensor without its mode
+    )
+
+
+def can_look(tensor):
+    """The same, and that it costs nothing: a GPU would have to be waited for."""
+    return tensor.device.type == "cpu" and has_numbers(tensor)

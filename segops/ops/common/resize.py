@@ -23,7 +23,7 @@ def resize(logits, size, align_corners=False):
             tensor = _resize_axis(tensor, dim, size[dim - 2], align_corners)
         return tensor
 
-    if logits.numel() == 0 or _known_to_be_finite(logits):
+    if logits.numel() == 0 or (library.can_look(logits) and logits.isfinite().all()):
         return interpolate(logits)
     detached = logits.detach()
     positive, negative = (interpolate((detached.isnan() | (detached == sign * torch.inf)).to(logits)) > 0 for sign in (1, -1))
@@ -43,10 +43,3 @@ def _resize_axis(tensor, dim, size, align_corners):
     weight = (at - low).clamp(max=1).to(tensor.dtype).view(-1, *(1,) * (3 - dim))
     high = (low + 1).clamp(max=side - 1)
     return tensor.index_select(dim, low).mul_(1 - weight).add_(tensor.index_select(dim, high).mul_(weight))
-
-
-def _known_to_be_finite(logits):
-    """What is traced or transformed cannot tell, and a GPU would have to be waited for."""
-    if torch.compiler.is_compiling() or library.under_functorch() or logits.device.type != "cpu":
-        return False
-    return bool(logits.isfinite().all())

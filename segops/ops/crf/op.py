@@ -276,7 +276,7 @@ def _check_weight(name, weight, logits):
     if weight.dim() > 2 or any(side != classes for side in weight.shape):
         raise ValueError(f"{name} must have shape (), ({classes},) or ({classes}, {classes}); got {tuple(weight.shape)}")
     check_device(name, weight, "logits", logits)
-    if _can_look(weight) and not weight.isfinite().all():
+    if library.can_look(weight) and not weight.isfinite().all():
         raise ValueError(f"{name} must be finite; got a tensor that is not")
 
 
@@ -288,11 +288,6 @@ def _check_compatibility(compatibility, logits):
     if tuple(compatibility.shape) != (classes, classes):
         raise ValueError(f"compatibility must have shape ({classes}, {classes}); got {tuple(compatibility.shape)}")
     check_device("compatibility", compatibility, "logits", logits)
-
-
-def _can_look(tensor):
-    """Whether its numbers can be looked at, for nothing."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not library.under_functorch()
 
 
 # The filter is linear in `values`, and its adjoint, by the axes in reverse order, is the same op.

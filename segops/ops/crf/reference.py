@@ -106,11 +106,10 @@ class _Bilateral:
 
 
 def _lattice(features):
-    """`lattice`, without the vertices that do not exist where that can be known."""
-    if features.shape[0] == 0 or torch.compiler.is_compiling() or library.under_functorch():
-        return lattice(features)
+    """`lattice`, without the vertices that do not exist where that can be known. (A GPU has been
+    waited for already, by the lattice itself.)"""
     index, weight, neighbours = lattice(features)
-    if index.is_meta:
+    if features.shape[0] == 0 or not library.has_numbers(index):
         return index, weight, neighbours
     count = int(index.max()) + 1
     return index, weight, torch.cat([neighbours[..., :count], neighbours[..., -1:]], 2)
