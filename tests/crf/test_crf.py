@@ -746,6 +746,31 @@ def test_what_is_kept_for_the_gradient(implementation, bilateral_weight):
     assert nothing.grad_fn is None
 
 
+@on_native
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_network_keeps_nothing_for_the_gradient(implementation, strict):
+    """Whether or not it was exported under no_grad: parameters require gradients outside of it."""
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scores, self.crf = torch.nn.Conv2d(3, 4, 3, padding=1), segops.nn.CRF(4, test_iterations=2)
+
+        def forward(self, images):
+            return self.crf(self.scores(images / 100), images)
+
+    network, images = Network().eval(), pictures((2, 3, 6, 7)).float()
+    program = torch.export.export(network, (images,), strict=strict)
+    calls = [node for node in program.graph.nodes if node.target is torch.ops.segops.crf_mean_field.default]
+    assert [node.args[-1] for node in calls] == [False]
+    found = program.module()(images)
+    assert torch.equal(found, network(images))
+    with pytest.raises(
+        RuntimeError, match="the result has no gradient, as it was computed, or exported, where none was wanted"
+    ):
+        found.sum().backward()
+
+
 # Backends.
 
 

@@ -262,6 +262,12 @@ def under_functorch():
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def exporting():
+    """Whether `torch.export` traces. To what `torch.compile` traces `torch.compiler.is_exporting()`
+    says yes as well (torch 2.11), but not the flag behind it."""
+    return torch.compiler._is_exporting_flag
+
+
 def has_numbers(tensor):
     """Whether Python may decide by the tensor's numbers: there are some, and nothing traces or
     transforms what is done with them."""

@@ -122,7 +122,7 @@ def dense_crf(
     Returns:
         (N, C, H, W) log Q, the log-probabilities, in the logits' dtype, float32 under autocast.
         Deterministic on the CPU. Differentiable by logits, weights and compatibility; once, unless
-        the reference runs.
+        the reference runs. What `torch.export` makes of the kernels has no gradient.
 
     Raises:
         TypeError: logits, weights or compatibility that are not floating point, images that are
@@ -162,7 +162,8 @@ def _infer(logits, images, spatial_weight, bilateral_weight, compatibility, alig
     spatial, bilateral = (_matrix(weight, compatibility, wide) for weight in (spatial_weight, bilateral_weight))
     reduces = settings.iterations == 0 or (spatial is None and bilateral is None)
     by_reference = backend == "reference" or library.under_functorch()
-    saves = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (wide, spatial, bilateral))
+    differentiable = any(each is not None and each.requires_grad for each in (wide, spatial, bilateral))
+    saves = differentiable and torch.is_grad_enabled() and not library.exporting()
     # Without a gradient the op resizes image by image: maps of full size do not exist for a whole batch.
     if reduces or by_reference or saves:
         wide = resize(wide, images.shape[2:], align_corners)
