@@ -248,7 +248,7 @@ class CRF(torch.nn.Module):
         }
         identity = torch.eye(num_classes, device=device, dtype=dtype)
         for name, weight in (("spatial_weight", spatial_weight), ("bilateral_weight", bilateral_weight)):
-            check_number(name, weight)
+            check_number(name, weight, identity.dtype)
             self.register_parameter(name, torch.nn.Parameter(identity * weight))
         self.compatibility = torch.nn.Parameter(identity)
 

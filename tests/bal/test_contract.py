@@ -147,6 +147,7 @@ class TestBoundaryAwareLoss(Contract):
         (lambda: edge(L, 5, sigma="3"), TypeError, "sigma must be a number; got '3'"),
         (lambda: edge(L, 5, sigma=1e30), ValueError, r"kernel is not constant; got 1e\+30 with size 35"),
         (lambda: edge(L, 5, beta=float("inf")), ValueError, "beta must be finite; got inf"),
+        (lambda: edge(L, 5, beta=1e39), ValueError, r"beta must be at most 3\.403e\+38 in size, the largest torch\.float32; got 1e\+39"),
         (lambda: edge(L, 5, beta=None), TypeError, "beta must be a number; got None"),
         (lambda: edge(L, 5, downsample=0), ValueError, "downsample must be at least 1; got 0"),
         (lambda: edge(L, 5, downsample=2.0), TypeError, r"downsample must be an int; got 2\.0"),

@@ -392,6 +392,17 @@ def test_a_kernel_of_weight_0_is_left_out(implementation):
 
 
 @implementations
+def test_weights_of_any_size(implementation):
+    """That the dtype which is computed in has."""
+    case = Case((1, 3, 4, 5), settings={"iterations": 2})
+    for dtype, weight in ((torch.float64, 10**200), (torch.float32, 10**30), (torch.float16, 10**30)):
+        logits = case.logits(dtype)
+        found = segops.dense_crf(logits, case.images(), spatial_weight=weight, **case.settings)
+        assert torch.equal(found, segops.dense_crf(logits, case.images(), spatial_weight=float(weight), **case.settings))
+        assert not found.isnan().any()
+
+
+@implementations
 def test_minus_infinity_stays(implementation):
     """A class that is nowhere is as good as not there; gradients are finite."""
     case = Case((2, 4, 6, 7), settings={"spatial_weight": 0.7, "bilateral_sigma": (5.0, 20.0), "iterations": 3})

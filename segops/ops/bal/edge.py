@@ -106,7 +106,7 @@ class EdgeSettings:
             raise ValueError(f"sigma must be positive; got {sigma}")
         if kernel == "gaussian" and kernel_size > 1 and math.exp(-2 * (kernel_size // 2) ** 2 / (kernel_size * sigma)) == 1:
             raise ValueError(f"sigma must be small enough that the kernel is not constant; got {sigma} with size {kernel_size}")
-        check_number("beta", self.beta)
+        check_number("beta", self.beta, torch.float32)  # the map's dtype
         check_int("downsample", self.downsample, 1)
         if self.normalize not in (None, "max", "mean"):
             raise ValueError(f"normalize must be None, 'max' or 'mean'; got {self.normalize!r}")

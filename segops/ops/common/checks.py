@@ -71,8 +71,11 @@ def check_int(name, value, lowest=-(2**63), highest=2**63 - 1):
         raise ValueError(f"{name} must be at most {highest}; got {value}")
 
 
-def check_number(name, value):
+def check_number(name, value, dtype=torch.float64):
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number; got {value!r}")
     if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"{name} must be finite; got {value}")
+    largest = torch.finfo(dtype).max
+    if not -largest <= value <= largest:
+        raise ValueError(f"{name} must be at most {largest:.4g} in size, the largest {dtype}; got {value}")

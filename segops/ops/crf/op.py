@@ -130,7 +130,8 @@ def dense_crf(
             numbers, a bilateral_sigma that is not a pair.
         ValueError: ranks, batches or devices that differ, empty dimensions, more than 14 image
             channels, negative iterations, sigmas that are not positive and finite, weights or
-            compatibility of another shape, weights that are not finite, an unknown normalization.
+            compatibility of another shape, weights that are not finite, numbers that are not in the
+            dtype that is computed in, an unknown normalization.
         RuntimeError: a forced backend that cannot run here (see `segops.backend`).
 
     Example:
@@ -139,15 +140,13 @@ def dense_crf(
         >>> classes = refined.argmax(1)  # (1, 321, 321)
     """
     settings = CRFSettings(iterations, spatial_sigma, bilateral_sigma, normalization)
-    logits, spatial_weight, bilateral_weight, compatibility = cast(
-        logits, spatial_weight, bilateral_weight, compatibility, to=lambda *_: torch.float32
-    )
+    logits, *tensors = cast(logits, spatial_weight, bilateral_weight, compatibility, to=lambda *_: torch.float32)
     _check_maps(logits, images)
-    weights = {"spatial_weight": spatial_weight, "bilateral_weight": bilateral_weight}
-    for name, weight in weights.items():
-        _check_weight(name, weight, logits)
+    # Before they were cast: afterwards a number that is too large is as good as infinite.
+    _check_weight("spatial_weight", spatial_weight, logits)
+    _check_weight("bilateral_weight", bilateral_weight, logits)
     _check_compatibility(compatibility, logits)
-    arguments = logits, images.detach(), *weights.values(), compatibility, align_corners, settings
+    arguments = logits, images.detach(), *tensors, align_corners, settings
     if autocast_dtype(logits) is None:
         return _infer(*arguments)
     with torch.autocast(logits.device.type, enabled=False):
@@ -156,10 +155,11 @@ def dense_crf(
 
 def _infer(logits, images, spatial_weight, bilateral_weight, compatibility, align_corners, settings):
     backend = select("dense_crf", logits)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = logits.to(_computed_in(logits))
     if compatibility is not None:
         compatibility = compatibility.to(wide.dtype)  # once, or its gradient is rounded for each kernel
-    spatial, bilateral = (_matrix(weight, compatibility, wide) for weight in (spatial_weight, bilateral_weight))
+    spatial = _matrix("spatial_weight", spatial_weight, compatibility, wide)
+    bilateral = _matrix("bilateral_weight", bilateral_weight, compatibility, wide)
     reduces = settings.iterations == 0 or (spatial is None and bilateral is None)
     by_reference = backend == "reference" or library.under_functorch()
     differentiable = any(each is not None and each.requires_grad for each in (wide, spatial, bilateral))
@@ -177,19 +177,30 @@ def _infer(logits, images, spatial_weight, bilateral_weight, compatibility, alig
     return result.to(logits.dtype, memory_format=memory_format(logits))
 
 
-def _matrix(weight, compatibility, like):
+def _computed_in(logits):
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def _matrix(name, weight, compatibility, like):
     """compatibility @ weight, (C, C): what a filtered Q is multiplied by. None for the number 0."""
     if isinstance(weight, torch.Tensor):
         weight = weight.to(like.dtype)
     elif weight == 0:
         return None
-    if compatibility is None:
+    else:
+        weight = float(weight)  # PyTorch takes an int for one of 64 bits
+    given = compatibility is not None
+    if not given:
         compatibility = torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
     if isinstance(weight, torch.Tensor) and weight.dim() == 2:
         # In float64, which autocast, where a backward pass may run, leaves alone.
         precise = torch.float32 if like.device.type == "mps" else torch.float64
-        return (compatibility.to(precise) @ weight.to(precise)).to(like.dtype)
-    return compatibility * weight
+        product = (compatibility.to(precise) @ weight.to(precise)).to(like.dtype)
+    else:
+        product = compatibility * weight
+    if given and library.can_look(product) and not product.isfinite().all() and compatibility.isfinite().all():
+        raise ValueError(f"{name} times compatibility must be finite in {product.dtype}; got a product that is not")
+    return product
 
 
 NORMALIZATIONS = ("after", "symmetric")
@@ -270,7 +281,7 @@ def _check_weight(name, weight, logits):
     if not isinstance(weight, torch.Tensor):
         if not isinstance(weight, int | float) or isinstance(weight, bool):
             raise TypeError(f"{name} must be a number or a floating-point tensor; got {weight!r}")
-        check_number(name, weight)
+        check_number(name, weight, _computed_in(logits))
         return
     check_floating(name, weight)
     classes = logits.shape[1]
@@ -279,6 +290,7 @@ def _check_weight(name, weight, logits):
     check_device(name, weight, "logits", logits)
     if library.can_look(weight) and not weight.isfinite().all():
         raise ValueError(f"{name} must be finite; got a tensor that is not")
+    _check_range(name, weight, logits)
 
 
 def _check_compatibility(compatibility, logits):
@@ -289,6 +301,16 @@ def _check_compatibility(compatibility, logits):
     if tuple(compatibility.shape) != (classes, classes):
         raise ValueError(f"compatibility must have shape ({classes}, {classes}); got {tuple(compatibility.shape)}")
     check_device("compatibility", compatibility, "logits", logits)
+    _check_range("compatibility", compatibility, logits)
+
+
+def _check_range(name, tensor, logits):
+    """Finite numbers must be finite in what is computed in, too."""
+    dtype = _computed_in(logits)
+    narrowed = torch.promote_types(tensor.dtype, dtype) != dtype
+    if narrowed and library.can_look(tensor) and (tensor.isfinite() & tensor.to(dtype).isinf()).any():
+        largest = torch.finfo(dtype).max
+        raise ValueError(f"{name} must be at most {largest:.4g} in size, the largest {dtype}; got a tensor that is not")
 
 
 # The filter is linear in `values`, and its adjoint, by the axes in reverse order, is the same op.
