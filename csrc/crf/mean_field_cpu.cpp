@@ -608,8 +608,17 @@ Features image_features(const MeanField& in, int64_t image) {
         ++y;
       }
     }
-    for (int64_t t = 0; t < 2 * kTile; ++t) f[t] /= position;
-    for (int64_t t = 2 * kTile; t < (2 + channels) * kTile; ++t) f[t] /= intensity;
+    // Of a small sigma no more than the largest feature; what is not finite stays so.
+    const auto divide = [f](int64_t from, int64_t to, double sigma) {
+      for (int64_t t = from; t < to; ++t) {
+        const bool finite = std::abs(f[t]) <= std::numeric_limits<double>::max();
+        const double quotient = f[t] / sigma;
+        const double bounded = quotient > kMaxFeature ? kMaxFeature : quotient < -kMaxFeature ? -kMaxFeature : quotient;
+        f[t] = finite ? bounded : quotient;
+      }
+    };
+    divide(0, 2 * kTile, position);
+    divide(2 * kTile, (2 + channels) * kTile, intensity);
   };
 }
 

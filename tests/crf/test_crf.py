@@ -392,6 +392,29 @@ def test_a_kernel_of_weight_0_is_left_out(implementation):
 
 
 @implementations
+def test_sigmas_of_any_size(implementation):
+    """Also those whose square, or what is divided by them, is no number: levels and positions but 0 are then the largest
+    feature, as they are of sigmas that are small but not that small."""
+    case = Case((2, 3, 6, 7))
+    logits, images = case.logits(), case.images().double() - 100
+    for sigmas, like in (
+        ({"spatial_sigma": 5e-324}, {"spatial_sigma": 0.01}),
+        ({"spatial_sigma": 1e-200}, {"spatial_sigma": 0.01}),
+        ({"spatial_sigma": 1e200}, {"spatial_sigma": 1e30}),
+        ({"spatial_sigma": 10**300}, {"spatial_sigma": 1e30}),
+        ({"bilateral_sigma": (67.0, 1e-307)}, {"bilateral_sigma": (67.0, 1e-8)}),
+        ({"bilateral_sigma": (5e-324, 5e-324)}, {"bilateral_sigma": (1e-8, 1e-8)}),
+        ({"bilateral_sigma": (10**300, 10**300)}, {"bilateral_sigma": (1e300, 1e300)}),
+    ):
+        found = segops.dense_crf(logits, images, **sigmas)
+        assert torch.equal(found, segops.dense_crf(logits, images, **like)) and found.isfinite().all(), sigmas
+    images[0, 1, 2, 3], images[1, 0, 4, 5], images[1, 2, 1, 1] = torch.nan, torch.inf, -torch.inf
+    for sigma in ((67.0, 3.0), (67.0, 1e-307), (67.0, 5e-324)):
+        found = segops.dense_crf(logits, images, spatial_weight=0, bilateral_sigma=sigma)
+        assert torch.equal(found.isnan().any(1), ~images.isfinite().all(1)), sigma
+
+
+@implementations
 def test_weights_of_any_size(implementation):
     """That the dtype which is computed in has."""
     case = Case((1, 3, 4, 5), settings={"iterations": 2})

@@ -225,10 +225,12 @@ class CRFSettings:
         for sigma in self.bilateral_sigma:
             _check_sigma("bilateral_sigma", sigma, self.bilateral_sigma)
         check_normalization(self.normalization)
+        object.__setattr__(self, "spatial_sigma", float(self.spatial_sigma))
+        object.__setattr__(self, "bilateral_sigma", (float(self.bilateral_sigma[0]), float(self.bilateral_sigma[1])))
 
     def arguments(self):
         """Those of SCHEMA."""
-        return self.iterations, float(self.spatial_sigma), *map(float, self.bilateral_sigma), self.normalization
+        return self.iterations, self.spatial_sigma, *self.bilateral_sigma, self.normalization
 
 
 def _check_sigma(name, sigma, given):

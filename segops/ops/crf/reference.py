@@ -52,16 +52,23 @@ def features_of(images, sigma_position, sigma_intensity):
     """(N, 2 + K, H, W): x, y and the image, each in units of its standard deviation."""
     images = images.to(_precise(images))
     count, _, height, width = images.shape
-    y = torch.arange(height, dtype=images.dtype, device=images.device) / sigma_position
-    x = torch.arange(width, dtype=images.dtype, device=images.device) / sigma_position
+    y = _in_units(torch.arange(height, dtype=images.dtype, device=images.device), sigma_position)
+    x = _in_units(torch.arange(width, dtype=images.dtype, device=images.device), sigma_position)
     position = torch.stack([x.expand(height, width), y[:, None].expand(height, width)])
-    return torch.cat([position.expand(count, -1, -1, -1), images / sigma_intensity], 1)
+    return torch.cat([position.expand(count, -1, -1, -1), _in_units(images, sigma_intensity)], 1)
+
+
+def _in_units(numbers, sigma):
+    """numbers / sigma, of a small sigma no more than the largest feature. What is not finite stays
+    so; and 0 stays 0, also where the sigma, or its inverse, is none in this dtype."""
+    quotient = (numbers / sigma).clamp(-LARGEST_FEATURE, LARGEST_FEATURE)
+    return quotient.where(numbers.isfinite() & (numbers != 0), numbers)
 
 
 def _spatial_axis(side, sigma, normalization, like):
     """The Gaussian along an axis, normalised: the filter is separable, and so are its sums."""
     position = torch.arange(side, dtype=like.dtype, device=like.device)
-    kernel = torch.exp(-((position[:, None] - position) ** 2) / (2 * sigma**2))
+    kernel = torch.exp(-0.5 * _in_units(position[:, None] - position, sigma) ** 2)
     total = kernel.sum(1)
     if normalization == "after":
         return kernel / total[:, None]
