@@ -169,6 +169,21 @@ def test_a_weighted_mean_keeps_constants(implementation):
 
 
 @implementations
+@normalizations
+def test_long_sums(implementation, normalization):
+    """Of positions that share all their vertices: the result is their mean, or a multiple of their sum. Equal values are
+    rounded one way all along."""
+    values = torch.cat([uniform((1, 2, 300, 300), 0, 1), torch.full((1, 1, 300, 300), 0.7)], 1).float()
+    features = torch.full((1, 5, 300, 300), 0.3)
+    truth = values.double().mean((2, 3), keepdim=True)
+    if normalization is None:
+        one = torch.ones(1, 1, 1, 1)
+        truth = truth * 300**2 * filtered(one, lattices_of(features[..., :1, :1]), None)
+    found = segops.permutohedral_filter(values, features, normalization=normalization)
+    assert relative_error(found, truth.expand(found.shape)) <= FILTER_BOUNDS[torch.float32]
+
+
+@implementations
 def test_features_that_are_not_finite(implementation):
     """Such positions are NaN, and the others what they are without them; a NaN in values stays in its image."""
     features, values = FEATURES["image"].flatten(2).clone(), values_of(FEATURES["image"]).flatten(2)

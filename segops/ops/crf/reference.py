@@ -18,8 +18,8 @@ SMALLEST_PROBABILITY = 2.0**-100  # products of smaller ones are denormal, which
 
 
 def permutohedral_filter(values, features, normalization):
-    """values (N, C, P), features (N, d, P) -> (N, C, P), in float32 at least."""
-    return _Bilateral(features, normalization, _wide(values))(values.to(_wide(values))).to(values.dtype)
+    """values (N, C, P), features (N, d, P) -> (N, C, P)."""
+    return _Bilateral(features, normalization)(values).to(values.dtype)
 
 
 def mean_field(logits, images, spatial, bilateral, settings):
@@ -35,7 +35,7 @@ def mean_field(logits, images, spatial, bilateral, settings):
     if bilateral is not None:
         bilateral = bilateral.to(_precise(logits))
         position = features_of(images, *settings.bilateral_sigma)
-        bilateral_filter = _Bilateral(position.flatten(2), settings.normalization, logits.dtype)
+        bilateral_filter = _Bilateral(position.flatten(2), settings.normalization)
     updated = logits
     for _ in range(settings.iterations):
         q = F.threshold(updated.softmax(1), SMALLEST_PROBABILITY, 0.0)
@@ -43,7 +43,7 @@ def mean_field(logits, images, spatial, bilateral, settings):
         if spatial is not None:
             updated = updated + torch.einsum("lm,nmhw->nlhw", spatial, rows @ q.to(spatial) @ columns.T).to(updated)
         if bilateral is not None:
-            filtered = bilateral_filter(q.flatten(2)).unflatten(2, (height, width)).to(bilateral)
+            filtered = bilateral_filter(q.flatten(2)).unflatten(2, (height, width))
             updated = updated + torch.einsum("lm,nmhw->nlhw", bilateral, filtered).to(updated)
     return updated.log_softmax(1)
 
@@ -76,21 +76,21 @@ def _spatial_axis(side, sigma, normalization, like):
 
 
 class _Bilateral:
-    """Filters by the lattice of features (N, d, P); called with values (N, C, P) of `dtype`."""
+    """Filters values (N, C, P) by the lattice of features (N, d, P), in float64: where many
+    positions share a vertex, float32 loses digits of their sum."""
 
-    def __init__(self, features, normalization, dtype):
+    def __init__(self, features, normalization):
         features = features.detach().to(_precise(features))
         self.finite = features.isfinite().all(1, keepdim=True)
         self.index, self.weight, self.neighbours = _lattice(features)
-        self.weight = self.weight.to(dtype)
         self.alpha = 1 / (1 + 2.0 ** -features.shape[1])
         self.normalization = normalization
         if normalization is not None:
-            total = self._filter(torch.ones_like(features[:, :1], dtype=dtype))
+            total = self._filter(torch.ones_like(features[:, :1]))
             self.total = total.masked_fill(~self.finite, 1.0)  # where it is 0
 
     def __call__(self, values):
-        values = values.masked_fill(~self.finite, 0.0)
+        values = values.to(self.weight).masked_fill(~self.finite, 0.0)
         if self.normalization is None:
             filtered = self._filter(values)
         elif self.normalization == "after":
@@ -203,10 +203,6 @@ def _lattice_of_each(info, in_dims, features):
     return tuple(map(torch.stack, zip(*each, strict=True))), (0, 0, 0)
 
 
-def _wide(tensor):
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
 def _precise(tensor):
-    """float64 where there is any: the lattice is the same whatever dtype is filtered."""
+    """float64 where there is any: lattice and filter are the same whatever dtype is filtered."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
