@@ -1,6 +1,7 @@
 """`segops fit`, `validate` and `test`: Lightning's command line with this package's recipes, data
 and checkpoints."""
 
+import inspect
 import logging
 import re
 import shlex
@@ -75,7 +76,10 @@ class SaveConfig(SaveConfigCallback):
 
     def on_fit_start(self, trainer, pl_module):
         if trainer.is_global_zero and pl_module.resumes and self.path.is_file():
-            before, now = flat(read_yaml(self.path)), flat(yaml.safe_load(self.text))
+            now = flat(yaml.safe_load(self.text))
+            # A setting that came after the run was saved was what it is by default.
+            initial = defaults(self.parser, model=pl_module, data=trainer.datamodule)
+            before = {key: value for key, value in initial.items() if key in now} | flat(read_yaml(self.path))
             for key in sorted(before.keys() | now.keys()):
                 if before.get(key) != now.get(key):
                     print(f"resumed with another {key}: {now.get(key)!r}, before {before.get(key)!r}")
@@ -94,6 +98,17 @@ def flat(config, prefix=""):
     if not isinstance(config, dict):
         return {prefix: config}
     return {key: value for name, item in config.items() for key, value in flat(item, f"{prefix}.{name}".strip(".")).items()}
+
+
+def defaults(parser, **made):
+    """{"crf": False, "model.init_args.loss": "ce", ...}: those of the parser, and of what was made
+    by class_path."""
+    found = dict(parser.get_defaults().items())
+    for name, each in made.items():
+        for parameter in inspect.signature(type(each)).parameters.values():
+            if parameter.default is not parameter.empty:
+                found[f"{name}.init_args.{parameter.name}"] = parameter.default
+    return found
 
 
 class Parser(LightningArgumentParser):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import segops.__main__
@@ -252,6 +253,21 @@ def test_a_resume_with_another_schedule(command, tmp_path):
     cli.main(tiny(tmp_path))
     status, printed = command(*tiny(tmp_path), "--trainer.max_epochs=2", "--model.optimizer.power=2", "--ckpt_path=last")
     assert status == 0 and "resumed with another model.init_args.optimizer.power: 2.0, before 0.9" in printed.out
+
+
+@pytest.mark.parametrize("arguments", [[], ["--crf", "--model.freeze_batch_norm=true"]], ids=["by default", "asked for"])
+def test_a_resume_of_a_run_that_is_older_than_a_setting(command, tmp_path, arguments):
+    """It was trained with what is the default now: only another is said."""
+    cli.main(tiny(tmp_path))
+    path = tmp_path / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    del config["crf"], config["crf_settings"], config["flip"], config["model"]["init_args"]["freeze_batch_norm"]
+    path.write_text(yaml.safe_dump(config))
+    status, printed = command(*tiny(tmp_path), "--trainer.max_epochs=2", "--ckpt_path=last", *arguments)
+    said = [line for line in printed.out.splitlines() if line.startswith("resumed")]
+    others = ["crf: True, before False", "model.init_args.freeze_batch_norm: True, before False"] if arguments else []
+    assert status == 0
+    assert said == [f"resumed with another {each}" for each in (*others, "trainer.max_epochs: 2, before 1")]
 
 
 def test_a_resume_writes_its_configuration(command, tmp_path):
