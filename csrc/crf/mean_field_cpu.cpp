@@ -338,7 +338,7 @@ struct Logits {
 template <typename T>
 struct Start {
   const Logits<T>& logits;
-  T *unary, *q, *kept;  // unary: logits less each pixel's maximum; kept: (pixels, classes), or null
+  T *unary, *q, *kept;  // unary: of a single block, less each pixel's maximum; kept: (pixels, classes). Or null
 };
 
 template <typename T, int bytes>
@@ -348,15 +348,13 @@ SEGOPS_INLINE void start_rows(const Problem<T>& p, const Start<T>& job, int64_t 
     job.logits.read(p, p.row(y), s.row.data());
     if (job.unary)
       for_each_pixel(p, p.width, [&](int64_t i, const auto& each) __attribute__((always_inline)) {
-        T most = -std::numeric_limits<T>::infinity();
-        each([&](int64_t at, auto lanes, int64_t) __attribute__((always_inline)) {
-          const T largest = Row<T, lanes, bytes>::load(&s.row[at]).max();
-          most = largest > most ? largest : most;
-        });
+        const auto at_zero = [&](auto row) __attribute__((always_inline)) {
+          const T most = row.max();
+          return decltype(row)::map([&](auto x) __attribute__((always_inline)) { return x - most; }, row);
+        };
         each([&](int64_t at, auto lanes, int64_t channel) __attribute__((always_inline)) {
-          using R = Row<T, lanes, bytes>;
-          const auto less = [&](auto x) __attribute__((always_inline)) { return x - most; };
-          R::map(less, R::load(&s.row[at])).store(job.unary + channel * p.pixels() + (y * p.width + i) * lanes);
+          const auto row = Row<T, lanes, bytes>::load(&s.row[at]);
+          (p.blocks.size() == 1 ? at_zero(row) : row).store(job.unary + channel * p.pixels() + (y * p.width + i) * lanes);
         });
       });
     write_probabilities<T, bytes>(p, p.row(y), s, job.q, job.kept);

@@ -40,6 +40,6 @@ def _resize_axis(tensor, dim, size, align_corners):
     else:
         at = ((at + 0.5) * (side / size) - 0.5).clamp(min=0)
     low = at.long().clamp(max=side - 1)
-    weight = (at - low).clamp(max=1).to(tensor.dtype).view(-1, *(1,) * (3 - dim))
+    weight = (at - low).masked_fill(low == side - 1, 0.0).to(tensor.dtype).view(-1, *(1,) * (3 - dim))
     high = (low + 1).clamp(max=side - 1)
     return tensor.index_select(dim, low).mul_(1 - weight).add_(tensor.index_select(dim, high).mul_(weight))

@@ -160,14 +160,14 @@ def _infer(logits, images, spatial_weight, bilateral_weight, compatibility, alig
         compatibility = compatibility.to(wide.dtype)  # once, or its gradient is rounded for each kernel
     spatial = _matrix("spatial_weight", spatial_weight, compatibility, wide)
     bilateral = _matrix("bilateral_weight", bilateral_weight, compatibility, wide)
-    reduces = settings.iterations == 0 or (spatial is None and bilateral is None)
+    filters = settings.iterations > 0 and (spatial is not None or bilateral is not None)
     by_reference = backend == "reference" or library.under_functorch()
     differentiable = any(each is not None and each.requires_grad for each in (wide, spatial, bilateral))
     saves = differentiable and torch.is_grad_enabled() and not library.exporting()
     # Without a gradient the op resizes image by image: maps of full size do not exist for a whole batch.
-    if reduces or by_reference or saves:
+    if saves or by_reference or not filters:
         wide = resize(wide, images.shape[2:], align_corners)
-    if reduces:
+    if not filters:
         result = wide.log_softmax(1)
     elif by_reference:
         result = reference.mean_field(wide, images, spatial, bilateral, settings)
@@ -350,7 +350,9 @@ class mean_field:
             torch.empty((n, classes, height, width), **options, memory_format=memory_format(logits)),
             torch.empty((n, iterations if saves else 0, positions, classes), **options),
             torch.empty(
-                (n, lattice * (3 + corners) + GROUPS * (1 + corners) + 36 if keeps else 0), dtype=torch.int32, device=logits.device
+                (n, lattice * (3 + corners) + GROUPS * (1 + corners) + 36 if keeps else 0),
+                dtype=torch.int32,
+                device=logits.device,
             ),
             torch.empty((n, 2 * lattice + positions if keeps else 0), **options),
         )
