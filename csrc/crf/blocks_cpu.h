@@ -10,10 +10,12 @@
 
 namespace segops::crf {
 
-// Images one after the other, each by all threads; or, where there are enough, each by one.
+// Images one after the other, each by all threads: what one takes is in the cache once. Or each by a
+// thread, where they are enough, and too small for all.
 template <typename F>
-void for_each_image(int64_t count, const F& fn) {
-  if (count < int64_t(torch::stable::get_num_threads())) {
+void for_each_image(int64_t count, int64_t positions, const F& fn) {
+  const auto threads = int64_t(torch::stable::get_num_threads());
+  if (count < threads || positions >= threads * 16384) {
     for (int64_t image = 0; image < count; ++image) fn(image);
     return;
   }

@@ -206,7 +206,8 @@ void filter(const FilterInput& in, const Tensor& out) {
   dispatch<float, double>(in.values, "permutohedral_filter", [&](auto type) {
     using T = decltype(type);
     T* to = data_of<T>(out);
-    for_each_image(in.values.size(0), [&](int64_t image) { filter_image<T>(in, image, to + image * out.stride(0)); });
+    for_each_image(
+        in.values.size(0), in.values.size(2), [&](int64_t image) { filter_image<T>(in, image, to + image * out.stride(0)); });
   });
 }
 

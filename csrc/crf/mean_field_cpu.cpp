@@ -732,7 +732,7 @@ void infer_grad(const MeanFieldGrad& in, int64_t image, const Tensor& logits, do
 
 void mean_field(const MeanField& in, const Tensor& out, const Kept* kept) {
   dispatch<float, double>(in.logits, "dense_crf", [&](auto type) {
-    for_each_image(in.logits.size(0), [&](int64_t image) { infer<decltype(type)>(in, image, out, kept); });
+    for_each_image(out.size(0), out.size(2) * out.size(3), [&](int64_t image) { infer<decltype(type)>(in, image, out, kept); });
   });
 }
 
@@ -742,7 +742,7 @@ void mean_field_grad(const MeanFieldGrad& in, const Tensor& logits, const Tensor
     const int64_t n = in.out.size(0), entries = in.out.size(1) * in.out.size(1);
     // By images, then in their order.
     std::vector<double> sums(2 * n * entries);
-    for_each_image(n, [&](int64_t image) {
+    for_each_image(n, in.out.size(2) * in.out.size(3), [&](int64_t image) {
       double* of = &sums[2 * image * entries];
       infer_grad<T>(in, image, logits, spatial ? of : nullptr, bilateral ? of + entries : nullptr);
     });
