@@ -334,9 +334,9 @@ def test_results_do_not_depend_on_whether_a_gradient_is_wanted(implementation, c
     for size in ((5, 4), (12, 7), (20, 30), (1, 1), (12, 14)):
         logits = normal((2, classes, *size)).float()
         logits[0, 1], logits[0, 2, 0], logits[1, 0, -1, -1], logits[1, 3, 0, 0] = -torch.inf, -torch.inf, torch.inf, torch.nan
-        for given in (logits, logits.contiguous(memory_format=torch.channels_last), logits.bfloat16()):
-            plain = segops.dense_crf(given, images, **NEAR, align_corners=align_corners)
-            found = segops.dense_crf(given.clone().requires_grad_(), images, **NEAR, align_corners=align_corners)
+        for each in (logits, logits.contiguous(memory_format=torch.channels_last), logits.bfloat16()):
+            plain = segops.dense_crf(each, images, **NEAR, align_corners=align_corners)
+            found = segops.dense_crf(each.clone().requires_grad_(), images, **NEAR, align_corners=align_corners)
             assert not plain.requires_grad and found.requires_grad
             torch.testing.assert_close(plain, found.detach(), rtol=0, atol=0, equal_nan=True)
 

@@ -164,7 +164,7 @@ def _infer(logits, images, spatial_weight, bilateral_weight, compatibility, alig
     by_reference = backend == "reference" or library.under_functorch()
     differentiable = any(each is not None and each.requires_grad for each in (wide, spatial, bilateral))
     saves = differentiable and torch.is_grad_enabled() and not library.exporting()
-    # Without a gradient the op resizes image by image: maps of full size do not exist for a whole batch.
+    # Without a gradient the op resizes image by image: a batch of maps of full size does not exist.
     if saves or by_reference or not filters:
         wide = resize(wide, images.shape[2:], align_corners)
     if not filters:
