@@ -391,6 +391,7 @@ template <typename T, int lanes, int bytes>
 SEGOPS_INLINE void update_pixels(const Problem<T>& p, const Update<T>& job, const Span& span, Scratch<T>& s) {
   using R = Row<T, lanes, bytes>;
   const R of_near = R::load(p.of_spatial.values.data()), of_alike = R::load(p.of_bilateral.values.data());
+  const bool exact = !job.next || p.classes == 1;  // log Q near 0 keeps its digits, and one class is 0
   for (int64_t i = 0, at = span.y * p.width + span.begin; i < span.width; ++i, ++at) {
     R logits = R::load(job.unary + at * lanes) + R::load(&s.spatial[i * lanes]) * of_near;
     if (p.lattice) logits = logits + sliced<T, lanes, bytes>(p, job.from.z, at) * of_alike;
@@ -399,7 +400,7 @@ SEGOPS_INLINE void update_pixels(const Problem<T>& p, const Update<T>& job, cons
     T most = 0;
     R e = R::map([](auto x) __attribute__((always_inline)) { return exp(x < T(80) ? x : decltype(x){} + T(80), T{}); }, logits);
     T sum = e.sum();
-    if (!(sum > T(1e-7) && sum < T(1e30))) {
+    if (exact || !(sum > T(1e-7) && sum < T(1e30))) {
       most = logits.max();
       e = R::map([&](auto x) __attribute__((always_inline)) { return exp(x - most, T{}); }, logits);
       sum = e.sum();

@@ -386,12 +386,14 @@ def test_no_iterations(implementation):
 @implementations
 @pytest.mark.parametrize("dtype", Q_BOUNDS, ids=str)
 def test_one_class(implementation, dtype):
-    case = Case((2, 1, 5, 6), settings=NEAR)
-    logits = case.logits(dtype).requires_grad_()
-    out = case.op(logits)
-    assert not out.any()
-    (grad,) = torch.autograd.grad(out, logits, normal(out.shape).to(dtype))
-    assert not grad.any()
+    """Log Q is 0, for all logits and weights, and so are gradients."""
+    for weight in (0.6, 1.7, -2.3):
+        case = Case((2, 1, 25, 26), settings=NEAR | {"spatial_weight": weight})
+        logits = case.logits(dtype).requires_grad_()
+        out = case.op(logits)
+        assert not out.any()
+        (grad,) = torch.autograd.grad(out, logits, normal(out.shape).to(dtype))
+        assert not grad.any()
 
 
 @implementations
