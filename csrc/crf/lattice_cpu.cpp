@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstdlib>
 #include <utility>
 
 namespace segops::crf {
@@ -330,18 +329,28 @@ Groups group(const int32_t* keys, int64_t count, int64_t dims, int64_t first) {
     for (int64_t i = 0; i < dims; ++i) factors[n][i] += first + n + 1 == dims ? 1 : i == first + n + 1 ? -1 : 0;
   }
   const Memory<std::array<float, 2>> differences = memory<std::array<float, 2>>(count);
-  std::array<float, 2> least{}, most{};
   for (int64_t v = 0; v < count; ++v)
     for (int n = 0; n < 2; ++n) {
       double sum = 0;
       for (int64_t i = 0; i < dims; ++i) sum += double(keys[v * dims + i]) * factors[n][i];
-      const float difference = differences[v][n] = float(sum);
-      least[n] = v == 0 ? difference : std::min(least[n], difference);
-      most[n] = v == 0 ? difference : std::max(most[n], difference);
+      differences[v][n] = float(sum);
     }
-  const double scale[2] = {side / (double(most[0]) - least[0] + 1), side / (double(most[1]) - least[1] + 1)};
+  // The cells reach over all but the outermost vertices, by a sample: one far away would leave all
+  // others in a single cell.
+  double least[2] = {}, scale[2] = {};
+  for (int n = 0; n < 2; ++n) {
+    std::vector<float> sample;
+    for (int64_t v = 0; v < count; v += count / 1024 + 1) sample.push_back(differences[v][n]);
+    std::sort(sample.begin(), sample.end());
+    const size_t beyond = sample.size() / 64;
+    if (sample.empty()) continue;
+    least[n] = sample[beyond];
+    scale[n] = side / (sample[sample.size() - 1 - beyond] - least[n] + 1);
+  }
   const auto cell = [&](int64_t v) {
-    const auto along = [&](int n) { return std::min(side - 1, int64_t((double(differences[v][n]) - least[n]) * scale[n])); };
+    const auto along = [&](int n) {
+      return int64_t(std::clamp((double(differences[v][n]) - least[n]) * scale[n], 0.0, double(side - 1)));
+    };
     return along(1) * side + along(0);
   };
   std::vector<int32_t> counts(side * side);
@@ -538,9 +547,10 @@ OwnLattice<T> build_lattice(const Features& features, int64_t positions, int64_t
   indices[2] = int32_t(order.places);
   std::fill(std::copy(order.last.begin(), order.last.end(), last), runs_last, 0);
   int32_t *to = offsets + vertices + 1, *run_last = runs_last;
-  for (const std::vector<int32_t>& runs : order.runs) {
+  for (std::vector<int32_t>& runs : order.runs) {
     to = std::copy(runs.begin(), runs.end(), to);
     *run_last++ = int32_t(to - (offsets + vertices + 1));
+    runs = std::vector<int32_t>();  // or they would be there twice
   }
   std::fill(run_last, index, 0);
   if (kept) std::fill(to, indices + kept_indices(positions, dims), 0);
