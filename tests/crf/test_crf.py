@@ -199,8 +199,11 @@ def test_features_that_are_not_finite(implementation):
         torch.testing.assert_close(found[0, :, kept], without[0], rtol=1e-12, atol=1e-13)
         whole = segops.permutohedral_filter(values[1:], features[1:], normalization=normalization)
         assert torch.equal(found[1:], whole)
-        (grad,) = torch.autograd.grad(found[:, :, kept], given, values[:, :, kept])
+        of_result = values[:, :, kept].requires_grad_()
+        (grad,) = torch.autograd.grad(found[:, :, kept], given, of_result, create_graph=True)
         assert not grad[0, :, [4, 17, 98]].any() and grad.isfinite().all()
+        (of_grad,) = torch.autograd.grad(grad, of_result, values)
+        assert of_grad.isfinite().all() and of_grad.any()
     values[0, 1, 50] = torch.nan
     found = segops.permutohedral_filter(values, FEATURES["image"].flatten(2))
     assert found[0, 1].isnan().any() and found[1].isfinite().all()

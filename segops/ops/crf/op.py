@@ -328,7 +328,10 @@ class lattice_filter:
         ctx.settings = normalization, not adjoint
 
     def backward(ctx, needed, grad):
-        return (lattice_filter(grad, *ctx.saved_tensors, *ctx.settings, backend=ctx.backend),)
+        (features,), (_, adjoint) = ctx.saved_tensors, ctx.settings
+        result = lattice_filter(grad, features, *ctx.settings, backend=ctx.backend)
+        # The filter is NaN where features are not finite; as a derivative, of its adjoint, it is 0.
+        return (result if adjoint else result.masked_fill(~features.isfinite().all(1, keepdim=True), 0.0),)
 
 
 # Log Q; and for the gradient Q before each iteration and the lattice: crf.h.
