@@ -6,7 +6,7 @@ import torch
 
 from .ops.bal.edge import EdgeSettings
 from .ops.bal.op import LossSettings, boundary_aware_loss, check_class_weight, upsample_cross_entropy
-from .ops.common.checks import check_int, check_merge, check_number
+from .ops.common.checks import check_bool, check_int, check_merge, check_number
 from .ops.crf.op import CRFSettings, dense_crf
 from .ops.pac.op import Settings, pyramid_atrous_conv2d
 from .ops.pag.op import partial_attention_gate
@@ -239,6 +239,7 @@ class CRF(torch.nn.Module):
         check_int("num_classes", num_classes, lowest=1)
         check_int("test_iterations", test_iterations, lowest=0)
         CRFSettings(iterations, spatial_sigma, bilateral_sigma, normalization)
+        check_bool("align_corners", align_corners)
         self.iterations, self.test_iterations = iterations, test_iterations
         self.settings = {
             "spatial_sigma": spatial_sigma,
@@ -249,7 +250,7 @@ class CRF(torch.nn.Module):
         identity = torch.eye(num_classes, device=device, dtype=dtype)
         for name, weight in (("spatial_weight", spatial_weight), ("bilateral_weight", bilateral_weight)):
             check_number(name, weight, identity.dtype)
-            self.register_parameter(name, torch.nn.Parameter(identity * weight))
+            self.register_parameter(name, torch.nn.Parameter(identity * float(weight)))
         self.compatibility = torch.nn.Parameter(identity)
 
     def forward(self, logits, images):

@@ -251,6 +251,8 @@ class TestCRF(Contract):
         (lambda: crf(Z, P, spatial_sigma=INFINITE), ValueError, "spatial_sigma must be positive and finite; got inf"),
         (lambda: crf(Z, P, spatial_sigma=float("nan")), ValueError, "spatial_sigma must be positive and finite; got nan"),
         (lambda: crf(Z, P, spatial_sigma=10**400), ValueError, "spatial_sigma must be positive and finite; got 1000"),
+        (lambda: crf(Z, P, align_corners="yes"), TypeError, "align_corners must be True or False; got 'yes'"),
+        (lambda: segops.nn.CRF(3, align_corners=None), TypeError, "align_corners must be True or False; got None"),
         (lambda: crf(Z, P, bilateral_sigma=67.0), TypeError, r"bilateral_sigma must be a pair, .* got 67\.0"),
         (lambda: crf(Z, P, bilateral_sigma=(67.0,)), TypeError, r"bilateral_sigma must be a pair, .* got \(67\.0,\)"),
         (lambda: crf(Z, P, bilateral_sigma=(67.0, 67.0, 3.0)), TypeError, r"bilateral_sigma must be a pair, .* got \(67\.0, 67\.0, 3\.0\)"),

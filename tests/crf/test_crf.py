@@ -899,6 +899,7 @@ def test_module():
     assert repr(crf).startswith("CRF(21, ") and all(
         f"{name}=" in repr(crf) for name in ("iterations", "spatial_sigma", "normalization")
     )
+    assert (segops.nn.CRF(2, spatial_weight=10**30).spatial_weight == torch.eye(2) * 1e30).all()
     crf = segops.nn.CRF(2, 1, 2, 0.5, 0.25, 0.75, [3, 4], "symmetric", align_corners=True, dtype=torch.float64)
     assert repr(crf) == (
         "CRF(2, iterations=1, test_iterations=2, spatial_sigma=0.25, bilateral_sigma=(3, 4), normalization='symmetric', "

@@ -71,6 +71,11 @@ def check_int(name, value, lowest=-(2**63), highest=2**63 - 1):
         raise ValueError(f"{name} must be at most {highest}; got {value}")
 
 
+def check_bool(name, value):
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {value!r}")
+
+
 def check_number(name, value, dtype=torch.float64):
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number; got {value!r}")

@@ -9,7 +9,7 @@ import torch
 from ...backend import only_on_cpu, select
 from ..common import library
 from ..common.autocast import autocast_dtype, cast
-from ..common.checks import FLOATING, check_device, check_floating, check_int, check_logits, check_number
+from ..common.checks import FLOATING, check_bool, check_device, check_floating, check_int, check_logits, check_number
 from ..common.layout import memory_format
 from ..common.resize import resize
 from . import reference
@@ -127,7 +127,7 @@ def dense_crf(
     Raises:
         TypeError: logits, weights or compatibility that are not floating point, images that are
             neither uint8 nor floating point, iterations that are not an int, sigmas that are not
-            numbers, a bilateral_sigma that is not a pair.
+            numbers, a bilateral_sigma that is not a pair, align_corners that are not a bool.
         ValueError: ranks, batches or devices that differ, empty dimensions, more than 14 image
             channels, negative iterations, sigmas that are not positive and finite, weights or
             compatibility of another shape, weights that are not finite, numbers that are not in the
@@ -140,6 +140,7 @@ def dense_crf(
         >>> classes = refined.argmax(1)  # (1, 321, 321)
     """
     settings = CRFSettings(iterations, spatial_sigma, bilateral_sigma, normalization)
+    check_bool("align_corners", align_corners)
     logits, *tensors = cast(logits, spatial_weight, bilateral_weight, compatibility, to=lambda *_: torch.float32)
     _check_maps(logits, images)
     # Before they were cast: afterwards a number that is too large is as good as infinite.
