@@ -1001,9 +1001,9 @@ import resource, torch, segops
 segops.backend("native")
 torch.set_num_threads(2)
 segops.dense_crf(torch.zeros(2, 21, 8, 8), torch.zeros(2, 3, 8, 8))  # which starts the threads
-logits, images = torch.zeros(2, 21, 600, 600), torch.zeros(2, 3, 600, 600)
+logits, images = torch.zeros(2, 21, 150, 150), torch.zeros(2, 3, 150, 150)  # small enough for a thread each
 pages = int(open("/proc/self/statm").read().split()[0])
-resource.setrlimit(resource.RLIMIT_AS, (4096 * pages + (100 << 20),) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (4096 * pages + (8 << 20),) * 2)
 try:
     segops.dense_crf(logits, images)
 except RuntimeError as error:
