@@ -41,10 +41,10 @@ inline int64_t padded(const std::vector<Block>& blocks) {
   return blocks.back().begin + blocks.back().lanes;
 }
 
-constexpr int64_t kAheadPositions = 5;  // how far ahead memory is fetched
+constexpr int64_t kAheadPositions = 5;  // how far ahead their vertices are fetched
 // Items of work that are worth a thread.
 constexpr int64_t kGrain = 4096;
-// A row, all its lines.
+// Fetches a row: all lines of the cache that it lies in.
 template <int lanes, typename T>
 SEGOPS_INLINE void prefetch(const T* row) {
   constexpr int line = 64 / int(sizeof(T));

@@ -127,7 +127,7 @@ def dense_crf(
     Raises:
         TypeError: logits, weights or compatibility that are not floating point, images that are
             neither uint8 nor floating point, iterations that are not an int, sigmas that are not
-            numbers, a bilateral_sigma that is not a pair, align_corners that are not a bool.
+            numbers, a bilateral_sigma that is not a pair, an align_corners that is not a bool.
         ValueError: ranks, batches or devices that differ, empty dimensions, more than 14 image
             channels, negative iterations, sigmas that are not positive and finite, weights or
             compatibility of another shape, weights that are not finite, numbers that are not in the
@@ -190,8 +190,7 @@ def _matrix(name, weight, compatibility, like):
         return None
     else:
         weight = float(weight)  # PyTorch takes an int for one of 64 bits
-    given = compatibility is not None
-    if not given:
+    if compatibility is None:
         compatibility = torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
     if isinstance(weight, torch.Tensor) and weight.dim() == 2:
         # In float64, which autocast, where a backward pass may run, leaves alone.
@@ -199,7 +198,7 @@ def _matrix(name, weight, compatibility, like):
         product = (compatibility.to(precise) @ weight.to(precise)).to(like.dtype)
     else:
         product = compatibility * weight
-    if given and library.can_look(product) and not product.isfinite().all() and compatibility.isfinite().all():
+    if library.can_look(product) and not product.isfinite().all() and compatibility.isfinite().all():
         raise ValueError(f"{name} times compatibility must be finite in {product.dtype}; got a product that is not")
     return product
 
